@@ -1,0 +1,201 @@
+"""Plain functions: checked arguments in, tensors out. The losses are written on these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import backend as backends
+from .ops import contract, masked_logsumexp as _lse, normalize as _normalize, normalized_distance as _distance
+from .ops.contract import Bank, Spec
+
+__all__ = ["MaskedLogSumExp", "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss"]
+
+
+class MaskedLogSumExp(NamedTuple):
+    """What masked_logsumexp returns: (N,) each; the sums are None unless asked for."""
+
+    same: Tensor
+    different: Tensor
+    sum_same: Tensor | None
+    sum_different: Tensor | None
+
+
+def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
+    """Unit vectors along the last dimension: x / max(|x|, eps).
+
+    Args:
+        x: (..., D), float32, float64, bfloat16 or float16.
+        eps: the norm below which a vector is divided by ``eps`` instead, with gradient g / eps.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        Tensor like x. Norms are taken in fp32 (fp64 for fp64). Differentiable twice.
+
+    Raises:
+        TypeError: x is not a floating tensor. ValueError: x has no last dimension, or eps is not positive.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
+    if x.dim() == 0 or x.size(-1) == 0:
+        raise ValueError(f"x must have shape (..., D) with D at least 1; got {tuple(x.shape)}")
+    rows = x.reshape(-1, x.size(-1))
+    contract.check_matrix("x", rows)
+    eps = contract.check_eps(eps)
+    chosen = backends.choose("normalize", x.device, x.dtype, argument=backend)
+    if chosen == backends.REFERENCE:
+        return reference.normalize(x, eps)
+    return _normalize.normalize(rows, eps, chosen).view(x.shape)
+
+
+def normalized_distance(
+    x: Tensor,
+    w: Tensor,
+    metric: str = "euclidean",
+    *,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """All N x M similarities or distances, with no N x M temporary in the backward.
+
+    ``cosine`` x^.w^ and ``dot`` x.w are similarities (larger is closer); ``sqeuclidean`` |u - p|^2 and ``euclidean``
+    |u - p| are distances, on unit vectors u = x^, p = w^ unless ``normalize=False``. Small distances are summed from
+    differences, so identical rows give exactly 0; the gradient at zero distance is 0.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank; its dtype may be float32 beside half-precision rows.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        (N, M) in the product dtype: autocast's if on, else the inputs'. Differentiable twice.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or metric; the message names the fix.
+    """
+    contract.check_pair(x, w)
+    base, unit = contract.split_metric(metric, normalize and metric != "dot")
+    eps = contract.check_eps(eps)
+    dtype = contract.product_dtype(x, w)
+    chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend)
+    if chosen == backends.REFERENCE:
+        return reference.normalized_distance(x, w, base, unit, eps)
+    return _distance.normalized_distance(x, w, base, unit, eps, dtype, chosen)
+
+
+def masked_logsumexp(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+    normalize: bool = False,
+    scale: float | Tensor = 1.0,
+    same: tuple[float, float] = (1.0, 0.0),
+    different: tuple[float, float] = (1.0, 0.0),
+    col_scale: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    sums: bool = False,
+    policy: str = "linear",
+    policy_params: Sequence[float] = (),
+    backend: str | None = None,
+) -> MaskedLogSumExp:
+    """Log-sum-exp of each row's logits over the bank entries of its own label, and over all others, in one pass.
+
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors for ``cosine`` and
+    wherever ``normalize``), each set has its own factor k and offset o::
+
+        z_ij   = k_set scale_i (col_scale_j s_ij - o_set) + col_bias_j
+        same_i = log sum_{j: c_j = y_i} exp(z_ij)          different_i = log sum_{j: c_j != y_i} exp(z_ij)
+
+    Nothing of size N x M is built, in the forward, the backward or the double backward.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
+        y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
+        c: (M,) int64 labels of the bank; None: each entry's own index.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
+        scale: a number, or a () or (N,) tensor, which gets a gradient.
+        same, different: (k, o) of each set; k may be negative (Proxy-Anchor's positives).
+        col_scale, col_bias: (M,), each gets a gradient. A bias of -inf leaves the column out.
+        exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
+        ignore_index: rows and bank entries with this label are in no set.
+        eps: guards the division by the norm.
+        sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
+            are both that positive's logit; ``sum_same + sum_different`` serves label smoothing.
+        policy, policy_params: the slot for other logits (``quadratic``, ``max_pool``, ``softmax_pool``); a backend
+            that lacks one refuses with an error.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        MaskedLogSumExp of (N,) tensors in fp32 (fp64 for fp64). An empty set is -inf with a zero gradient; its sum is 0.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    contract.check_pair(x, w)
+    n, m = x.size(0), w.size(0)
+    contract.check_vector("y", y, n, x, integer=True)
+    contract.check_vector("c", c, m, x, integer=True)
+    contract.check_vector("exclude", exclude, n, x, integer=True)
+    contract.check_vector("col_scale", col_scale, m, x, integer=False)
+    contract.check_vector("col_bias", col_bias, m, x, integer=False)
+    contract.check_policy(policy)
+    base, unit = contract.split_metric(metric, normalize)
+    eps = contract.check_eps(eps)
+    logit = [contract.check_number(f"{name}[{i}]", pair[i]) for name, pair in _sets(same, different) for i in (0, 1)]
+    scale_tensor = None
+    if isinstance(scale, Tensor):
+        scale_tensor = scale
+        contract.check_vector("scale", scale, n, x, integer=False, scalar=True)
+    else:
+        factor = contract.check_number("scale", scale)
+        logit[0], logit[2] = logit[0] * factor, logit[2] * factor
+    dtype = contract.product_dtype(x, w)
+    chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend)
+    bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)
+    if chosen == backends.REFERENCE:
+        out = _reference_lse(bank, base, unit, logit, ignore_index, eps)
+    else:
+        spec = Spec(base, unit, logit, eps, int(ignore_index), dtype, sums, policy, [*map(float, policy_params)], chosen)
+        out = _lse.masked_logsumexp(bank, spec)
+    return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
+
+
+def _sets(same: tuple[float, float], different: tuple[float, float]):
+    for name, pair in (("same", same), ("different", different)):
+        if len(pair) != 2:
+            raise ValueError(f"{name} must be a pair (factor, offset); got {pair!r}")
+        yield name, pair
+
+
+def _reference_lse(bank: Bank, metric: str, unit: bool, logit: list[float], ignore_index: int, eps: float):
+    return reference.masked_logsumexp(
+        *bank[:4],
+        metric=metric,
+        normalized=unit,
+        scale=torch.ones((), dtype=bank.x.dtype) if bank.scale is None else bank.scale,
+        same=(logit[0], logit[1]),
+        different=(logit[2], logit[3]),
+        col_scale=bank.col_scale,
+        col_bias=bank.col_bias,
+        exclude=bank.exclude,
+        ignore_index=ignore_index,
+        eps=eps,
+    )
+
+
+from .losses.proxy_nca import proxy_nca_loss  # noqa: E402  (the losses are written on the functions above)

@@ -1,0 +1,23 @@
+"""The losses, by the names people already use. Each is one file; this package finds them by itself.
+
+A loss file defines its Module, its function, a dense reference from the paper, and ``ENTRY``, which the tests and
+benchmarks walk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .base import LossEntry
+from .proxy_nca import ProxyNCALoss
+
+REGISTRY: dict[str, LossEntry] = {}
+
+for _info in pkgutil.iter_modules(__path__):
+    _entry = getattr(importlib.import_module(f"{__name__}.{_info.name}"), "ENTRY", None)
+    if _entry is not None:
+        REGISTRY[_entry.loss.__name__] = _entry
+        globals()[_entry.loss.__name__] = _entry.loss
+
+__all__ = ["REGISTRY", "LossEntry", "ProxyNCALoss"]

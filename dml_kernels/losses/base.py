@@ -1,0 +1,62 @@
+"""What every loss shares: its registry entry, the checks on labels, the reduction over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """One loss for the tests and benchmarks to walk.
+
+    ``function(embeddings, proxies, labels, **options)`` is the loss, ``reference`` the dense version from the paper
+    with the same arguments, ``options`` the settings worth testing.
+    """
+
+    loss: type[torch.nn.Module]
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    paper: str
+    options: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
+
+
+def check_labels(labels: Tensor, embeddings: Tensor) -> Tensor:
+    """Labels as (N,) int64 on the embeddings' device; any integer dtype and CPU labels are accepted."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got {labels.dtype}. Use labels.long()")
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"labels must have shape ({embeddings.shape[0]},), one for each embedding; got {tuple(labels.shape)}"
+        )
+    return labels.to(device=embeddings.device, dtype=torch.int64)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+
+
+def reduce(per_row: Tensor, counted: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """Mean over the counted rows (weighted mean with ``weight``), sum, or the rows themselves.
+
+    Rows that are not counted are 0; with none counted the mean is 0, still connected to the graph.
+    """
+    if weight is not None:
+        per_row = per_row * weight
+    if reduction == "none":
+        return per_row
+    total = per_row.sum()
+    if reduction == "sum":
+        return total
+    share = counted.to(per_row.dtype) if weight is None else torch.where(counted, weight, 0)
+    mass = share.sum()
+    return total / torch.where(mass == 0, 1, mass)

@@ -1,0 +1,294 @@
+r"""Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): pull an embedding to its class's proxy.
+
+With unit vectors x^, p^ and z_ij = -softmax_scale |x^_i - p^_j|^2, the loss of a row with label y is::
+
+    positive in (default):    -z_iy + log sum_j      exp(z_ij)      pytorch-metric-learning, ProxyNCA++
+    exclude_positive=True:    -z_iy + log sum_{j!=y} exp(z_ij)      the 2017 paper; may be negative
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import functional, logspace
+from .base import LossEntry, check_labels, check_reduction, reduce
+
+
+def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int) -> Tensor:
+    """Each row's proxy index; ignored rows keep ``ignore_index``."""
+    if label_to_proxy is None:
+        return labels
+    keep = labels != ignore_index
+    classes = label_to_proxy.numel()
+    if not labels.is_cuda and not torch.compiler.is_compiling():
+        bad = labels[keep & ((labels < 0) | (labels >= classes))]
+        if bad.numel():
+            raise ValueError(f"labels must be in [0, {classes}), the size of label_to_proxy; got {bad[0].item()}")
+    mapped = label_to_proxy.to(labels.device)[torch.where(keep, labels, 0).clamp(0, classes - 1)]
+    return torch.where(keep, mapped, ignore_index)
+
+
+def _row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+    if class_weight.dim() != 1:
+        raise ValueError(f"class_weight must have shape (num_classes,); got {tuple(class_weight.shape)}")
+    inside = labels.clamp(0, class_weight.numel() - 1)
+    return class_weight.to(device=like.device, dtype=like.dtype)[inside]
+
+
+def _check_options(label_smoothing: float, exclude_positive: bool, reduction: str) -> None:
+    check_reduction(reduction)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+    if label_smoothing and exclude_positive:
+        raise ValueError(
+            "label_smoothing needs the positive in the sum: the smoothed target is a distribution over all proxies. "
+            "Use exclude_positive=False"
+        )
+
+
+def proxy_nca_loss(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    softmax_scale: float | Tensor = 1.0,
+    exclude_positive: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_to_proxy: Tensor | None = None,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """Proxy-NCA of embeddings (N, D) against proxies (M, D); see the module for the formula.
+
+    Args:
+        embeddings: (N, D), any norm: unit vectors are taken inside. proxies: (M, D), likewise.
+        labels: (N,) integers: rows of ``proxies``, or of ``label_to_proxy`` where given.
+        softmax_scale: a number, or a () or (N,) tensor, which gets a gradient. 1 is the paper's.
+        exclude_positive: leave the positive out of the sum, as the 2017 paper does.
+        label_smoothing: epsilon of a target (1 - epsilon) on the positive plus epsilon / M on every proxy, as in
+            ``torch.nn.functional.cross_entropy``; epsilon over the *other* classes is epsilon M / (M - 1) here.
+        class_weight: (number of classes,), a weight for each label; the mean is then weighted.
+        ignore_index: rows with this label contribute 0 and are not counted in the mean.
+        label_to_proxy: (number of classes,) int64, the proxy of each label; several may share one.
+        reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
+        eps: guards the division by the norm. backend: overrides the choice of backend.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64). A row without negatives (one proxy) contributes 0; with every row ignored
+        the loss is 0, connected to the graph.
+
+    Raises:
+        ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
+    """
+    _check_options(label_smoothing, exclude_positive, reduction)
+    labels = check_labels(labels, embeddings)
+    y = _map_labels(labels, label_to_proxy, ignore_index)
+    lse = functional.masked_logsumexp(
+        embeddings,
+        proxies,
+        y,
+        metric="sqeuclidean",
+        normalize=True,
+        scale=softmax_scale,
+        ignore_index=ignore_index,
+        eps=eps,
+        sums=label_smoothing > 0,
+        backend=backend,
+    )
+    counted = y != ignore_index
+    contributes = counted & (lse.different > -math.inf)
+    positive = logspace.finite_or_zero(lse.same, contributes)
+    rest = logspace.finite_or_zero(lse.different, contributes)
+    normaliser = rest if exclude_positive else logspace.logaddexp(positive, rest)
+    target = positive
+    if lse.sum_same is not None and lse.sum_different is not None:
+        mean = (lse.sum_same + lse.sum_different) / proxies.size(0)
+        target = (1 - label_smoothing) * positive + label_smoothing * logspace.finite_or_zero(mean, contributes)
+    per_row = logspace.finite_or_zero(normaliser - target, contributes)
+    weight = None if class_weight is None else _row_weight(class_weight, labels, per_row)
+    return reduce(per_row, counted, reduction, weight)
+
+
+def proxy_nca_reference(
+    embeddings, proxies, labels, *, softmax_scale=1.0, exclude_positive=False, label_smoothing=0.0, class_weight=None,
+    ignore_index=-100, label_to_proxy=None, reduction="mean", eps=1e-12,
+) -> Tensor:  # fmt: skip
+    """The paper's loss, written densely and row by row; independent of the ops. Tests only."""
+    x = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(eps)
+    p = proxies / proxies.norm(dim=1, keepdim=True).clamp_min(eps)
+    rows, mass = [], 0.0
+    for i, label in enumerate(labels.tolist()):
+        if label == ignore_index:
+            rows.append(embeddings[i].sum() * 0)
+            continue
+        y = label if label_to_proxy is None else int(label_to_proxy[label])
+        scale = softmax_scale[i] if isinstance(softmax_scale, Tensor) and softmax_scale.dim() else softmax_scale
+        z = -scale * (x[i] - p).square().sum(1)
+        others = torch.cat([z[:y], z[y + 1 :]])
+        if others.numel() == 0:
+            row = z.sum() * 0
+        elif exclude_positive:
+            row = -z[y] + torch.logsumexp(others, 0)
+        else:
+            log_p = z - torch.logsumexp(z, 0)
+            row = -(1 - label_smoothing) * log_p[y] - label_smoothing * log_p.mean()
+        weight = 1.0 if class_weight is None else class_weight[label]
+        rows.append(row * weight)
+        mass = mass + weight
+    if reduction == "none":
+        return torch.stack(rows)
+    total = torch.stack(rows).sum()
+    return total / mass if reduction == "mean" and mass else total
+
+
+class ProxyNCALoss(torch.nn.Module):
+    """Proxy-NCA with one learned proxy per class; a drop-in for pytorch-metric-learning 2.9's class of this name.
+
+    Same names and numbers by default: unit vectors, squared distances, the positive in the sum, mean over rows.
+    The paper's own loss is ``exclude_positive=True``. See :func:`proxy_nca_loss` for formula and options.
+
+    Args:
+        num_classes: C. embedding_size: D.
+        softmax_scale: multiplies the squared distances.
+        exclude_positive, label_smoothing, class_weight, ignore_index, reduction: as in :func:`proxy_nca_loss`.
+        label_to_proxy: (C,) int64, the proxy of each class; the number of proxies is its largest entry plus 1.
+        proxies: (number of proxies, D) starting values; None: standard normal, as pytorch-metric-learning does.
+        device, dtype: of the parameter, which keeps its dtype whatever the embeddings'.
+
+    Attributes:
+        proxies: (number of proxies, D) parameter. People train it at 10 to 100 times the network's learning rate.
+
+    Raises:
+        ValueError: sizes that are not positive, a map or starting values of the wrong shape.
+    """
+
+    label_to_proxy: Tensor | None
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        softmax_scale: float = 1,
+        *,
+        exclude_positive: bool = False,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_to_proxy: Tensor | None = None,
+        proxies: Tensor | None = None,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if num_classes < 1 or embedding_size < 1:
+            raise ValueError(
+                f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}"
+            )
+        _check_options(label_smoothing, exclude_positive, reduction)
+        self.num_classes, self.embedding_size, self.softmax_scale = num_classes, embedding_size, softmax_scale
+        self.exclude_positive, self.label_smoothing = exclude_positive, label_smoothing
+        self.ignore_index, self.reduction = ignore_index, reduction
+        if class_weight is not None and class_weight.shape != (num_classes,):
+            raise ValueError(f"class_weight must have shape ({num_classes},); got {tuple(class_weight.shape)}")
+        if label_to_proxy is not None:
+            label_to_proxy = self._check_map(label_to_proxy)
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.register_buffer("label_to_proxy", label_to_proxy)
+        rows = num_classes if label_to_proxy is None else int(label_to_proxy.max()) + 1
+        shape = (rows, embedding_size)
+        if proxies is None:
+            proxies = torch.randn(shape, device=device, dtype=dtype)
+        elif proxies.shape != shape:
+            raise ValueError(f"proxies must have shape {shape}; got {tuple(proxies.shape)}")
+        self.proxies = torch.nn.Parameter(proxies.detach().to(device=device, dtype=dtype).clone())
+
+    def _check_map(self, label_to_proxy: Tensor) -> Tensor:
+        if label_to_proxy.shape != (self.num_classes,) or label_to_proxy.dtype != torch.int64:
+            raise ValueError(
+                f"label_to_proxy must be int64 of shape ({self.num_classes},), a proxy for each class; "
+                f"got {label_to_proxy.dtype} {tuple(label_to_proxy.shape)}"
+            )
+        if int(label_to_proxy.min()) < 0:
+            raise ValueError(f"label_to_proxy must not be negative; got {int(label_to_proxy.min())}")
+        return label_to_proxy
+
+    @torch.no_grad()
+    def init_from_data(self, embeddings: Tensor, labels: Tensor, how: str = "mean") -> None:
+        """Set each proxy from the embeddings (n, D) of its classes; proxies without any keep their values.
+
+        ``how="mean"``: the mean of their unit vectors. ``"sample"``: the first of them. ``"nearest"``: the one
+        nearest to that mean (a member of the class, as the paper's static proxies).
+        """
+        labels = check_labels(labels, embeddings)
+        if how not in ("mean", "sample", "nearest"):
+            raise ValueError(f"how must be mean, sample or nearest; got {how!r}")
+        y = _map_labels(labels, self.label_to_proxy, self.ignore_index).to(self.proxies.device)
+        keep = (y != self.ignore_index).nonzero().squeeze(1)
+        y = y[keep]
+        if y.numel() and (int(y.min()) < 0 or int(y.max()) >= self.proxies.size(0)):
+            raise ValueError(f"labels must be in [0, {self.num_classes}); got {int(y.min())} to {int(y.max())}")
+        unit = functional.normalize(embeddings.to(self.proxies)[keep])
+        total = torch.zeros_like(self.proxies).index_add_(0, y, unit)
+        count = torch.bincount(y, minlength=self.proxies.size(0))
+        if how == "mean":
+            values = total / count.clamp_min(1)[:, None].to(total.dtype)
+        else:
+            # The smallest key of each proxy wins: its order in the data, or its rank by closeness to the mean.
+            closeness = (unit * functional.normalize(total)[y]).sum(1)
+            rank = torch.arange(y.numel(), device=y.device)
+            if how == "nearest":
+                rank = closeness.argsort(descending=True, stable=True).argsort()
+            best = torch.full_like(count, y.numel()).scatter_reduce_(0, y, rank, "amin")
+            by_rank = torch.empty_like(rank).scatter_(0, rank, torch.arange(y.numel(), device=y.device))
+            values = unit[by_rank[best.clamp_max(max(y.numel() - 1, 0))]] if y.numel() else self.proxies
+        self.proxies.copy_(torch.where((count > 0)[:, None], values, self.proxies))
+
+    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor:
+        """The loss of embeddings (N, D) with labels (N,). Miner tuples and reference embeddings are refused."""
+        for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb), ("ref_labels", ref_labels)):
+            if value is not None:
+                raise ValueError(
+                    f"ProxyNCALoss does not take {name}: the proxies are its references. "
+                    "Weight rows through class_weight, or drop them with ignore_index"
+                )
+        return proxy_nca_loss(
+            embeddings,
+            self.proxies,
+            labels,
+            softmax_scale=self.softmax_scale,
+            exclude_positive=self.exclude_positive,
+            label_smoothing=self.label_smoothing,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            label_to_proxy=self.label_to_proxy,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
+            f"softmax_scale={self.softmax_scale}, exclude_positive={self.exclude_positive}"
+        )
+
+
+ENTRY = LossEntry(
+    loss=ProxyNCALoss,
+    function=proxy_nca_loss,
+    reference=proxy_nca_reference,
+    paper="Movshovitz-Attias et al. 2017, arXiv 1703.07464",
+    options=(
+        {},
+        {"softmax_scale": 8.0},
+        {"softmax_scale": 32.0, "exclude_positive": True},
+        {"softmax_scale": 9.0, "label_smoothing": 0.1},
+        {"softmax_scale": 3.0, "reduction": "sum", "exclude_positive": True},
+    ),
+)

@@ -1,0 +1,103 @@
+"""The one place that decides which backend runs an op, and can say why.
+
+A backend is a module or object with a ``name``, ``can_run(op, device, dtype, policy) -> reason it cannot, or None``
+and the ops' forward and backward functions. The choice is made in the forward and travels as an op argument, so that
+the backward, which may run on another thread or after a ``with use_backend(...)`` has ended, uses the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import build_info, torch_backend
+from . import cpu_backend
+
+OPS = ("normalize", "normalized_distance", "masked_logsumexp")
+REFERENCE = "reference"
+# In order of preference: the first that can run an op runs it.
+BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, torch_backend)}
+
+_override: list[str] = []
+
+
+class Verdict(NamedTuple):
+    """One backend's answer to 'can you run this?'."""
+
+    backend: str
+    ok: bool
+    reason: str
+
+
+def names() -> tuple[str, ...]:
+    return (*BACKENDS, REFERENCE)
+
+
+def _check_name(name: str) -> str:
+    if name not in names():
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(names())}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the ``with`` on the named backend, for the whole process.
+
+    ``DML_BACKEND=name`` in the environment does the same for a whole run. A backend that cannot run an op refuses
+    with the reason; nothing falls back silently.
+
+    Raises:
+        ValueError: the name is not one of ``cpu``, ``torch``, ``reference``.
+    """
+    _override.append(_check_name(name))
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+def requested(argument: str | None = None) -> str | None:
+    """The backend asked for: by argument, else by the innermost ``use_backend``, else by ``DML_BACKEND``."""
+    if argument is not None:
+        return _check_name(argument)
+    if _override:
+        return _override[-1]
+    env = os.environ.get("DML_BACKEND")
+    return _check_name(env) if env else None
+
+
+def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str = "linear") -> list[Verdict]:
+    """Every backend's verdict on one op, in order of preference."""
+    device = torch.device(device)
+    verdicts = []
+    for name, backend in BACKENDS.items():
+        refusal = backend.can_run(op, device, dtype, policy)
+        verdicts.append(Verdict(name, refusal is None, refusal or backend.describe()))
+    return verdicts
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, policy: str = "linear", argument: str | None = None) -> str:
+    """The backend for an op on tensors of this device and product dtype.
+
+    Raises:
+        RuntimeError: the requested backend, or every one, refuses; the message holds the reasons.
+    """
+    asked = requested(argument)
+    if asked == REFERENCE:
+        return REFERENCE
+    refusals = []
+    for name in (asked,) if asked else BACKENDS:
+        refusal = BACKENDS[name].can_run(op, device, dtype, policy)
+        if refusal is None:
+            return name
+        refusals.append(f"{name}: {refusal}")
+    raise RuntimeError(f"no backend runs {op} for {dtype} on {device} with policy {policy!r}: " + "; ".join(refusals))
+
+
+def built() -> str:
+    """One line on the compiled extension: loaded, or why not."""
+    return build_info.load().reason

@@ -1,0 +1,173 @@
+"""What every op accepts: names, shapes, dtypes and values, checked in one place before a backend sees anything.
+
+Shapes, dtypes and devices are checked on every call. Values (a label out of range, a scale that is NaN) are checked
+on the CPU always; on CUDA only under ``DML_CHECK=1``, without a synchronisation.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
+POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Bank(NamedTuple):
+    """The tensors of one comparison of rows with a bank.
+
+    x (N, D) rows; w (M, D) bank; y (N,) int64 row labels; c (M,) int64 bank labels or None for the column index;
+    exclude (N,) int64 bank index left out for that row, -1 for none; scale () or (N,); col_scale, col_bias (M,).
+    """
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor | None
+    exclude: Tensor | None
+    scale: Tensor | None
+    col_scale: Tensor | None
+    col_bias: Tensor | None
+
+
+class Spec(NamedTuple):
+    """The numbers of one comparison: how a score becomes a logit, and who computes it.
+
+    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j.
+    """
+
+    metric: str
+    normalize: bool
+    logit: list[float]
+    eps: float
+    ignore_index: int
+    dtype: torch.dtype
+    sums: bool
+    policy: str
+    policy_params: list[float]
+    backend: str
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums, norms and losses are kept in fp32, and in fp64 where the products are."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, else the inputs' (the narrower of a mixed pair)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if x.dtype == w.dtype:
+        return x.dtype
+    return w.dtype if x.dtype == torch.float32 else x.dtype
+
+
+def split_metric(metric: str, normalize: bool) -> tuple[str, bool]:
+    """Cosine is the dot product of unit vectors: backends know only (dot | sqeuclidean | euclidean, normalize)."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    return ("dot", True) if metric == "cosine" else (metric, bool(normalize))
+
+
+def check_matrix(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    if t.dim() != 2:
+        raise ValueError(f"{name} must have shape (rows, D); got {tuple(t.shape)}. Use {name}.flatten(0, -2)")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {t.dtype}. Use {name}.float()")
+    if t.size(1) == 0:
+        raise ValueError(f"{name} has embedding size 0, shape {tuple(t.shape)}; at least 1 is needed")
+
+
+def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> None:
+    """Rows and bank: both (., D), on one device, in dtypes that can be multiplied without a silent loss."""
+    nx, nw = names
+    check_matrix(nx, x)
+    check_matrix(nw, w)
+    if x.size(1) != w.size(1):
+        raise ValueError(
+            f"{nx} and {nw} must have the same embedding size; got {x.size(1)} and {w.size(1)} "
+            f"(shapes {tuple(x.shape)} and {tuple(w.shape)})"
+        )
+    if w.size(0) == 0:
+        raise ValueError(f"{nw} has no rows, shape {tuple(w.shape)}; the bank needs at least one")
+    if x.device != w.device:
+        raise ValueError(f"{nx} is on {x.device} and {nw} on {w.device}; move one with .to()")
+    if x.dtype != w.dtype and (torch.float64 in (x.dtype, w.dtype) or {x.dtype, w.dtype} == {torch.bfloat16, torch.float16}):
+        raise TypeError(f"{nx} is {x.dtype} and {nw} is {w.dtype}; cast one to the other's dtype with .to()")
+
+
+def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, integer: bool, scalar: bool = False) -> None:
+    """A (size,) vector beside `like`; int64 when `integer`, floating otherwise; 0-dim allowed when `scalar`."""
+    if t is None:
+        return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    if t.shape != (size,) and not (scalar and t.dim() == 0):
+        want = f"({size},)" + (" or ()" if scalar else "")
+        raise ValueError(f"{name} must have shape {want}; got {tuple(t.shape)}")
+    if integer and t.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64; got {t.dtype}. Use {name}.long()")
+    if not integer and t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating dtype; got {t.dtype}. Use {name}.float()")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device} and x on {like.device}; use {name}.to({str(like.device)!r})")
+
+
+def check_number(name: str, value: float) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number; got {value!r}") from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite; got {number}")
+    return number
+
+
+def check_eps(eps: float) -> float:
+    eps = check_number("eps", eps)
+    if eps <= 0:
+        raise ValueError(f"eps must be positive, it guards a division; got {eps}")
+    return eps
+
+
+def check_policy(policy: str) -> None:
+    if policy not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {policy!r}")
+
+
+def _require(ok: Tensor, message: str, cause: Tensor) -> None:
+    """Raise `message` with the offending values on the CPU; on CUDA an asynchronous assertion."""
+    if ok.is_cuda:
+        torch._assert_async(ok.all(), message)
+    elif not bool(ok.all()):
+        bad = cause.expand(ok.shape)[~ok]
+        shown = ", ".join(str(v) for v in bad[:3].tolist())
+        raise ValueError(f"{message}; got {shown}" + (f" and {bad.numel() - 3} more" if bad.numel() > 3 else ""))
+
+
+def check_values(bank: Bank, ignore_index: int) -> None:
+    """Labels and indices in range, scales not NaN. Runs inside the op, so compiled graphs are checked too."""
+    if bank.x.is_cuda and os.environ.get("DML_CHECK", "0") != "1":
+        return
+    if bank.x.device.type not in ("cpu", "cuda"):
+        return
+    m = bank.w.size(0)
+    if bank.c is None and bank.y.numel():
+        ok = ((bank.y >= 0) & (bank.y < m)) | (bank.y == ignore_index)
+        _require(ok, f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names a row of the bank", bank.y)
+    if bank.exclude is not None and bank.exclude.numel():
+        ok = (bank.exclude >= -1) & (bank.exclude < m)
+        _require(ok, f"exclude must be a bank index in [0, {m}), or -1 for none", bank.exclude)
+    for name in ("scale", "col_scale"):
+        value = getattr(bank, name)
+        if value is not None and value.numel():
+            _require(value.isfinite(), f"{name} must be finite", value)
+    if bank.col_bias is not None:
+        _require(bank.col_bias < float("inf"), "col_bias must be finite or -inf (which leaves a column out)", bank.col_bias)

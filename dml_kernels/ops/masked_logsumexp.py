@@ -1,0 +1,176 @@
+"""masked_logsumexp: log-sum-exp over the bank entries of a row's label, and of all other labels, in one pass.
+
+Three registered ops and two autograd Functions. ``_Forward`` wraps ``fwd``; its backward calls ``_Backward``, which
+wraps ``bwd``; that one's backward calls ``dbl``. Both log-sum-exps enter ``bwd`` as differentiable inputs, so ``dbl``
+is a closed form over bank chunks and nothing N x M is ever kept. Arguments are spelled out: Dynamo needs that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .contract import Bank, Spec, accumulate_dtype, check_values
+from .library import register
+
+_BANK = "Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias"
+_SPEC = (
+    "str metric, bool normalize, float[] logit, float eps, int ignore_index, ScalarType dtype, bool sums, "
+    "str policy, float[] policy_params, str backend"
+)
+_GRADS = "Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different"
+_LSE = "Tensor same, Tensor different"
+_DIRECTIONS = "Tensor v_x, Tensor v_w, Tensor v_scale, Tensor v_col_scale, Tensor v_col_bias"
+N_BANK, N_SPEC = 8, 10
+# Positions in the bank of the tensors that may need a gradient: x, w, scale, col_scale, col_bias.
+DIFFERENTIABLE = (0, 1, 5, 6, 7)
+
+TensorTuple = tuple[Tensor, ...]
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Bank, Spec]:
+    return Bank(*args[:N_BANK]), Spec(*args[N_BANK:])
+
+
+def _fwd(*args: Any) -> TensorTuple:
+    bank, spec = _split(args)
+    check_values(bank, spec.ignore_index)
+    with torch.autocast(bank.x.device.type, enabled=False):
+        return backend.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
+
+
+def _fwd_fake(*args: Any) -> TensorTuple:
+    bank, spec = _split(args)
+    n = bank.x.size(0)
+    acc = accumulate_dtype(spec.dtype)
+    sizes = (n, n, n, n) if spec.sums else (n, n, 0, 0)
+    return tuple(bank.x.new_empty(size, dtype=acc) for size in sizes)
+
+
+def _bwd(*args: Any) -> TensorTuple:
+    grads, lse, needs = args[:4], args[4:6], args[6]
+    bank, spec = _split(args[7:])
+    with torch.autocast(bank.x.device.type, enabled=False):
+        return backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec)
+
+
+def _bwd_fake(*args: Any) -> TensorTuple:
+    needs = args[6]
+    bank, _ = _split(args[7:])
+    return tuple(
+        torch.empty_like(bank[i], memory_format=torch.contiguous_format) if need else bank.x.new_empty(0)
+        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
+    )
+
+
+def _dbl(*args: Any) -> TensorTuple:
+    directions, grads, lse = args[:5], args[5:9], args[9:11]
+    bank, spec = _split(args[11:])
+    with torch.autocast(bank.x.device.type, enabled=False):
+        # One implementation for all backends: a chunk loop in plain PyTorch, bounded like theirs.
+        return backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
+
+
+def _dbl_fake(*args: Any) -> TensorTuple:
+    grads, lse = args[5:9], args[9:11]
+    bank, _ = _split(args[11:])
+    inputs = (bank.x.new_empty(0) if bank[i] is None else bank[i] for i in DIFFERENTIABLE)
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*grads, *lse, *inputs))
+
+
+def _tensors(n: int) -> str:
+    return "(" + ", ".join(["Tensor"] * n) + ")"
+
+
+fwd = register("masked_logsumexp_fwd", f"({_BANK}, {_SPEC}) -> {_tensors(4)}", _fwd, _fwd_fake)
+bwd = register(
+    "masked_logsumexp_bwd", f"({_GRADS}, {_LSE}, bool[] needs, {_BANK}, {_SPEC}) -> {_tensors(5)}", _bwd, _bwd_fake
+)
+dbl = register(
+    "masked_logsumexp_dbl", f"({_DIRECTIONS}, {_GRADS}, {_LSE}, {_BANK}, {_SPEC}) -> {_tensors(11)}", _dbl, _dbl_fake
+)
+
+
+class _Backward(torch.autograd.Function):
+    """The first derivative as a differentiable function of the incoming gradients, the inputs and both sums."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad_same, grad_different, grad_sum_same, grad_sum_different, same, different, needs,
+        x, w, y, c, exclude, scale, col_scale, col_bias,
+        metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend,
+    ):  # fmt: skip
+        return bwd(
+            grad_same, grad_different, grad_sum_same, grad_sum_different, same, different, needs,
+            x, w, y, c, exclude, scale, col_scale, col_bias,
+            metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6], *inputs[7 : 7 + N_BANK])
+        ctx.spec = inputs[7 + N_BANK :]
+
+    @staticmethod
+    def backward(ctx, v_x, v_w, v_scale, v_col_scale, v_col_bias):
+        saved = ctx.saved_tensors
+        out = dbl(v_x, v_w, v_scale, v_col_scale, v_col_bias, *saved, *ctx.spec)
+        g1, g2, g3, g4, same, different, x, w, scale, col_scale, col_bias = out
+        _, _, _, _, _, s, q, b = saved[6:]
+        scale = None if s is None else scale
+        col_scale = None if q is None else col_scale
+        col_bias = None if b is None else col_bias
+        nones = (None,) * N_SPEC
+        return g1, g2, g3, g4, same, different, None, x, w, None, None, None, scale, col_scale, col_bias, *nones
+
+
+class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x, w, y, c, exclude, scale, col_scale, col_bias,
+        metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend,
+    ):  # fmt: skip
+        return fwd(
+            x, w, y, c, exclude, scale, col_scale, col_bias,
+            metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:N_BANK], *output[:2])
+        ctx.spec = inputs[N_BANK:]
+
+    @staticmethod
+    def backward(ctx, grad_same, grad_different, grad_sum_same, grad_sum_different):
+        x, w, y, c, exclude, scale, col_scale, col_bias, same, different = ctx.saved_tensors
+        metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend = ctx.spec
+        need = ctx.needs_input_grad
+        needs = [need[0], need[1], need[5], need[6], need[7]]
+        g_x, g_w, g_scale, g_col_scale, g_col_bias = _Backward.apply(
+            grad_same, grad_different, grad_sum_same, grad_sum_different, same, different, needs,
+            x, w, y, c, exclude, scale, col_scale, col_bias,
+            metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend,
+        )  # fmt: skip
+        return (
+            g_x if needs[0] else None,
+            g_w if needs[1] else None,
+            None,
+            None,
+            None,
+            g_scale if needs[2] else None,
+            g_col_scale if needs[3] else None,
+            g_col_bias if needs[4] else None,
+            *(None,) * N_SPEC,
+        )
+
+
+def masked_logsumexp(bank: Bank, spec: Spec) -> TensorTuple:
+    """(same, different, sum_same, sum_different) for checked arguments; see functional.masked_logsumexp."""
+    return _Forward.apply(*bank, *spec)

@@ -1,0 +1,62 @@
+"""Dense, literal versions of the ops, differentiated by autograd. Tests only: never chosen, N x M x D memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """x / max(|x|, eps) over the last dimension."""
+    return x / x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt().clamp_min(eps)
+
+
+def scores(x: Tensor, w: Tensor, metric: str, normalized: bool, eps: float = 1e-12) -> Tensor:
+    """s_ij, larger is closer: u.p, -|u - p|^2 or -|u - p|, on unit vectors when ``normalized``."""
+    if normalized or metric == "cosine":
+        x, w = normalize(x, eps), normalize(w, eps)
+    if metric in ("cosine", "dot"):
+        return x @ w.T
+    d2 = (x[:, None] - w[None]).square().sum(-1)
+    if metric == "sqeuclidean":
+        return -d2
+    return -torch.where(d2 == 0, 0, torch.where(d2 == 0, 1, d2).sqrt())
+
+
+def normalized_distance(x: Tensor, w: Tensor, metric: str = "euclidean", normalized: bool = True, eps: float = 1e-12):
+    """Similarity for cosine and dot, distance for sqeuclidean and euclidean."""
+    s = scores(x, w, metric, normalized, eps)
+    return s if metric in ("cosine", "dot") else -s
+
+
+def _logsumexp(z: Tensor, members: Tensor) -> Tensor:
+    """Row-wise log-sum-exp over ``members``; -inf and no gradient where a row has none."""
+    some = members.any(1)
+    z = torch.where(members, z, -math.inf)
+    return torch.where(some, torch.logsumexp(torch.where(some[:, None], z, 0), 1), -math.inf)
+
+
+def masked_logsumexp(
+    x, w, y, c=None, *, metric="cosine", normalized=False, scale=1.0, same=(1.0, 0.0), different=(1.0, 0.0),
+    col_scale=None, col_bias=None, exclude=None, ignore_index=-100, eps=1e-12,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
+    s = scores(x, w, metric, normalized, eps)
+    columns = torch.arange(w.size(0), device=w.device)
+    c = columns if c is None else c
+    is_same = y[:, None] == c
+    used = (y != ignore_index)[:, None] & (c != ignore_index)[None]
+    if exclude is not None:
+        used = used & (exclude[:, None] != columns)
+    t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
+    qs = s if col_scale is None else col_scale * s
+    z_same, z_different = (k * t * (qs - o) for k, o in (same, different))
+    if col_bias is not None:
+        used = used & (col_bias != -math.inf)
+        bias = torch.where(col_bias == -math.inf, 0, col_bias)
+        z_same, z_different = z_same + bias, z_different + bias
+    sets = ((z_same, is_same & used), (z_different, ~is_same & used))
+    lse = [_logsumexp(z, members) for z, members in sets]
+    return *lse, *(torch.where(members, z, 0).sum(1) for z, members in sets)
