@@ -131,7 +131,7 @@ def masked_logsumexp(
         same, different: (k, o) of each set; k may be negative (Proxy-Anchor's positives).
         col_scale, col_bias: (M,), each gets a gradient. A bias of -inf leaves the column out.
         exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
-        ignore_index: rows and bank entries with this label are in no set.
+        ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
         eps: guards the division by the norm.
         sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
             are both that positive's logit; ``sum_same + sum_different`` serves label smoothing.

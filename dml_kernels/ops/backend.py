@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import build_info, torch_backend
+from .. import torch_backend
 from . import cpu_backend
 
 OPS = ("normalize", "normalized_distance", "masked_logsumexp")
@@ -97,7 +97,3 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, policy: str = "lin
         refusals.append(f"{name}: {refusal}")
     raise RuntimeError(f"no backend runs {op} for {dtype} on {device} with policy {policy!r}: " + "; ".join(refusals))
 
-
-def built() -> str:
-    """One line on the compiled extension: loaded, or why not."""
-    return build_info.load().reason

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import build_info
-from .contract import Bank, Spec
+from ..torch_backend import scale_grad
+from .contract import Bank, Spec, accumulate_dtype
 
 name = "cpu"
 METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
+# Loaded once, here: Dynamo cannot trace an import.
+EXTENSION = build_info.load()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -20,12 +23,11 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"multiplies float32, float64 and bfloat16; not {dtype}"
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
-    extension = build_info.load()
-    return None if extension else f"the extension is {extension.reason}"
+    return None if EXTENSION.module is not None else f"the extension is {EXTENSION.reason}"
 
 
 def describe() -> str:
-    return f"fused C++; {build_info.load().reason}"
+    return f"fused C++; {EXTENSION.reason}"
 
 
 def _ops():
@@ -53,18 +55,33 @@ def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) ->
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    # Half-precision products: a zero-element tensor carries the product dtype.
-    return _ops().mlse_fwd(*bank, bank.x.new_empty(0, dtype=spec.dtype), *_numbers(spec), spec.sums)
+    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *_numbers(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    targets = [_like(t, need) for t, need in zip((bank[0], bank[1], *bank[5:]), needs, strict=True)]
-    _ops().mlse_bwd(*targets, *grads, *lse, *bank, *_numbers(spec))
-    return tuple(targets)
+    need_x, need_w, need_t, need_q, need_b = needs
+    # The scale's gradient comes one value a row; a scalar's is their sum.
+    per_row = bank.x.new_empty(bank.x.size(0) if need_t else 0, dtype=accumulate_dtype(spec.dtype))
+    grad_x, grad_w = _like(bank.x, need_x), _like(bank.w, need_w)
+    grad_q, grad_b = _like(bank.col_scale, need_q), _like(bank.col_bias, need_b)
+    _ops().mlse_bwd(grad_x, grad_w, per_row, grad_q, grad_b, *grads, *lse, _kind(spec), *_plain(bank), *_numbers(spec))
+    return grad_x, grad_w, scale_grad(per_row, bank) if need_t else per_row, grad_q, grad_b
 
 
-def _like(t: Tensor, need: bool) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format) if need else torch.empty(0)
+def _like(t: Tensor | None, need: bool) -> Tensor:
+    return torch.empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _kind(spec: Spec) -> Tensor:
+    """An empty tensor that carries the product dtype."""
+    return torch.empty(0, dtype=spec.dtype)
+
+
+def _plain(bank: Bank) -> Bank:
+    """Label vectors contiguous, the rest as it is; fp16 vectors, which C++ does not read, widened."""
+    x, w, y, c, exclude, *vectors = bank
+    vectors = [t.float() if t is not None and t.dtype == torch.float16 else t for t in vectors]
+    return Bank(x, w, y.contiguous(), *(t if t is None else t.contiguous() for t in (c, exclude)), *vectors)
 
 
 def _numbers(spec: Spec) -> tuple:

@@ -45,9 +45,10 @@ def masked_logsumexp(
     """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
     s = scores(x, w, metric, normalized, eps)
     columns = torch.arange(w.size(0), device=w.device)
-    c = columns if c is None else c
-    is_same = y[:, None] == c
-    used = (y != ignore_index)[:, None] & (c != ignore_index)[None]
+    is_same = y[:, None] == (columns if c is None else c)
+    used = (y != ignore_index)[:, None].expand_as(is_same)
+    if c is not None:
+        used = used & (c != ignore_index)
     if exclude is not None:
         used = used & (exclude[:, None] != columns)
     t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale

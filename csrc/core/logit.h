@@ -1,0 +1,33 @@
+// Scores and logits of one (row, bank entry) pair; shared by every compiled backend. No torch, no allocation.
+//
+//   raw   x.w, as the matrix product gives it
+//   s     score, larger is closer:  r_i r_j raw  |  -(sq_i + sq_j - 2 r_i r_j raw)  |  -sqrt of that
+//   z     logit:                    k t_i (q_j s - o) + b_j, with k and o of the entry's set
+#pragma once
+#include <cstdint>
+
+namespace dml {
+
+enum class Metric : std::int64_t { dot = 0, sqeuclidean = 1, euclidean = 2 };
+
+// Below this share of |u|^2 + |p|^2 a squared distance is summed from differences: expanding has cancelled 4 bits.
+constexpr double near_share = 1.0 / 16;
+
+// One set's factor and offset.
+template <class A>
+struct SetLogit {
+  A k, o;
+};
+
+template <class A>
+inline A logit(A s, A kt, A o, A q, A b) {
+  return kt * (q * s - o) + b;
+}
+
+// d(-sqrt(d2)) / d(-d2) = 1 / (2 sqrt(d2)), and 0 at zero distance.
+template <class A>
+inline A root_slope(A s) {
+  return s == A(0) ? A(0) : A(-0.5) / s;
+}
+
+}  // namespace dml

@@ -1,0 +1,133 @@
+// normalize, and the whole N x M matrix of similarities or distances with its gradient.
+#include "ops.h"
+
+namespace dml::cpu {
+
+template <class P>
+void distance_fwd(const Problem<P>& problem, P* out) {
+  using A = Acc<P>;
+  const auto& k = row_kernels<A>();
+  const Plan& plan = problem.plan;
+  const std::int64_t n = problem.x.rows, m = problem.w.rows;
+  const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
+  for_each_slice(plan, [&](std::int64_t slice) {
+    TileScores<P> scores(problem);
+    for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) {
+      scores.load(tile);
+      for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
+        const std::int64_t rows = std::min(plan.row_block, n - begin);
+        scores.multiply_rows(begin, rows);
+        for (std::int64_t i = begin; i < begin + rows; ++i) {
+          scores.score_row(i, sign, A(0), nullptr, nullptr, false);
+          P* to = out + i * m + scores.first;
+          if constexpr (TileScores<P>::half) {
+            k.products_bf16(scores.z.data(), A(1), nullptr, to, scores.count);
+          } else {
+            std::copy_n(scores.z.data(), scores.count, to);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class P>
+void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, Target grad_w) {
+  using A = Acc<P>;
+  const auto& k = row_kernels<A>();
+  const Plan& plan = problem.plan;
+  const std::int64_t n = problem.x.rows;
+  const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
+  const std::int64_t size = grad.dtype == ScalarType::Double ? 8 : grad.dtype == ScalarType::Float ? 4 : 2;
+  Gradients<P> gradients(problem, grad_x, grad_w);
+  for_each_slice(plan, [&](std::int64_t slice) {
+    TileScores<P> scores(problem);
+    typename Gradients<P>::Slice out(gradients, slice, scores);
+    std::vector<A> ds(plan.tile);
+    for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) {
+      scores.load(tile);
+      out.begin_tile();
+      // The tile's columns of grad, whatever its strides: 0 for an expanded one.
+      Source columns = grad;
+      columns.cols = scores.count;
+      columns.data = static_cast<const char*>(grad.data) + scores.first * grad.col_stride * size;
+      for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
+        const std::int64_t rows = std::min(plan.row_block, n - begin);
+        scores.multiply_rows(begin, rows);
+        for (std::int64_t i = begin; i < begin + rows; ++i) {
+          scores.score_row(i, A(1), A(0), nullptr, nullptr, true);
+          read_row(columns, i, ds.data());
+          k.score_grad(ds.data(), scores.count, sign, nullptr,
+                       problem.metric == Metric::euclidean ? scores.s.data() : nullptr);
+          out.row(i - begin, i, ds.data());
+        }
+        out.end_block(begin, rows);
+      }
+      out.end_tile();
+    }
+  });
+  gradients.finish();
+}
+
+namespace {
+
+// fp64 rows in double, all others in float.
+template <class Function>
+void with_accumulation(ScalarType dtype, Function function) {
+  if (dtype == ScalarType::Double) return function(double{});
+  function(float{});
+}
+
+template <class A>
+A inverse_norm(const A* x, std::int64_t d, double eps, bool& unit) {
+  const A norm = std::sqrt(row_kernels<A>().dot(x, x, d));
+  unit = !(norm < A(eps));
+  return A(1) / (unit ? norm : A(eps));
+}
+
+}  // namespace
+
+void normalize_fwd(const Source& x, double eps, Target out) {
+  with_accumulation(x.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    torch::stable::parallel_for(0, x.rows, 64, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<A> row(x.cols);
+      bool unit;
+      for (std::int64_t i = begin; i < end; ++i) {
+        read_row(x, i, row.data());
+        const A r = inverse_norm(row.data(), x.cols, eps, unit);
+        row_kernels<A>().products(row.data(), r, nullptr, row.data(), x.cols);
+        write_values(row.data(), out.data, out.dtype, i * x.cols, x.cols);
+      }
+    });
+  });
+}
+
+void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) {
+  with_accumulation(x.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    const auto& k = row_kernels<A>();
+    torch::stable::parallel_for(0, x.rows, 64, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<A> row(x.cols), g(x.cols);
+      bool unit;
+      for (std::int64_t i = begin; i < end; ++i) {
+        read_row(x, i, row.data());
+        read_row(grad, i, g.data());
+        const A r = inverse_norm(row.data(), x.cols, eps, unit);
+        if (unit) k.axpy(g.data(), -k.dot(row.data(), g.data(), x.cols) * r * r, row.data(), x.cols);
+        k.products(g.data(), r, nullptr, g.data(), x.cols);
+        write_values(g.data(), out.data, out.dtype, i * x.cols, x.cols);
+      }
+    });
+  });
+}
+
+#define DML_INSTANTIATE(P)                               \
+  template void distance_fwd<P>(const Problem<P>&, P*); \
+  template void distance_bwd<P>(const Problem<P>&, const Source&, Target, Target);
+DML_INSTANTIATE(float)
+DML_INSTANTIATE(double)
+DML_INSTANTIATE(bf16)
+#undef DML_INSTANTIATE
+
+}  // namespace dml::cpu

@@ -1,0 +1,155 @@
+// From the gradient of the scores to the gradients of rows and bank: one tile at a time, merged in slice order.
+//
+// With E_ij = f dS_ij r_i r_j, the gradient of the raw product (f = 2 for distances), dx_i = P_i sum_j E_ij w_j and
+// dw_j = P_j sum_i E_ij x_i, where P projects off a unit vector's own direction. A near pair is taken out of E; its
+// gradient -2 dS (u - p) is added by itself.
+#pragma once
+#include "tiles.h"
+
+namespace dml::cpu {
+
+// Where a gradient goes; data is null where none is wanted.
+struct Target {
+  void* data;
+  ScalarType dtype;
+};
+
+template <class P>
+class Gradients {
+ public:
+  using A = Acc<P>;
+
+  Gradients(const Problem<P>& problem, Target grad_x, Target grad_w)
+      : problem_(problem), x_(grad_x), w_(grad_w),
+        parts_(grad_x.data ? new A[problem.plan.slices * rows_size()] : nullptr),
+        own_(grad_x.data && distances() ? problem.plan.slices * problem.x.rows : 0) {}
+
+  // One slice's share of the work.
+  class Slice {
+   public:
+    Slice(Gradients& all, std::int64_t slice, TileScores<P>& scores)
+        : all_(all), scores_(scores), part_(all.parts_ ? all.parts_.get() + slice * all.rows_size() : nullptr),
+          own_(all.own_.empty() ? nullptr : all.own_.data() + slice * all.problem_.x.rows), d_(all.problem_.x.cols),
+          buffer_(d_) {
+      if (part_) std::fill_n(part_, all.rows_size(), A(0));
+      if (all.w_.data) grad_w_.resize(all.problem_.plan.tile * d_);
+      if (TileScores<P>::half) half_.resize(std::max(all.problem_.plan.row_block, all.problem_.plan.tile) * d_);
+    }
+
+    void begin_tile() {
+      std::fill(grad_w_.begin(), grad_w_.end(), A(0));
+      if (all_.distances()) columns_own_.assign(scores_.count, A(0));
+    }
+
+    // Row i's dS over the tile (overwritten); scores_.near are its near pairs.
+    void row(std::int64_t local, std::int64_t i, A* ds) {
+      const auto& problem = all_.problem_;
+      const auto& k = row_kernels<A>();
+      const std::int64_t n = scores_.count;
+      const Metric metric = problem.metric;
+      if (metric != Metric::dot) {
+        for (const std::int32_t j : scores_.near) {
+          near_.push_back({i, j, ds[j]});
+          ds[j] = 0;
+        }
+        if (own_ && !problem.rows.unit[i]) own_[i] += k.sum(ds, n);
+        if (!scores_.bank.all_unit && all_.w_.data) k.add(columns_own_.data(), ds, n);
+      }
+      const A f = (metric == Metric::dot ? A(1) : A(2)) * problem.rows.r[i];
+      const A* r = problem.normalize ? scores_.bank.r.data() : nullptr;
+      P* e = scores_.products(local + 1).row(local);
+      if constexpr (TileScores<P>::half) {
+        k.products_bf16(ds, f, r, e, n);
+      } else {
+        k.products(ds, f, r, e, n);
+      }
+    }
+
+    void empty_row(std::int64_t local) {
+      P* e = scores_.products(local + 1).row(local);
+      std::fill_n(e, scores_.count, P(0.f));
+    }
+
+    // After the rows [begin, begin + n) of a tile.
+    void end_block(std::int64_t begin, std::int64_t n) {
+      const Mat<P> e = scores_.products(n);
+      const Mat<const P> weights{e.data, e.rows, e.cols, e.row_stride};
+      if (part_) accumulate(weights, scores_.bank.products, part_ + begin * d_);
+      if (!grad_w_.empty())
+        accumulate(weights.transposed(), all_.problem_.rows.products.row_block(begin, n), grad_w_.data());
+      for (const auto& pair : near_) add_near(pair.i, pair.j, pair.ds);
+      near_.clear();
+    }
+
+    void end_tile() {
+      if (grad_w_.empty()) return;
+      for (std::int64_t j = 0; j < scores_.count; ++j) {
+        A* grad = grad_w_.data() + j * d_;
+        scores_.bank.finish(j, grad, columns_own_.empty() ? A(0) : columns_own_[j], buffer_.data());
+        write_values(grad, all_.w_.data, all_.w_.dtype, (scores_.first + j) * d_, d_);
+      }
+    }
+
+   private:
+    struct Near {
+      std::int64_t i;
+      std::int32_t j;
+      A ds;
+    };
+
+    void accumulate(Mat<const P> a, Mat<const P> b, A* out) {
+      if constexpr (TileScores<P>::half) {
+        multiply<P>(a, b, {half_.data(), a.rows, d_, d_}, false);
+        row_kernels<A>().add_bf16(out, half_.data(), a.rows * d_);
+      } else {
+        multiply<P>(a, b, {out, a.rows, d_, d_}, true);
+      }
+    }
+
+    void add_near(std::int64_t i, std::int64_t j, A ds) {
+      const auto& k = row_kernels<A>();
+      const A* difference = scores_.difference(i, j);
+      if (part_) k.axpy(part_ + i * d_, -2 * ds * all_.problem_.rows.r[i], difference, d_);
+      if (!grad_w_.empty()) k.axpy(grad_w_.data() + j * d_, 2 * ds * scores_.bank.r[j], difference, d_);
+    }
+
+    Gradients& all_;
+    TileScores<P>& scores_;
+    A *part_, *own_;
+    std::int64_t d_;
+    std::vector<A> buffer_, grad_w_, columns_own_;
+    std::vector<P> half_;
+    std::vector<Near> near_;
+  };
+
+  // Merges the slices' parts of grad_x, in order.
+  void finish() {
+    if (!x_.data) return;
+    const std::int64_t n = problem_.x.rows, d = problem_.x.cols;
+    const auto& k = row_kernels<A>();
+    torch::stable::parallel_for(0, n, 16, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<A> total(d), buffer(d);
+      for (std::int64_t i = begin; i < end; ++i) {
+        std::fill(total.begin(), total.end(), A(0));
+        A own = 0;
+        for (std::int64_t slice = 0; slice < problem_.plan.slices; ++slice) {
+          k.add(total.data(), parts_.get() + slice * rows_size() + i * d, d);
+          if (!own_.empty()) own += own_[slice * n + i];
+        }
+        problem_.rows.finish(i, total.data(), own, buffer.data());
+        write_values(total.data(), x_.data, x_.dtype, i * d, d);
+      }
+    });
+  }
+
+ private:
+  bool distances() const { return problem_.metric != Metric::dot; }
+  std::int64_t rows_size() const { return problem_.x.rows * problem_.x.cols; }
+
+  const Problem<P>& problem_;
+  Target x_, w_;
+  std::unique_ptr<A[]> parts_;  // (slices, N, D); each slice clears its own
+  std::vector<A> own_;          // (slices, N) sums of dS, for rows that are no unit vectors
+};
+
+}  // namespace dml::cpu

@@ -1,0 +1,67 @@
+// Which rows meet their own label in a bank tile. Labels are compared and searched, never used as addresses.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace dml::cpu {
+
+// The same-label pairs of one tile, by row: columns[start[i]] up to columns[start[i + 1]] are those of row i.
+struct TilePairs {
+  std::vector<std::int32_t> start, columns;
+  bool any = false;
+
+  std::int64_t count(std::int64_t i) const { return any ? start[i + 1] - start[i] : 0; }
+  const std::int32_t* of(std::int64_t i) const { return columns.data() + (any ? start[i] : 0); }
+};
+
+class LabelIndex {
+ public:
+  // y (n,) row labels; c (m,) bank labels or null for the column index. Rows with `ignore` have no pairs.
+  LabelIndex(const std::int64_t* y, std::int64_t n, const std::int64_t* c, std::int64_t ignore)
+      : y_(y), c_(c), n_(n), ignore_(ignore), order_(n), sorted_(n) {
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(), [y](std::int64_t a, std::int64_t b) { return y[a] < y[b]; });
+    for (std::int64_t i = 0; i < n; ++i) sorted_[i] = y[order_[i]];
+  }
+
+  bool ignored(std::int64_t i) const { return y_[i] == ignore_; }
+
+  // True where bank entry j belongs to no set.
+  bool column_ignored(std::int64_t j) const { return c_ && c_[j] == ignore_; }
+
+  void tile(std::int64_t first, std::int64_t count, TilePairs& out) const {
+    out.start.assign(n_ + 1, 0);
+    visit(first, count, [&](std::int64_t row, std::int64_t) { ++out.start[row]; });
+    // Ends first: placing walks each row's range back to its start.
+    std::partial_sum(out.start.begin(), out.start.end(), out.start.begin());
+    out.any = out.start[n_] > 0;
+    out.columns.resize(out.start[n_]);
+    if (!out.any) return;
+    visit(first, count, [&](std::int64_t row, std::int64_t j) { out.columns[--out.start[row]] = std::int32_t(j); });
+  }
+
+ private:
+  template <class Visit>
+  void visit(std::int64_t first, std::int64_t count, Visit visit) const {
+    if (!c_) {  // labels are columns: the sorted rows within [first, first + count)
+      const auto low = std::lower_bound(sorted_.begin(), sorted_.end(), first);
+      for (auto it = low; it != sorted_.end() && *it < first + count; ++it)
+        if (*it != ignore_) visit(order_[it - sorted_.begin()], *it - first);
+      return;
+    }
+    for (std::int64_t j = 0; j < count; ++j) {
+      const std::int64_t label = c_[first + j];
+      if (label == ignore_) continue;
+      for (auto it = std::lower_bound(sorted_.begin(), sorted_.end(), label); it != sorted_.end() && *it == label; ++it)
+        visit(order_[it - sorted_.begin()], j);
+    }
+  }
+
+  const std::int64_t *y_, *c_;
+  std::int64_t n_, ignore_;
+  std::vector<std::int64_t> order_, sorted_;
+};
+
+}  // namespace dml::cpu

@@ -1,0 +1,248 @@
+// masked_logsumexp: each tile's logits are split into the row's own label's (a short list) and all others (the tile's
+// row with those entries taken out), and both are reduced, or weighted, by the same vector loops.
+#include <cmath>
+#include <limits>
+
+#include "../core/online_lse.h"
+#include "ops.h"
+
+namespace dml::cpu {
+namespace {
+
+template <class A>
+std::vector<A> read_all(const Vector& v, std::int64_t n, A otherwise) {
+  std::vector<A> out(n, otherwise);
+  if (v) v.read(0, n, out.data());
+  return out;
+}
+
+// A call's labels and logit, the same for every slice.
+template <class P>
+struct Setup {
+  using A = Acc<P>;
+  const Problem<P>& problem;
+  const Labels& labels;
+  const LogitArgs& args;
+  LabelIndex index;
+  std::vector<A> scale;
+  bool one_logit;  // both sets share factor and offset
+
+  Setup(const Problem<P>& problem, const Labels& labels, const LogitArgs& args)
+      : problem(problem), labels(labels), args(args), index(labels.y, problem.x.rows, labels.c, labels.ignore),
+        scale(read_all<A>(args.scale, problem.x.rows, A(1))),
+        one_logit(args.k_same == args.k_different && args.o_same == args.o_different) {}
+};
+
+// One thread's walk: tiles of a slice, row blocks of a tile, rows of a block, each row split into its two sets.
+template <class P>
+class Walk {
+ public:
+  using A = Acc<P>;
+  static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+  Walk(const Setup<P>& setup, bool keep_scores)
+      : scores(setup.problem), setup_(setup), keep_scores_(keep_scores || !setup.one_logit),
+        q_(setup.args.col_scale ? setup.problem.plan.tile : 0), b_(setup.problem.plan.tile) {}
+
+  TileScores<P> scores;
+  std::vector<A> same;  // the logits of the row's own label in this tile
+  const std::int32_t* positions = nullptr;
+
+  const A* q() const { return q_.empty() ? nullptr : q_.data(); }
+
+  void load(std::int64_t tile) {
+    scores.load(tile);
+    const std::int64_t first = scores.first, n = scores.count;
+    if (!q_.empty()) setup_.args.col_scale.read(first, n, q_.data());
+    biased_ = bool(setup_.args.col_bias);
+    if (biased_) {
+      setup_.args.col_bias.read(first, n, b_.data());
+    } else {
+      std::fill_n(b_.data(), n, A(0));
+    }
+    for (std::int64_t j = 0; j < n; ++j)
+      if (setup_.index.column_ignored(first + j)) b_[j] = minus_infinity, biased_ = true;
+    setup_.index.tile(first, n, pairs_);
+  }
+
+  // Row i: z of the others in scores.z, of its own label in `same` (at `positions`); what is left out is -inf.
+  void split(std::int64_t i) {
+    const LogitArgs& args = setup_.args;
+    const A t = setup_.scale[i];
+    const A* b = biased_ ? b_.data() : nullptr;
+    scores.score_row(i, A(args.k_different) * t, A(args.o_different), q(), b, keep_scores_);
+    const std::int64_t excluded = setup_.labels.exclude ? setup_.labels.exclude[i] - scores.first : -1;
+    const bool excludes = setup_.labels.exclude && excluded >= 0 && excluded < scores.count;
+    positions = pairs_.of(i);
+    same.resize(pairs_.count(i));
+    for (std::size_t p = 0; p < same.size(); ++p) {
+      const std::int32_t j = positions[p];
+      A& z = scores.z[j];
+      same[p] = setup_.one_logit ? z
+                                 : logit(scores.s[j], A(args.k_same) * t, A(args.o_same), q() ? q_[j] : A(1), b_[j]);
+      if (excludes && j == excluded) same[p] = minus_infinity;
+      z = minus_infinity;
+    }
+    if (excludes) scores.z[excluded] = minus_infinity;
+  }
+
+  // For every tile of the slice and every row of a set: begin(tile), row(local, i), block(begin, n), end(tile).
+  template <class Begin, class RowStep, class Block, class End>
+  void run(std::int64_t slice, Begin begin_tile, RowStep row, Block block, End end_tile) {
+    const Plan& plan = setup_.problem.plan;
+    const std::int64_t n = setup_.problem.x.rows;
+    for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) {
+      load(tile);
+      begin_tile();
+      for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
+        const std::int64_t rows = std::min(plan.row_block, n - begin);
+        scores.multiply_rows(begin, rows);
+        for (std::int64_t local = 0; local < rows; ++local) row(local, begin + local);
+        block(begin, rows);
+      }
+      end_tile();
+    }
+  }
+
+ private:
+  const Setup<P>& setup_;
+  bool keep_scores_, biased_ = false;
+  std::vector<A> q_, b_;
+  TilePairs pairs_;
+};
+
+// Both sets' running results of one row.
+template <class A>
+struct RowState {
+  OnlineLse<A> same, different;
+  double sum_same = 0, sum_different = 0;
+};
+
+}  // namespace
+
+template <class P>
+void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const LogitArgs& args, const LseOut& out) {
+  using A = Acc<P>;
+  const Setup<P> setup(problem, labels, args);
+  const auto& k = row_kernels<A>();
+  const std::int64_t n = problem.x.rows;
+  const bool sums = out.sum_same;
+  std::vector<RowState<A>> states(problem.plan.slices * n);
+  const auto none = [] {};
+  for_each_slice(problem.plan, [&](std::int64_t slice) {
+    Walk<P> walk(setup, false);
+    RowState<A>* state = states.data() + slice * n;
+    const auto row = [&](std::int64_t, std::int64_t i) {
+      if (setup.index.ignored(i)) return;
+      walk.split(i);
+      const auto reduce = [&](const A* z, std::int64_t count, OnlineLse<A>& lse, double& sum) {
+        const A max = k.max(z, count);
+        if (max != Walk<P>::minus_infinity) lse.add(max, k.sum_exp(z, count, max));
+        if (sums) sum += k.sum_used(z, count);
+      };
+      reduce(walk.scores.z.data(), walk.scores.count, state[i].different, state[i].sum_different);
+      if (!walk.same.empty()) reduce(walk.same.data(), walk.same.size(), state[i].same, state[i].sum_same);
+    };
+    walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+  });
+  for (std::int64_t i = 0; i < n; ++i) {
+    RowState<A> total;
+    for (std::int64_t slice = 0; slice < problem.plan.slices; ++slice) {
+      const RowState<A>& part = states[slice * n + i];
+      total.same.add(part.same), total.different.add(part.different);
+      total.sum_same += part.sum_same, total.sum_different += part.sum_different;
+    }
+    static_cast<A*>(out.same)[i] = total.same.value();
+    static_cast<A*>(out.different)[i] = total.different.value();
+    if (sums) {
+      static_cast<A*>(out.sum_same)[i] = A(total.sum_same);
+      static_cast<A*>(out.sum_different)[i] = A(total.sum_different);
+    }
+  }
+}
+
+template <class P>
+void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const LogitArgs& args, const LseIn& in,
+                          const LseTargets& targets) {
+  using A = Acc<P>;
+  const Setup<P> setup(problem, labels, args);
+  const auto& k = row_kernels<A>();
+  const std::int64_t n = problem.x.rows, slices = problem.plan.slices;
+  const auto per_row = [n](const Vector& v) { return read_all<A>(v, n, A(0)); };
+  const auto g_same = per_row(in.grad_same), g_different = per_row(in.grad_different);
+  const auto h_same = per_row(in.grad_sum_same), h_different = per_row(in.grad_sum_different);
+  auto lse_same = per_row(in.same), lse_different = per_row(in.different);
+  // An empty set's weights are exp(z - inf) = 0.
+  for (auto* lse : {&lse_same, &lse_different})
+    for (A& value : *lse)
+      if (value == Walk<P>::minus_infinity) value = -value;
+
+  const bool scale_grads = targets.scale.data || targets.col_scale.data;
+  std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
+  Gradients<P> gradients(problem, targets.x, targets.w);
+  for_each_slice(problem.plan, [&](std::int64_t slice) {
+    const bool root = problem.metric == Metric::euclidean;
+    Walk<P> walk(setup, root || scale_grads);
+    typename Gradients<P>::Slice out(gradients, slice, walk.scores);
+    std::vector<A> dq(targets.col_scale.data ? problem.plan.tile : 0), db(targets.col_bias.data ? problem.plan.tile : 0);
+    const auto begin = [&] {
+      out.begin_tile();
+      std::fill(dq.begin(), dq.end(), A(0)), std::fill(db.begin(), db.end(), A(0));
+    };
+    const auto row = [&](std::int64_t local, std::int64_t i) {
+      if (setup.index.ignored(i)) return out.empty_row(local);
+      walk.split(i);
+      A *dz = walk.scores.z.data(), *same = walk.same.data();
+      const std::int64_t count = walk.scores.count, own = walk.same.size();
+      const std::int32_t* at = walk.positions;
+      k.weights(dz, count, lse_different[i], g_different[i], h_different[i]);
+      k.weights(same, own, lse_same[i], g_same[i], h_same[i]);
+      if (!db.empty()) {
+        k.add(db.data(), dz, count);
+        for (std::int64_t p = 0; p < own; ++p) db[at[p]] += same[p];
+      }
+      // From here on dz carries its set's factor.
+      k.score_grad(dz, count, A(args.k_different), nullptr, nullptr);
+      double offsets = 0;
+      if (scale_grads) offsets = args.o_different * k.sum(dz, count);
+      for (std::int64_t p = 0; p < own; ++p) {
+        dz[at[p]] = A(args.k_same) * same[p];
+        offsets += args.o_same * dz[at[p]];
+      }
+      const A t = setup.scale[i];
+      if (scale_grads) {
+        const double total = k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq.empty() ? nullptr : dq.data(), count);
+        if (!grad_scale.empty()) grad_scale[slice * n + i] += total - offsets;
+      }
+      k.score_grad(dz, count, t, walk.q(), root ? walk.scores.s.data() : nullptr);
+      out.row(local, i, dz);
+    };
+    const auto end = [&] {
+      out.end_tile();
+      const std::int64_t first = walk.scores.first, count = walk.scores.count;
+      if (!dq.empty()) write_values(dq.data(), targets.col_scale.data, targets.col_scale.dtype, first, count);
+      if (!db.empty()) write_values(db.data(), targets.col_bias.data, targets.col_bias.dtype, first, count);
+    };
+    walk.run(slice, begin, row, [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, end);
+  });
+  gradients.finish();
+  if (!grad_scale.empty()) {
+    std::vector<A> total(n);
+    for (std::int64_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (std::int64_t slice = 0; slice < slices; ++slice) sum += grad_scale[slice * n + i];
+      total[i] = A(sum);
+    }
+    write_values(total.data(), targets.scale.data, targets.scale.dtype, 0, n);
+  }
+}
+
+#define DML_INSTANTIATE(P)                                                                                       \
+  template void masked_logsumexp_fwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseOut&);      \
+  template void masked_logsumexp_bwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
+DML_INSTANTIATE(float)
+DML_INSTANTIATE(double)
+DML_INSTANTIATE(bf16)
+#undef DML_INSTANTIATE
+
+}  // namespace dml::cpu

@@ -1,0 +1,62 @@
+// The CPU ops in plain C++ types; register.cpp brings them the tensors.
+#pragma once
+#include "gradients.h"
+#include "labels.h"
+
+namespace dml::cpu {
+
+// A vector as it came: any dtype of ours, any stride; data is null where it was not given.
+struct Vector {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  std::int64_t stride = 1;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  // Values [first, first + n) as A.
+  template <class A>
+  void read(std::int64_t first, std::int64_t n, A* out) const {
+    const std::int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    read_row(Source{static_cast<const char*>(data) + first * stride * size, dtype, 1, n, 0, stride}, 0, out);
+  }
+};
+
+// Labels are contiguous int64; c and exclude may be null.
+struct Labels {
+  const std::int64_t *y, *c, *exclude;
+  std::int64_t ignore;
+};
+
+struct LogitArgs {
+  double k_same, o_same, k_different, o_different;
+  Vector scale, col_scale, col_bias;  // scale has stride 0 for a scalar
+};
+
+struct LseOut {
+  void *same, *different, *sum_same, *sum_different;  // (n,) of the accumulation type; the sums may be null
+};
+
+struct LseIn {
+  Vector grad_same, grad_different, grad_sum_same, grad_sum_different;  // the sums' gradients may be absent
+  Vector same, different;                                              // the forward's results
+};
+
+struct LseTargets {
+  Target x, w, scale, col_scale, col_bias;  // scale: (n,), one for each row, even of a scalar
+};
+
+template <class P>
+void masked_logsumexp_fwd(const Problem<P>&, const Labels&, const LogitArgs&, const LseOut&);
+template <class P>
+void masked_logsumexp_bwd(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
+
+// out (n, m) contiguous, of the product type: a similarity, or a distance.
+template <class P>
+void distance_fwd(const Problem<P>&, P* out);
+template <class P>
+void distance_bwd(const Problem<P>&, const Source& grad, Target grad_x, Target grad_w);
+
+void normalize_fwd(const Source& x, double eps, Target out);
+void normalize_bwd(const Source& grad, const Source& x, double eps, Target out);
+
+}  // namespace dml::cpu

@@ -1,0 +1,74 @@
+// The vector loops over one row of a tile, compiled once for each instruction set and chosen at run time.
+// A is the accumulation type (float or double), P the product type (float, double or bfloat16).
+#pragma once
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <cstdint>
+
+#include "../core/logit.h"
+
+namespace dml::cpu {
+
+using bf16 = torch::headeronly::BFloat16;
+
+// What a tile's columns bring to a score and a logit; null pointers stand for 1 (r, q) or 0 (b).
+template <class A>
+struct Columns {
+  const A* r;   // 1 / |w_j|
+  const A* sq;  // |p_j|^2, for distances
+  const A* q;   // column scale
+  const A* b;   // column bias
+};
+
+// What a row brings.
+template <class A>
+struct Row {
+  A r;      // 1 / |x_i|
+  A sq;     // |u_i|^2
+  A kt, o;  // k t_i and the offset
+};
+
+template <class A>
+struct RowKernels {
+  // z_j (and s_j unless s is null) from raw_j. True when a distance is so small that it must be taken from differences.
+  bool (*logits)(Metric metric, const A* raw, const Row<A>& row, const Columns<A>& columns, A* z, A* s, std::int64_t n);
+  A (*max)(const A* z, std::int64_t n);  // -inf for n = 0
+  double (*sum_exp)(const A* z, std::int64_t n, A max);
+  double (*sum_used)(const A* z, std::int64_t n);  // entries of -inf left out
+  // In place: g exp(z - lse) + h; 0 where z is -inf. An empty set comes with lse = +inf.
+  void (*weights)(A* z, std::int64_t n, A lse, A g, A h);
+  // ds_j = dz_j k q_j, times the root's slope where s is given.
+  void (*score_grad)(A* dz, std::int64_t n, A k, const A* q, const A* s);
+  // dq_j += f dz_j s_j where dq is given; returns sum_j dz_j q_j s_j.
+  double (*scale_grads)(const A* dz, const A* s, const A* q, A f, A* dq, std::int64_t n);
+  A (*sum)(const A* v, std::int64_t n);
+  A (*dot)(const A* a, const A* b, std::int64_t n);
+  // |u - p|^2 of scaled rows: scaling here would let a fused product keep equal rows from cancelling to 0.
+  A (*squared_distance)(const A* u, const A* p, std::int64_t n);
+  void (*add)(A* total, const A* v, std::int64_t n);
+  void (*axpy)(A* y, A a, const A* x, std::int64_t n);
+  // out_j = v_j f r_j, rounded to the product type.
+  void (*products)(const A* v, A f, const A* r, A* out, std::int64_t n);
+  void (*products_bf16)(const A* v, A f, const A* r, bf16* out, std::int64_t n);
+  void (*widen)(const bf16* v, A* out, std::int64_t n);
+  void (*add_bf16)(A* total, const bf16* v, std::int64_t n);
+};
+
+namespace baseline {
+template <class A>
+const RowKernels<A>& table();
+}
+namespace avx2 {
+template <class A>
+const RowKernels<A>& table();
+}
+namespace avx512 {
+template <class A>
+const RowKernels<A>& table();
+}
+
+// The table for this processor.
+template <class A>
+const RowKernels<A>& row_kernels();
+
+}  // namespace dml::cpu

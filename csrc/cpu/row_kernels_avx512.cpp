@@ -1,0 +1,23 @@
+// The row kernels for processors with AVX512.
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "row_kernels.h"
+
+// After the headers, so that no inline function of theirs is compiled for this set and then shared with the others.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,prefer-vector-width=512")
+#endif
+#define DML_ISA avx512
+#include "row_kernels_impl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,270 @@
+// The loops behind row_kernels.h, in plain C++ that compilers vectorise. Included once per instruction set, inside a
+// namespace of its own (DML_ISA) and under that set's target pragma; so it may include nothing itself.
+//
+// Sums run in 16 lanes merged in fixed order: the same bits whatever vector length the compiler picks.
+
+namespace dml::cpu::DML_ISA {
+namespace {
+
+constexpr std::int64_t lanes = 16;
+
+template <class A>
+struct Exp;
+
+// exp by n = round(x / ln 2), Taylor of x - n ln 2 (|.| <= 0.347), and 2^n through the exponent bits.
+template <>
+struct Exp<float> {
+  using Bits = std::uint32_t;
+  static constexpr float lowest = -87.3f, highest = 88.3f, magic = 12582912.f;  // 1.5 * 2^23: rounds, n in low bits
+  static constexpr float log2e = 1.44269504088896341f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr int mantissa = 23;
+  static constexpr Bits one = 0x3f800000u;
+  static float taylor(float r) {
+    float p = 1.f / 5040;
+    p = p * r + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    return p * r + 1.f;
+  }
+};
+
+template <>
+struct Exp<double> {
+  using Bits = std::uint64_t;
+  static constexpr double lowest = -708.3, highest = 709.0, magic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2e = 1.44269504088896340736, ln2_hi = 6.93145751953125e-1, ln2_lo = 1.42860682030941723212e-6;
+  static constexpr int mantissa = 52;
+  static constexpr Bits one = 0x3ff0000000000000ull;
+  static double taylor(double r) {
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    return p * r + 1.0;
+  }
+};
+
+// Under `lowest` the result is 0 (no denormals); NaN stays NaN, as every comparison with it is false.
+template <class A>
+inline A exp_of(A x) {
+  using E = Exp<A>;
+  A c = x < E::lowest ? E::lowest : x;
+  c = c > E::highest ? E::highest : c;
+  const A shifted = c * E::log2e + E::magic;
+  const A n = shifted - E::magic;
+  const A r = (c - n * E::ln2_hi) - n * E::ln2_lo;
+  typename E::Bits bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << E::mantissa) + E::one;
+  A power;
+  __builtin_memcpy(&power, &bits, sizeof bits);
+  const A y = E::taylor(r) * power;
+  return x < E::lowest ? A(0) : y;
+}
+
+// Folds `step(lane, j)` over j in lanes, then the lanes by `join` in halves.
+template <class A, class Step, class Join>
+inline A fold(std::int64_t n, A start, Step step, Join join) {
+  A lane[lanes];
+  for (std::int64_t l = 0; l < lanes; ++l) lane[l] = start;
+  std::int64_t j = 0;
+  for (; j + lanes <= n; j += lanes)
+    for (std::int64_t l = 0; l < lanes; ++l) lane[l] = step(lane[l], j + l);
+  for (std::int64_t l = 0; j + l < n; ++l) lane[l] = step(lane[l], j + l);
+  for (std::int64_t half = lanes / 2; half; half /= 2)
+    for (std::int64_t l = 0; l < half; ++l) lane[l] = join(lane[l], lane[l + half]);
+  return lane[0];
+}
+
+template <class A>
+inline A plus(A a, A b) {
+  return a + b;
+}
+
+template <class A, Metric metric, bool unit, bool columns_too>
+bool logits_of(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s_out, std::int64_t n) {
+  const A r = metric == Metric::dot ? row.r : 2 * row.r, sq = row.sq, kt = row.kt, o = row.o;
+  const A share = A(near_share);
+  int close = 0;
+  for (std::int64_t j = 0; j < n; ++j) {
+    A s = unit ? raw[j] * r * c.r[j] : raw[j] * r;
+    if (metric != Metric::dot) {
+      const A span = sq + c.sq[j];
+      s -= span;
+      close |= s > -share * span;
+      s = s > A(0) ? A(0) : s;
+      if (metric == Metric::euclidean) s = -std::sqrt(-s);
+    }
+    if (s_out) s_out[j] = s;
+    A v = columns_too && c.q ? s * c.q[j] : s;
+    v = kt * (v - o);
+    z[j] = columns_too && c.b ? v + c.b[j] : v;
+  }
+  return close;
+}
+
+template <class A, Metric metric>
+bool logits_for(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s, std::int64_t n) {
+  const bool extra = c.q || c.b;
+  if (c.r) return extra ? logits_of<A, metric, true, true>(raw, row, c, z, s, n)
+                        : logits_of<A, metric, true, false>(raw, row, c, z, s, n);
+  return extra ? logits_of<A, metric, false, true>(raw, row, c, z, s, n)
+               : logits_of<A, metric, false, false>(raw, row, c, z, s, n);
+}
+
+template <class A>
+bool logits(Metric metric, const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s, std::int64_t n) {
+  switch (metric) {
+    case Metric::dot:
+      return logits_for<A, Metric::dot>(raw, row, c, z, s, n);
+    case Metric::sqeuclidean:
+      return logits_for<A, Metric::sqeuclidean>(raw, row, c, z, s, n);
+    default:
+      return logits_for<A, Metric::euclidean>(raw, row, c, z, s, n);
+  }
+}
+
+template <class A>
+A max_of(const A* z, std::int64_t n) {
+  const auto larger = [](A a, A b) { return a > b ? a : b; };
+  return fold<A>(n, -std::numeric_limits<A>::infinity(), [=](A a, std::int64_t j) { return a > z[j] ? a : z[j]; }, larger);
+}
+
+template <class A>
+double sum_exp(const A* z, std::int64_t n, A max) {
+  return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + exp_of<A>(z[j] - max); }, plus<A>);
+}
+
+template <class A>
+double sum_used(const A* z, std::int64_t n) {
+  constexpr A out = -std::numeric_limits<A>::infinity();
+  return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + (z[j] == out ? A(0) : z[j]); }, plus<A>);
+}
+
+template <class A>
+void weights(A* z, std::int64_t n, A lse, A g, A h) {
+  constexpr A out = -std::numeric_limits<A>::infinity();
+  if (h == A(0))
+    for (std::int64_t j = 0; j < n; ++j) z[j] = g * exp_of<A>(z[j] - lse);
+  else
+    for (std::int64_t j = 0; j < n; ++j) z[j] = g * exp_of<A>(z[j] - lse) + (z[j] == out ? A(0) : h);
+}
+
+template <class A>
+void score_grad(A* dz, std::int64_t n, A k, const A* q, const A* s) {
+  if (q)
+    for (std::int64_t j = 0; j < n; ++j) dz[j] *= k * q[j];
+  else if (k != A(1))
+    for (std::int64_t j = 0; j < n; ++j) dz[j] *= k;
+  if (s)
+    for (std::int64_t j = 0; j < n; ++j) dz[j] *= root_slope(s[j]);
+}
+
+template <class A>
+double scale_grads(const A* dz, const A* s, const A* q, A f, A* dq, std::int64_t n) {
+  if (dq)
+    for (std::int64_t j = 0; j < n; ++j) dq[j] += f * dz[j] * s[j];
+  if (q) return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + dz[j] * q[j] * s[j]; }, plus<A>);
+  return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + dz[j] * s[j]; }, plus<A>);
+}
+
+template <class A>
+A sum(const A* v, std::int64_t n) {
+  return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + v[j]; }, plus<A>);
+}
+
+template <class A>
+A dot(const A* a, const A* b, std::int64_t n) {
+  return fold<A>(n, A(0), [=](A t, std::int64_t j) { return t + a[j] * b[j]; }, plus<A>);
+}
+
+template <class A>
+A squared_distance(const A* u, const A* p, std::int64_t n) {
+  const auto step = [=](A t, std::int64_t j) {
+    const A difference = u[j] - p[j];
+    return t + difference * difference;
+  };
+  return fold<A>(n, A(0), step, plus<A>);
+}
+
+template <class A>
+void add(A* total, const A* v, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) total[j] += v[j];
+}
+
+template <class A>
+void axpy(A* y, A a, const A* x, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) y[j] += a * x[j];
+}
+
+template <class A>
+void products(const A* v, A f, const A* r, A* out, std::int64_t n) {
+  if (r)
+    for (std::int64_t j = 0; j < n; ++j) out[j] = v[j] * f * r[j];
+  else
+    for (std::int64_t j = 0; j < n; ++j) out[j] = v[j] * f;
+}
+
+// Round to nearest even on the bits; NaN stays NaN.
+inline std::uint16_t to_bf16(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return std::uint16_t(value != value ? 0x7fc0u : rounded);
+}
+
+inline float from_bf16(std::uint16_t half) {
+  const std::uint32_t bits = std::uint32_t(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class A>
+void products_bf16(const A* v, A f, const A* r, bf16* out, std::int64_t n) {
+  auto* half = reinterpret_cast<std::uint16_t*>(out);
+  if (r)
+    for (std::int64_t j = 0; j < n; ++j) half[j] = to_bf16(float(v[j] * f * r[j]));
+  else
+    for (std::int64_t j = 0; j < n; ++j) half[j] = to_bf16(float(v[j] * f));
+}
+
+template <class A>
+void widen(const bf16* v, A* out, std::int64_t n) {
+  const auto* half = reinterpret_cast<const std::uint16_t*>(v);
+  for (std::int64_t j = 0; j < n; ++j) out[j] = A(from_bf16(half[j]));
+}
+
+template <class A>
+void add_bf16(A* total, const bf16* v, std::int64_t n) {
+  const auto* half = reinterpret_cast<const std::uint16_t*>(v);
+  for (std::int64_t j = 0; j < n; ++j) total[j] += A(from_bf16(half[j]));
+}
+
+}  // namespace
+
+template <class A>
+const RowKernels<A>& table() {
+  static constexpr RowKernels<A> kernels = {
+      logits<A>, max_of<A>, sum_exp<A>, sum_used<A>, weights<A>,  score_grad<A>,    scale_grads<A>, sum<A>,
+      dot<A>,    squared_distance<A>,   add<A>,      axpy<A>,     products<A>,      products_bf16<A>, widen<A>, add_bf16<A>,
+  };
+  return kernels;
+}
+
+template const RowKernels<float>& table<float>();
+template const RowKernels<double>& table<double>();
+
+}  // namespace dml::cpu::DML_ISA

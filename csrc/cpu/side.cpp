@@ -1,0 +1,101 @@
+#include "side.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace dml::cpu {
+namespace {
+
+template <class P>
+constexpr ScalarType type_of() {
+  if constexpr (std::is_same_v<P, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<P, float>) return ScalarType::Float;
+  return ScalarType::BFloat16;
+}
+
+template <class Function>
+void with_type(ScalarType dtype, Function function) {
+  if (dtype == ScalarType::Float) return function(float{});
+  if (dtype == ScalarType::Double) return function(double{});
+  if (dtype == ScalarType::BFloat16) return function(bf16{});
+  throw std::invalid_argument("dml_kernels: the cpu backend reads float32, float64 and bfloat16");
+}
+
+}  // namespace
+
+template <class A>
+void read_row(const Source& source, std::int64_t i, A* out) {
+  with_type(source.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* in = static_cast<const T*>(source.data) + i * source.row_stride;
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (source.col_stride == 1) return row_kernels<A>().widen(in, out, source.cols);
+    }
+    for (std::int64_t j = 0; j < source.cols; ++j) out[j] = static_cast<A>(in[j * source.col_stride]);
+  });
+}
+
+template <class A>
+void write_values(const A* values, void* out, ScalarType dtype, std::int64_t offset, std::int64_t n) {
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(out) + offset;
+    if constexpr (std::is_same_v<T, bf16>) {
+      row_kernels<A>().products_bf16(values, A(1), nullptr, to, n);
+    } else {
+      for (std::int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(values[j]);
+    }
+  });
+}
+
+template <class P>
+void Side<P>::load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps) {
+  source_ = source, first_ = first;
+  direct_type_ = source.dtype == type_of<P>();
+  const std::int64_t d = source.cols;
+  const auto& k = row_kernels<A>();
+  // BLAS takes the source as it is while its strides fit an int.
+  const bool in_place = direct_type_ && source.col_stride == 1 && source.row_stride >= d &&
+                        source.row_stride <= std::numeric_limits<int>::max();
+  row_.resize(d);
+  if (in_place) {
+    products = {static_cast<const P*>(source.data) + first * source.row_stride, count, d, source.row_stride};
+  } else {
+    copy_.resize(count * d);
+    products = {copy_.data(), count, d, d};
+    for (std::int64_t i = 0; i < count; ++i) {
+      read_row(source, first + i, row_.data());
+      if constexpr (std::is_same_v<P, bf16>) {
+        k.products_bf16(row_.data(), A(1), nullptr, copy_.data() + i * d, d);
+      } else {
+        std::copy_n(row_.data(), d, copy_.data() + i * d);
+      }
+    }
+  }
+  r.assign(count, A(1)), sq.resize(count), unit.assign(count, 0);
+  all_unit = normalize;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const A* t = full(i, row_.data());
+    const A square = k.dot(t, t, d);
+    if (!normalize) {
+      sq[i] = square;
+      continue;
+    }
+    const A norm = std::sqrt(square);
+    r[i] = A(1) / (norm < A(eps) ? A(eps) : norm);  // a NaN norm stays NaN
+    unit[i] = !(norm < A(eps));
+    all_unit = all_unit && unit[i];
+    sq[i] = square * r[i] * r[i];
+  }
+}
+
+template class Side<float>;
+template class Side<double>;
+template class Side<bf16>;
+template void read_row<float>(const Source&, std::int64_t, float*);
+template void read_row<double>(const Source&, std::int64_t, double*);
+template void write_values<float>(const float*, void*, ScalarType, std::int64_t, std::int64_t);
+template void write_values<double>(const double*, void*, ScalarType, std::int64_t, std::int64_t);
+
+}  // namespace dml::cpu

@@ -1,0 +1,74 @@
+// Rows of x, or one tile of the bank, ready for products and scores.
+#pragma once
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "products.h"
+#include "row_kernels.h"
+
+namespace dml::cpu {
+
+using torch::headeronly::ScalarType;
+
+template <class P>
+using Acc = std::conditional_t<std::is_same_v<P, double>, double, float>;
+
+// A tensor's memory as it came: any dtype of ours, any strides.
+struct Source {
+  const void* data;
+  ScalarType dtype;
+  std::int64_t rows, cols, row_stride, col_stride;
+};
+
+// Reads n values with a stride as A, or writes n values.
+template <class A>
+void read_row(const Source& source, std::int64_t i, A* out);
+template <class A>
+void write_values(const A* values, void* out, ScalarType dtype, std::int64_t offset, std::int64_t n);
+
+template <class P>
+class Side {
+ public:
+  using A = Acc<P>;
+
+  Mat<const P> products;        // (rows, D) in the product type: the source itself where that serves
+  std::vector<A> r, sq;         // 1 / max(|t|, eps) or 1; squared norm after scaling by r
+  std::vector<char> unit;       // divided by its own norm, so that the projection applies
+  bool all_unit = false;
+
+  // Rows [first, first + count) of the source.
+  void load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps);
+
+  // The row as it came, in the accumulation type; `buffer` holds D values, used where a conversion is needed.
+  const A* full(std::int64_t i, A* buffer) const {
+    if (std::is_same_v<P, A> && direct_type_) return reinterpret_cast<const A*>(products.row(i));
+    read_row(source_, first_ + i, buffer);
+    return buffer;
+  }
+
+  // grad -> the gradient in the source row: takes off the row's own part of squared distances (`own`, the sum of dS)
+  // where that row is no unit vector, and projects where it is.
+  void finish(std::int64_t i, A* grad, A own, A* buffer) const {
+    const auto& k = row_kernels<A>();
+    const A* t = full(i, buffer);
+    const std::int64_t d = source_.cols;
+    if (unit[i]) {
+      k.axpy(grad, -k.dot(t, grad, d) * r[i] * r[i], t, d);
+    } else if (own != A(0)) {
+      k.axpy(grad, -2 * own * r[i] * r[i], t, d);
+    }
+  }
+
+ private:
+  Source source_{};
+  std::int64_t first_ = 0;
+  bool direct_type_ = false;  // `products` holds the source's own values, unrounded
+  std::vector<P> copy_;
+  std::vector<A> row_;
+};
+
+}  // namespace dml::cpu

@@ -1,0 +1,142 @@
+// The walk over the bank that every op shares: slices, tiles, row blocks, and the scores of one row in a tile.
+//
+// The bank is cut into a number of slices that depends on the shape alone, never on the threads, and partial results
+// are merged in slice order: no locks, no atomics, the same bits at any thread count.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "side.h"
+
+namespace dml::cpu {
+
+struct Plan {
+  std::int64_t tile, row_block, slices, tiles;
+
+  static Plan of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size);
+
+  std::int64_t first_tile(std::int64_t slice) const { return slice * tiles / slices; }
+};
+
+template <class P>
+struct Problem {
+  using A = Acc<P>;
+  Source x, w;
+  Metric metric;
+  bool normalize;
+  double eps;
+  Side<P> rows;
+  Plan plan;
+
+  Problem(Source x, Source w, Metric metric, bool normalize, double eps)
+      : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
+        plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P))) {
+    rows.load(x, 0, x.rows, normalize, eps);
+  }
+};
+
+// One thread's buffers and the bank tile it is at.
+template <class P>
+class TileScores {
+ public:
+  using A = Acc<P>;
+  static constexpr bool half = !std::is_same_v<P, A>;
+
+  explicit TileScores(const Problem<P>& problem)
+      : problem_(problem), tile_(problem.plan.row_block * problem.plan.tile), wide_(half ? problem.plan.tile : 0),
+        z(problem.plan.tile), s(problem.plan.tile), u_(problem.x.cols), p_(problem.x.cols), buffer_(problem.x.cols) {}
+
+  Side<P> bank;
+  std::int64_t first = 0, count = 0;  // bank entries of this tile
+
+  void load(std::int64_t tile) {
+    first = tile * problem_.plan.tile;
+    count = std::min(problem_.plan.tile, problem_.w.rows - first);
+    bank.load(problem_.w, first, count, problem_.normalize, problem_.eps);
+  }
+
+  // Raw products of rows [begin, begin + n) with the tile.
+  void multiply_rows(std::int64_t begin, std::int64_t n) {
+    begin_ = begin;
+    multiply<P>(problem_.rows.products.row_block(begin, n), bank.products.transposed(), products(n), false);
+  }
+
+  // The tile's memory, row by row: raw products, which a backward overwrites with its weights.
+  Mat<P> products(std::int64_t n) { return {tile_.data(), n, count, count}; }
+
+  // z (and s where `keep_scores`) of row i for one set's factor and offset; `near` lists distances from differences.
+  void score_row(std::int64_t i, A kt, A o, const A* q, const A* b, bool keep_scores) {
+    const Row<A> row{problem_.rows.r[i], problem_.rows.sq[i], kt, o};
+    const Columns<A> columns{problem_.normalize ? bank.r.data() : nullptr, bank.sq.data(), q, b};
+    const A* raw = raw_row(i - begin_);
+    near.clear();
+    if (row_kernels<A>().logits(problem_.metric, raw, row, columns, z.data(), keep_scores ? s.data() : nullptr, count))
+      patch_near(i, raw, row, columns, keep_scores);
+  }
+
+  // u_i - p_j for a near pair, D values.
+  const A* difference(std::int64_t i, std::int64_t j) {
+    scaled(problem_.rows, i, u_.data());
+    scaled(bank, j, p_.data());
+    for (std::size_t k = 0; k < u_.size(); ++k) u_[k] -= p_[k];
+    return u_.data();
+  }
+
+  std::vector<std::int32_t> near;
+
+ private:
+  const A* raw_row(std::int64_t local) {
+    P* row = tile_.data() + local * count;
+    if constexpr (half) {
+      row_kernels<A>().widen(row, wide_.data(), count);
+      return wide_.data();
+    } else {
+      return row;
+    }
+  }
+
+  void scaled(const Side<P>& side, std::int64_t i, A* out) {
+    row_kernels<A>().products(side.full(i, buffer_.data()), side.r[i], nullptr, out, problem_.x.cols);
+  }
+
+  void patch_near(std::int64_t i, const A* raw, const Row<A>& row, const Columns<A>& c, bool keep_scores) {
+    scaled(problem_.rows, i, u_.data());
+    for (std::int64_t j = 0; j < count; ++j) {
+      const A span = row.sq + c.sq[j];
+      const A rough = 2 * raw[j] * row.r * (c.r ? c.r[j] : A(1)) - span;
+      if (!(rough > -A(near_share) * span)) continue;
+      scaled(bank, j, p_.data());
+      const A d2 = row_kernels<A>().squared_distance(u_.data(), p_.data(), problem_.x.cols);
+      const A score = problem_.metric == Metric::euclidean ? -std::sqrt(d2) : -d2;
+      z[j] = logit(score, row.kt, row.o, c.q ? c.q[j] : A(1), c.b ? c.b[j] : A(0));
+      if (keep_scores) s[j] = score;
+      near.push_back(std::int32_t(j));
+    }
+  }
+
+  const Problem<P>& problem_;
+  std::vector<P> tile_;
+  std::vector<A> wide_;
+  std::int64_t begin_ = 0;
+
+ public:
+  std::vector<A> z, s;
+
+ private:
+  std::vector<A> u_, p_, buffer_;
+};
+
+// Runs body(slice) for every slice. Always at least two iterations, so that the products inside see a parallel region
+// and stay on one thread each, as they would in a larger problem.
+template <class Body>
+void for_each_slice(const Plan& plan, Body body) {
+  torch::stable::parallel_for(0, std::max<std::int64_t>(plan.slices, 2), 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t slice = begin; slice < std::min(end, plan.slices); ++slice) body(slice);
+  });
+}
+
+}  // namespace dml::cpu

@@ -1,0 +1,172 @@
+// The compiled ops, registered through libtorch's stable ABI as dml_kernels_cpu::*. The public ops, their fake kernels
+// and autograd live in dml_kernels/ops; arguments arrive checked, and are guarded here again where memory depends on it.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/ops.h"
+
+namespace {
+
+using namespace dml;
+using namespace dml::cpu;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Source matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_cpu(), "dml_kernels: ", name, " must be a matrix on the CPU");
+  return {t.const_data_ptr(), t.scalar_type(), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+Vector vector(const Tensor& t, std::int64_t n, const char* name) {
+  if (t.dim() == 0) return {t.const_data_ptr(), t.scalar_type(), 0};
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.is_cpu(), "dml_kernels: ", name, " must have ", n, " elements");
+  return {t.const_data_ptr(), t.scalar_type(), t.stride(0)};
+}
+
+Vector vector(const OptionalTensor& t, std::int64_t n, const char* name) { return t ? vector(*t, n, name) : Vector{}; }
+
+const std::int64_t* integers(const Tensor& t, std::int64_t n, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.is_contiguous() && t.scalar_type() == ScalarType::Long,
+                  "dml_kernels: ", name, " must be ", n, " contiguous int64");
+  return t.const_data_ptr<std::int64_t>();
+}
+
+const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, const char* name) {
+  return t ? integers(*t, n, name) : nullptr;
+}
+
+// Contiguous, of the same shape as `like`; or empty where no gradient is wanted.
+Target target(const Tensor& t, std::int64_t size, const char* name) {
+  if (t.numel() == 0) return {nullptr, t.scalar_type()};
+  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && t.is_cpu(), "dml_kernels: ", name, " has the wrong shape");
+  return {t.mutable_data_ptr(), t.scalar_type()};
+}
+
+template <class Function>
+void with_product_type(ScalarType dtype, Function function) {
+  if (dtype == ScalarType::Float) return function(float{});
+  if (dtype == ScalarType::Double) return function(double{});
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "dml_kernels: products are float32, float64 or bfloat16");
+  function(bf16{});
+}
+
+Tensor normalize_forward(Tensor x, double eps) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  normalize_fwd(matrix(x, "x"), eps, target(out, x.numel(), "out"));
+  return out;
+}
+
+Tensor normalize_backward(Tensor grad, Tensor x, double eps) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  normalize_bwd(matrix(grad, "grad"), matrix(x, "x"), eps, target(out, x.numel(), "out"));
+  return out;
+}
+
+void distance_forward(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool normalize, double eps) {
+  const std::int64_t n = x.size(0), m = w.size(0);
+  if (n == 0) return;
+  STD_TORCH_CHECK(out.numel() == n * m && out.is_contiguous(), "dml_kernels: out must be (", n, ", ", m, ")");
+  with_product_type(out.scalar_type(), [&](auto zero) {
+    using P = decltype(zero);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    distance_fwd<P>(problem, static_cast<P*>(out.mutable_data_ptr()));
+  });
+}
+
+void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tensor w, std::int64_t metric,
+                       bool normalize, double eps) {
+  const Source g = matrix(grad, "grad");
+  STD_TORCH_CHECK(g.rows == x.size(0) && g.cols == w.size(0), "dml_kernels: grad must be (N, M)");
+  with_product_type(grad.scalar_type(), [&](auto zero) {
+    using P = decltype(zero);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    distance_bwd<P>(problem, g, target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"));
+  });
+}
+
+Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& c, const OptionalTensor& exclude,
+              std::int64_t ignore_index) {
+  const std::int64_t n = x.size(0), m = w.size(0);
+  return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
+}
+
+// `kind` is an empty tensor whose dtype is the products'.
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
+    Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
+    OptionalTensor col_scale, OptionalTensor col_bias, std::int64_t metric, bool normalize, double k_same, double o_same,
+    double k_different, double o_different, double eps, std::int64_t ignore_index, bool sums) {
+  const std::int64_t n = x.size(0), m = w.size(0);
+  const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, acc); };
+  Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
+  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+  const LogitArgs args{k_same, o_same, k_different, o_different, vector(scale, n, "scale"),
+                       vector(col_scale, m, "col_scale"), vector(col_bias, m, "col_bias")};
+  const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(),
+                   sums ? sum_same.mutable_data_ptr() : nullptr, sums ? sum_different.mutable_data_ptr() : nullptr};
+  with_product_type(kind.scalar_type(), [&](auto zero) {
+    using P = decltype(zero);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    masked_logsumexp_fwd<P>(problem, label, args, out);
+  });
+  return {same, different, sum_same, sum_different};
+}
+
+void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_scale, Tensor grad_col_bias,
+                   Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different,
+                   Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
+                   OptionalTensor exclude, OptionalTensor scale, OptionalTensor col_scale, OptionalTensor col_bias,
+                   std::int64_t metric, bool normalize, double k_same, double o_same, double k_different,
+                   double o_different, double eps, std::int64_t ignore_index) {
+  const std::int64_t n = x.size(0), m = w.size(0);
+  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+  const LogitArgs args{k_same, o_same, k_different, o_different, vector(scale, n, "scale"),
+                       vector(col_scale, m, "col_scale"), vector(col_bias, m, "col_bias")};
+  const auto optional = [n](const Tensor& t, const char* name) { return t.numel() ? vector(t, n, name) : Vector{}; };
+  const LseIn in{vector(grad_same, n, "grad_same"), vector(grad_different, n, "grad_different"),
+                 optional(grad_sum_same, "grad_sum_same"), optional(grad_sum_different, "grad_sum_different"),
+                 vector(same, n, "same"), vector(different, n, "different")};
+  const LseTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
+                           target(grad_scale, n, "grad_scale"), target(grad_col_scale, m, "grad_col_scale"),
+                           target(grad_col_bias, m, "grad_col_bias")};
+  with_product_type(kind.scalar_type(), [&](auto zero) {
+    using P = decltype(zero);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    masked_logsumexp_bwd<P>(problem, label, args, in, targets);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
+  m.def("normalize_fwd(Tensor x, float eps) -> Tensor");
+  m.def("normalize_bwd(Tensor grad, Tensor x, float eps) -> Tensor");
+  m.def("distance_fwd(Tensor(a!) out, Tensor x, Tensor w, int metric, bool normalize, float eps) -> ()");
+  m.def(
+      "distance_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor grad, Tensor x, Tensor w, int metric, bool normalize, "
+      "float eps) -> ()");
+  m.def(
+      "mlse_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, "
+      "Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, "
+      "float k_different, float o_different, float eps, int ignore_index, bool sums) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_scale, "
+      "Tensor(e!) grad_col_bias, Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, "
+      "Tensor grad_sum_different, Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, "
+      "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
+      "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cpu, CPU, m) {
+  m.impl("normalize_fwd", TORCH_BOX(&normalize_forward));
+  m.impl("normalize_bwd", TORCH_BOX(&normalize_backward));
+  m.impl("distance_fwd", TORCH_BOX(&distance_forward));
+  m.impl("distance_bwd", TORCH_BOX(&distance_backward));
+  m.impl("mlse_fwd", TORCH_BOX(&mlse_forward));
+  m.impl("mlse_bwd", TORCH_BOX(&mlse_backward));
+}
