@@ -10,9 +10,9 @@ void distance_fwd(const Problem<P>& problem, P* out) {
   const Plan& plan = problem.plan;
   const std::int64_t n = problem.x.rows, m = problem.w.rows;
   const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
-  for_each_slice(plan, [&](std::int64_t slice) {
+  for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     TileScores<P> scores(problem);
-    for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) {
+    for (std::int64_t tile = plan.first_tile(first_slice); tile < plan.first_tile(last_slice); ++tile) {
       scores.load(tile);
       for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
         const std::int64_t rows = std::min(plan.row_block, n - begin);
@@ -40,11 +40,12 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
   const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
   const std::int64_t size = grad.dtype == ScalarType::Double ? 8 : grad.dtype == ScalarType::Float ? 4 : 2;
   Gradients<P> gradients(problem, grad_x, grad_w);
-  for_each_slice(plan, [&](std::int64_t slice) {
+  for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     TileScores<P> scores(problem);
-    typename Gradients<P>::Slice out(gradients, slice, scores);
+    typename Gradients<P>::Worker out(gradients, scores);
     std::vector<A> ds(plan.tile);
-    for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) {
+    const A* root = problem.metric == Metric::euclidean ? scores.s.data() : nullptr;
+    const auto at_tile = [&](std::int64_t tile) {
       scores.load(tile);
       out.begin_tile();
       // The tile's columns of grad, whatever its strides: 0 for an expanded one.
@@ -57,13 +58,16 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
         for (std::int64_t i = begin; i < begin + rows; ++i) {
           scores.score_row(i, A(1), A(0), nullptr, nullptr, true);
           read_row(columns, i, ds.data());
-          k.score_grad(ds.data(), scores.count, sign, nullptr,
-                       problem.metric == Metric::euclidean ? scores.s.data() : nullptr);
-          out.row(i - begin, i, ds.data());
+          k.score_grad(ds.data(), scores.count, nullptr, root);
+          out.row(i - begin, i, ds.data(), sign);
         }
         out.end_block(begin, rows);
       }
       out.end_tile();
+    };
+    for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
+      out.begin_slice(slice);
+      for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) at_tile(tile);
     }
   });
   gradients.finish();

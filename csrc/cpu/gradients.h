@@ -24,16 +24,20 @@ class Gradients {
         parts_(grad_x.data ? new A[problem.plan.slices * rows_size()] : nullptr),
         own_(grad_x.data && distances() ? problem.plan.slices * problem.x.rows : 0) {}
 
-  // One slice's share of the work.
-  class Slice {
+  // One thread's share of the work, slice after slice.
+  class Worker {
    public:
-    Slice(Gradients& all, std::int64_t slice, TileScores<P>& scores)
-        : all_(all), scores_(scores), part_(all.parts_ ? all.parts_.get() + slice * all.rows_size() : nullptr),
-          own_(all.own_.empty() ? nullptr : all.own_.data() + slice * all.problem_.x.rows), d_(all.problem_.x.cols),
-          buffer_(d_) {
-      if (part_) std::fill_n(part_, all.rows_size(), A(0));
+    Worker(Gradients& all, TileScores<P>& scores) : all_(all), scores_(scores), d_(all.problem_.x.cols), buffer_(d_) {
       if (all.w_.data) grad_w_.resize(all.problem_.plan.tile * d_);
       if (TileScores<P>::half) half_.resize(std::max(all.problem_.plan.row_block, all.problem_.plan.tile) * d_);
+    }
+
+    void begin_slice(std::int64_t slice) {
+      if (all_.parts_) {
+        part_ = all_.parts_.get() + slice * all_.rows_size();
+        std::fill_n(part_, all_.rows_size(), A(0));
+      }
+      if (!all_.own_.empty()) own_ = all_.own_.data() + slice * all_.problem_.x.rows;
     }
 
     void begin_tile() {
@@ -41,21 +45,21 @@ class Gradients {
       if (all_.distances()) columns_own_.assign(scores_.count, A(0));
     }
 
-    // Row i's dS over the tile (overwritten); scores_.near are its near pairs.
-    void row(std::int64_t local, std::int64_t i, A* ds) {
+    // Row i's dS over the tile, as factor * ds (overwritten); scores_.near are its near pairs.
+    void row(std::int64_t local, std::int64_t i, A* ds, A factor) {
       const auto& problem = all_.problem_;
       const auto& k = row_kernels<A>();
       const std::int64_t n = scores_.count;
       const Metric metric = problem.metric;
       if (metric != Metric::dot) {
         for (const std::int32_t j : scores_.near) {
-          near_.push_back({i, j, ds[j]});
+          near_.push_back({i, j, factor * ds[j]});
           ds[j] = 0;
         }
-        if (own_ && !problem.rows.unit[i]) own_[i] += k.sum(ds, n);
-        if (!scores_.bank.all_unit && all_.w_.data) k.add(columns_own_.data(), ds, n);
+        if (own_ && !problem.rows.unit[i]) own_[i] += factor * k.sum(ds, n);
+        if (!scores_.bank.all_unit && all_.w_.data) k.axpy(columns_own_.data(), factor, ds, n);
       }
-      const A f = (metric == Metric::dot ? A(1) : A(2)) * problem.rows.r[i];
+      const A f = (metric == Metric::dot ? factor : 2 * factor) * problem.rows.r[i];
       const A* r = problem.normalize ? scores_.bank.r.data() : nullptr;
       P* e = scores_.products(local + 1).row(local);
       if constexpr (TileScores<P>::half) {
@@ -115,7 +119,7 @@ class Gradients {
 
     Gradients& all_;
     TileScores<P>& scores_;
-    A *part_, *own_;
+    A *part_ = nullptr, *own_ = nullptr;
     std::int64_t d_;
     std::vector<A> buffer_, grad_w_, columns_own_;
     std::vector<P> half_;

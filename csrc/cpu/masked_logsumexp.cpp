@@ -129,9 +129,9 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
   const bool sums = out.sum_same;
   std::vector<RowState<A>> states(problem.plan.slices * n);
   const auto none = [] {};
-  for_each_slice(problem.plan, [&](std::int64_t slice) {
+  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     Walk<P> walk(setup, false);
-    RowState<A>* state = states.data() + slice * n;
+    RowState<A>* state = nullptr;
     const auto row = [&](std::int64_t, std::int64_t i) {
       if (setup.index.ignored(i)) return;
       walk.split(i);
@@ -143,7 +143,10 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
       reduce(walk.scores.z.data(), walk.scores.count, state[i].different, state[i].sum_different);
       if (!walk.same.empty()) reduce(walk.same.data(), walk.same.size(), state[i].same, state[i].sum_same);
     };
-    walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+    for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
+      state = states.data() + slice * n;
+      walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+    }
   });
   for (std::int64_t i = 0; i < n; ++i) {
     RowState<A> total;
@@ -180,10 +183,11 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   const bool scale_grads = targets.scale.data || targets.col_scale.data;
   std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
   Gradients<P> gradients(problem, targets.x, targets.w);
-  for_each_slice(problem.plan, [&](std::int64_t slice) {
+  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     const bool root = problem.metric == Metric::euclidean;
     Walk<P> walk(setup, root || scale_grads);
-    typename Gradients<P>::Slice out(gradients, slice, walk.scores);
+    typename Gradients<P>::Worker out(gradients, walk.scores);
+    double* row_scale = nullptr;  // this slice's part of the scale's gradient
     std::vector<A> dq(targets.col_scale.data ? problem.plan.tile : 0), db(targets.col_bias.data ? problem.plan.tile : 0);
     const auto begin = [&] {
       out.begin_tile();
@@ -201,21 +205,22 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
         k.add(db.data(), dz, count);
         for (std::int64_t p = 0; p < own; ++p) db[at[p]] += same[p];
       }
-      // From here on dz carries its set's factor.
-      k.score_grad(dz, count, A(args.k_different), nullptr, nullptr);
-      double offsets = 0;
-      if (scale_grads) offsets = args.o_different * k.sum(dz, count);
+      // From here on dz is the gradient of k (q_j s - o), over its set's k where the sets differ or the scale asks for
+      // it; else that common factor stays outside.
+      const bool inside = scale_grads || !setup.one_logit;
+      if (inside) k.scale(dz, A(args.k_different), count);
+      double offsets = scale_grads ? args.o_different * k.sum(dz, count) : 0;
       for (std::int64_t p = 0; p < own; ++p) {
-        dz[at[p]] = A(args.k_same) * same[p];
+        dz[at[p]] = inside ? A(args.k_same) * same[p] : same[p];
         offsets += args.o_same * dz[at[p]];
       }
       const A t = setup.scale[i];
       if (scale_grads) {
         const double total = k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq.empty() ? nullptr : dq.data(), count);
-        if (!grad_scale.empty()) grad_scale[slice * n + i] += total - offsets;
+        if (row_scale) row_scale[i] += total - offsets;
       }
-      k.score_grad(dz, count, t, walk.q(), root ? walk.scores.s.data() : nullptr);
-      out.row(local, i, dz);
+      k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
+      out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
     const auto end = [&] {
       out.end_tile();
@@ -223,7 +228,11 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       if (!dq.empty()) write_values(dq.data(), targets.col_scale.data, targets.col_scale.dtype, first, count);
       if (!db.empty()) write_values(db.data(), targets.col_bias.data, targets.col_bias.dtype, first, count);
     };
-    walk.run(slice, begin, row, [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, end);
+    for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
+      out.begin_slice(slice);
+      if (!grad_scale.empty()) row_scale = grad_scale.data() + slice * n;
+      walk.run(slice, begin, row, [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, end);
+    }
   });
   gradients.finish();
   if (!grad_scale.empty()) {

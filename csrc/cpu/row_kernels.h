@@ -37,8 +37,8 @@ struct RowKernels {
   double (*sum_used)(const A* z, std::int64_t n);  // entries of -inf left out
   // In place: g exp(z - lse) + h; 0 where z is -inf. An empty set comes with lse = +inf.
   void (*weights)(A* z, std::int64_t n, A lse, A g, A h);
-  // ds_j = dz_j k q_j, times the root's slope where s is given.
-  void (*score_grad)(A* dz, std::int64_t n, A k, const A* q, const A* s);
+  // In place: dz_j q_j where q is given, times the root's slope where s is.
+  void (*score_grad)(A* dz, std::int64_t n, const A* q, const A* s);
   // dq_j += f dz_j s_j where dq is given; returns sum_j dz_j q_j s_j.
   double (*scale_grads)(const A* dz, const A* s, const A* q, A f, A* dq, std::int64_t n);
   A (*sum)(const A* v, std::int64_t n);
@@ -46,6 +46,7 @@ struct RowKernels {
   // |u - p|^2 of scaled rows: scaling here would let a fused product keep equal rows from cancelling to 0.
   A (*squared_distance)(const A* u, const A* p, std::int64_t n);
   void (*add)(A* total, const A* v, std::int64_t n);
+  void (*scale)(A* v, A f, std::int64_t n);
   void (*axpy)(A* y, A a, const A* x, std::int64_t n);
   // out_j = v_j f r_j, rounded to the product type.
   void (*products)(const A* v, A f, const A* r, A* out, std::int64_t n);

@@ -1,12 +1,12 @@
 // The loops behind row_kernels.h, in plain C++ that compilers vectorise. Included once per instruction set, inside a
 // namespace of its own (DML_ISA) and under that set's target pragma; so it may include nothing itself.
 //
-// Sums run in 16 lanes merged in fixed order: the same bits whatever vector length the compiler picks.
+// Sums run in a fixed number of lanes merged in fixed order: the same bits whatever vector length the compiler picks.
 
 namespace dml::cpu::DML_ISA {
 namespace {
 
-constexpr std::int64_t lanes = 16;
+constexpr std::int64_t sum_lanes = 16;
 
 template <class A>
 struct Exp;
@@ -75,7 +75,7 @@ inline A exp_of(A x) {
 }
 
 // Folds `step(lane, j)` over j in lanes, then the lanes by `join` in halves.
-template <class A, class Step, class Join>
+template <class A, std::int64_t lanes = sum_lanes, class Step, class Join>
 inline A fold(std::int64_t n, A start, Step step, Join join) {
   A lane[lanes];
   for (std::int64_t l = 0; l < lanes; ++l) lane[l] = start;
@@ -138,8 +138,9 @@ bool logits(Metric metric, const A* raw, const Row<A>& row, const Columns<A>& c,
 
 template <class A>
 A max_of(const A* z, std::int64_t n) {
+  constexpr std::int64_t wide = 4 * sum_lanes;  // enough chains to hide a maximum's latency
   const auto larger = [](A a, A b) { return a > b ? a : b; };
-  return fold<A>(n, -std::numeric_limits<A>::infinity(), [=](A a, std::int64_t j) { return a > z[j] ? a : z[j]; }, larger);
+  return fold<A, wide>(n, -std::numeric_limits<A>::infinity(), [=](A a, std::int64_t j) { return larger(a, z[j]); }, larger);
 }
 
 template <class A>
@@ -163,11 +164,9 @@ void weights(A* z, std::int64_t n, A lse, A g, A h) {
 }
 
 template <class A>
-void score_grad(A* dz, std::int64_t n, A k, const A* q, const A* s) {
+void score_grad(A* dz, std::int64_t n, const A* q, const A* s) {
   if (q)
-    for (std::int64_t j = 0; j < n; ++j) dz[j] *= k * q[j];
-  else if (k != A(1))
-    for (std::int64_t j = 0; j < n; ++j) dz[j] *= k;
+    for (std::int64_t j = 0; j < n; ++j) dz[j] *= q[j];
   if (s)
     for (std::int64_t j = 0; j < n; ++j) dz[j] *= root_slope(s[j]);
 }
@@ -202,6 +201,11 @@ A squared_distance(const A* u, const A* p, std::int64_t n) {
 template <class A>
 void add(A* total, const A* v, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) total[j] += v[j];
+}
+
+template <class A>
+void scale(A* v, A f, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) v[j] *= f;
 }
 
 template <class A>
@@ -258,8 +262,23 @@ void add_bf16(A* total, const bf16* v, std::int64_t n) {
 template <class A>
 const RowKernels<A>& table() {
   static constexpr RowKernels<A> kernels = {
-      logits<A>, max_of<A>, sum_exp<A>, sum_used<A>, weights<A>,  score_grad<A>,    scale_grads<A>, sum<A>,
-      dot<A>,    squared_distance<A>,   add<A>,      axpy<A>,     products<A>,      products_bf16<A>, widen<A>, add_bf16<A>,
+      .logits = logits<A>,
+      .max = max_of<A>,
+      .sum_exp = sum_exp<A>,
+      .sum_used = sum_used<A>,
+      .weights = weights<A>,
+      .score_grad = score_grad<A>,
+      .scale_grads = scale_grads<A>,
+      .sum = sum<A>,
+      .dot = dot<A>,
+      .squared_distance = squared_distance<A>,
+      .add = add<A>,
+      .scale = scale<A>,
+      .axpy = axpy<A>,
+      .products = products<A>,
+      .products_bf16 = products_bf16<A>,
+      .widen = widen<A>,
+      .add_bf16 = add_bf16<A>,
   };
   return kernels;
 }

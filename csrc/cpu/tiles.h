@@ -130,12 +130,13 @@ class TileScores {
   std::vector<A> u_, p_, buffer_;
 };
 
-// Runs body(slice) for every slice. Always at least two iterations, so that the products inside see a parallel region
-// and stay on one thread each, as they would in a larger problem.
+// Runs body(first, last) over ranges of slices, a range a thread, so that buffers are made once for each. Always at
+// least two iterations: the products inside must see a parallel region, to stay on one thread each as in larger problems.
 template <class Body>
-void for_each_slice(const Plan& plan, Body body) {
+void for_slices(const Plan& plan, Body body) {
   torch::stable::parallel_for(0, std::max<std::int64_t>(plan.slices, 2), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t slice = begin; slice < std::min(end, plan.slices); ++slice) body(slice);
+    end = std::min(end, plan.slices);
+    if (begin < end) body(begin, end);
   });
 }
 
