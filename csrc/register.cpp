@@ -88,6 +88,16 @@ void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tens
   });
 }
 
+// The value check of labels and indices, before a kernel runs: one pass, no temporaries.
+bool all_within(Tensor values, std::int64_t low, std::int64_t high, std::int64_t also) {
+  STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Long, "dml_kernels: values must be int64");
+  const std::int64_t* v = values.const_data_ptr<std::int64_t>();
+  bool ok = true;
+  for (std::int64_t i = 0, n = values.size(0), stride = values.stride(0); i < n; ++i, v += stride)
+    ok &= (*v >= low && *v < high) || *v == also;
+  return ok;
+}
+
 Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& c, const OptionalTensor& exclude,
               std::int64_t ignore_index) {
   const std::int64_t n = x.size(0), m = w.size(0);
@@ -143,6 +153,7 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
+  m.def("all_within(Tensor values, int low, int high, int also) -> bool");
   m.def("normalize_fwd(Tensor x, float eps) -> Tensor");
   m.def("normalize_bwd(Tensor grad, Tensor x, float eps) -> Tensor");
   m.def("distance_fwd(Tensor(a!) out, Tensor x, Tensor w, int metric, bool normalize, float eps) -> ()");
@@ -163,6 +174,7 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cpu, CPU, m) {
+  m.impl("all_within", TORCH_BOX(&all_within));
   m.impl("normalize_fwd", TORCH_BOX(&normalize_forward));
   m.impl("normalize_bwd", TORCH_BOX(&normalize_backward));
   m.impl("distance_fwd", TORCH_BOX(&distance_forward));

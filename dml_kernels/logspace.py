@@ -20,6 +20,9 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(both, joint, torch.where(a > b, a, b))
 
 
-def finite_or_zero(value: Tensor, keep: Tensor) -> Tensor:
-    """``value`` where ``keep``, else 0, cutting the gradient there: for rows that contribute nothing."""
-    return torch.where(keep, value, 0)
+def log1pexp(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact to the last bits of x's dtype; 0 with a zero gradient at -inf.
+
+    ``log1pexp(b - a)`` is ``logaddexp(a, b) - a``: the cross-entropy of a positive a against the rest b.
+    """
+    return torch.nn.functional.softplus(x, threshold=40 if x.dtype == torch.float64 else 20)

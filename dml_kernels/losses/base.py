@@ -57,6 +57,7 @@ def reduce(per_row: Tensor, counted: Tensor, reduction: str, weight: Tensor | No
     total = per_row.sum()
     if reduction == "sum":
         return total
-    share = counted.to(per_row.dtype) if weight is None else torch.where(counted, weight, 0)
-    mass = share.sum()
+    if weight is None:
+        return total / counted.sum().clamp_min(1)
+    mass = torch.where(counted, weight, 0).sum()
     return total / torch.where(mass == 0, 1, mass)

@@ -102,15 +102,17 @@ def proxy_nca_loss(
         backend=backend,
     )
     counted = y != ignore_index
-    contributes = counted & (lse.different > -math.inf)
-    positive = logspace.finite_or_zero(lse.same, contributes)
-    rest = logspace.finite_or_zero(lse.different, contributes)
-    normaliser = rest if exclude_positive else logspace.logaddexp(positive, rest)
-    target = positive
+    # An ignored row has both sets empty; a row without negatives only the second. Neither may reach the graph as
+    # -inf - -inf: masked here, such a row contributes 0 with a zero gradient.
+    if exclude_positive:
+        contributes = counted & (lse.different > -math.inf)
+        per_row = (lse.different - lse.same).masked_fill(~contributes, 0)
+    else:
+        contributes = counted
+        per_row = logspace.log1pexp((lse.different - lse.same).masked_fill(~counted, -math.inf))
     if lse.sum_same is not None and lse.sum_different is not None:
         mean = (lse.sum_same + lse.sum_different) / proxies.size(0)
-        target = (1 - label_smoothing) * positive + label_smoothing * logspace.finite_or_zero(mean, contributes)
-    per_row = logspace.finite_or_zero(normaliser - target, contributes)
+        per_row = per_row + label_smoothing * (lse.same - mean).masked_fill(~counted, 0)
     weight = None if class_weight is None else _row_weight(class_weight, labels, per_row)
     return reduce(per_row, counted, reduction, weight)
 

@@ -6,11 +6,14 @@ on the CPU always; on CUDA only under ``DML_CHECK=1``, without a synchronisation
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .library import EXTENSION
 
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
 POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
@@ -142,32 +145,46 @@ def check_policy(policy: str) -> None:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {policy!r}")
 
 
-def _require(ok: Tensor, message: str, cause: Tensor) -> None:
-    """Raise `message` with the offending values on the CPU; on CUDA an asynchronous assertion."""
-    if ok.is_cuda:
-        torch._assert_async(ok.all(), message)
-    elif not bool(ok.all()):
-        bad = cause.expand(ok.shape)[~ok]
-        shown = ", ".join(str(v) for v in bad[:3].tolist())
-        raise ValueError(f"{message}; got {shown}" + (f" and {bad.numel() - 3} more" if bad.numel() > 3 else ""))
+def _refuse(message: str, values: Tensor, bad: Tensor) -> None:
+    wrong = values.expand(bad.shape)[bad]
+    shown = ", ".join(str(v) for v in wrong[:3].tolist())
+    raise ValueError(f"{message}; got {shown}" + (f" and {wrong.numel() - 3} more" if wrong.numel() > 3 else ""))
+
+
+def _require_within(values: Tensor | None, low: int, high: int, also: int, message: str) -> None:
+    """Every value in [low, high) or equal to ``also``. On CUDA an asynchronous assertion."""
+    if values is None or values.numel() == 0:
+        return
+    if EXTENSION and not values.is_cuda and torch.ops.dml_kernels_cpu.all_within(values, low, high, also):
+        return
+    bad = ((values < low) | (values >= high)) & (values != also)
+    if values.is_cuda:
+        torch._assert_async(~bad.any(), message)
+    elif bad.any():
+        _refuse(message, values, bad)
+
+
+def _require_numbers(values: Tensor | None, minus_infinity: bool, message: str) -> None:
+    """Every value finite, or -inf where that means something. On CUDA an asynchronous assertion."""
+    if values is None or values.numel() == 0:
+        return
+    bad = ~(values < math.inf) | ((values == -math.inf) & (not minus_infinity))
+    if values.is_cuda:
+        torch._assert_async(~bad.any(), message)
+    elif bad.any():
+        _refuse(message, values, bad)
 
 
 def check_values(bank: Bank, ignore_index: int) -> None:
     """Labels and indices in range, scales not NaN. Runs inside the op, so compiled graphs are checked too."""
-    if bank.x.is_cuda and os.environ.get("DML_CHECK", "0") != "1":
-        return
-    if bank.x.device.type not in ("cpu", "cuda"):
+    device = bank.x.device.type
+    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
         return
     m = bank.w.size(0)
-    if bank.c is None and bank.y.numel():
-        ok = ((bank.y >= 0) & (bank.y < m)) | (bank.y == ignore_index)
-        _require(ok, f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names a row of the bank", bank.y)
-    if bank.exclude is not None and bank.exclude.numel():
-        ok = (bank.exclude >= -1) & (bank.exclude < m)
-        _require(ok, f"exclude must be a bank index in [0, {m}), or -1 for none", bank.exclude)
-    for name in ("scale", "col_scale"):
-        value = getattr(bank, name)
-        if value is not None and value.numel():
-            _require(value.isfinite(), f"{name} must be finite", value)
-    if bank.col_bias is not None:
-        _require(bank.col_bias < float("inf"), "col_bias must be finite or -inf (which leaves a column out)", bank.col_bias)
+    if bank.c is None:
+        wanted = f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names a row of the bank"
+        _require_within(bank.y, 0, m, ignore_index, wanted)
+    _require_within(bank.exclude, 0, m, -1, f"exclude must be a bank index in [0, {m}), or -1 for none")
+    _require_numbers(bank.scale, False, "scale must be finite")
+    _require_numbers(bank.col_scale, False, "col_scale must be finite")
+    _require_numbers(bank.col_bias, True, "col_bias must be finite or -inf (which leaves a column out)")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import build_info
 from ..torch_backend import scale_grad
 from .contract import Bank, Spec, accumulate_dtype
+from .library import EXTENSION
 
 name = "cpu"
 METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
-# Loaded once, here: Dynamo cannot trace an import.
-EXTENSION = build_info.load()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .. import build_info
+
+# Loaded once, here, where the ops are: Dynamo cannot trace an import.
+EXTENSION = build_info.load()
 LIBRARY = torch.library.Library("dml_kernels", "DEF")
 
 
@@ -20,3 +26,16 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dml_kernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.dml_kernels, name).default
+
+
+def known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Works out the signature of ``forward`` once: ``apply`` binds to it on every call and would rebuild it."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside an op the product dtype is settled: autocast, where it is on, must not touch the products again."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

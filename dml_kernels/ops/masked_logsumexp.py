@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backend
 from .contract import Bank, Spec, accumulate_dtype, check_values
-from .library import register
+from .library import known_signature, register, without_autocast
 
 _BANK = "Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias"
 _SPEC = (
@@ -38,7 +38,7 @@ def _split(args: tuple[Any, ...]) -> tuple[Bank, Spec]:
 def _fwd(*args: Any) -> TensorTuple:
     bank, spec = _split(args)
     check_values(bank, spec.ignore_index)
-    with torch.autocast(bank.x.device.type, enabled=False):
+    with without_autocast(bank.x.device.type):
         return backend.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
 
 
@@ -53,7 +53,7 @@ def _fwd_fake(*args: Any) -> TensorTuple:
 def _bwd(*args: Any) -> TensorTuple:
     grads, lse, needs = args[:4], args[4:6], args[6]
     bank, spec = _split(args[7:])
-    with torch.autocast(bank.x.device.type, enabled=False):
+    with without_autocast(bank.x.device.type):
         return backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec)
 
 
@@ -69,7 +69,7 @@ def _bwd_fake(*args: Any) -> TensorTuple:
 def _dbl(*args: Any) -> TensorTuple:
     directions, grads, lse = args[:5], args[5:9], args[9:11]
     bank, spec = _split(args[11:])
-    with torch.autocast(bank.x.device.type, enabled=False):
+    with without_autocast(bank.x.device.type):
         # One implementation for all backends: a chunk loop in plain PyTorch, bounded like theirs.
         return backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
 
@@ -94,6 +94,7 @@ dbl = register(
 )
 
 
+@known_signature
 class _Backward(torch.autograd.Function):
     """The first derivative as a differentiable function of the incoming gradients, the inputs and both sums."""
 
@@ -129,6 +130,7 @@ class _Backward(torch.autograd.Function):
         return g1, g2, g3, g4, same, different, None, x, w, None, None, None, scale, col_scale, col_bias, *nones
 
 
+@known_signature
 class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -153,7 +155,9 @@ class _Forward(torch.autograd.Function):
         metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend = ctx.spec
         need = ctx.needs_input_grad
         needs = [need[0], need[1], need[5], need[6], need[7]]
-        g_x, g_w, g_scale, g_col_scale, g_col_bias = _Backward.apply(
+        # The Function costs as much as a small kernel: only where somebody may differentiate again.
+        first_derivative = _Backward.apply if torch.is_grad_enabled() else bwd
+        g_x, g_w, g_scale, g_col_scale, g_col_bias = first_derivative(
             grad_same, grad_different, grad_sum_same, grad_sum_different, same, different, needs,
             x, w, y, c, exclude, scale, col_scale, col_bias,
             metric, normalize, logit, eps, ignore_index, dtype, sums, policy, policy_params, backend,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .library import register
+from .library import known_signature, register
 
 
 def _fwd(x: Tensor, eps: float, name: str) -> Tensor:
@@ -40,6 +40,7 @@ dbl = register(
 )  # fmt: skip
 
 
+@known_signature
 class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -58,6 +59,7 @@ class _Backward(torch.autograd.Function):
         return *dbl(v, grad, x, ctx.eps), None, None
 
 
+@known_signature
 class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -73,7 +75,8 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return _Backward.apply(grad, x, ctx.eps, ctx.backend), None, None
+        first_derivative = _Backward.apply if torch.is_grad_enabled() else bwd
+        return first_derivative(grad, x, ctx.eps, ctx.backend), None, None
 
 
 def normalize(x: Tensor, eps: float, name: str) -> Tensor:

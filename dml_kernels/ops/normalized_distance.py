@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .library import register
+from .library import known_signature, register, without_autocast
 
 _SPEC = "str metric, bool normalize, float eps, ScalarType dtype, str backend"
 
 
 def _fwd(x, w, metric, normalize, eps, dtype, name):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return backend.BACKENDS[name].normalized_distance_fwd(x, w, metric, normalize, eps, dtype)
 
 
 def _bwd(grad, x, w, needs, metric, normalize, eps, dtype, name):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return backend.BACKENDS[name].normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
 
 
@@ -29,7 +29,7 @@ def _bwd_fake(grad, x, w, needs, metric, normalize, eps, dtype, name):
 
 
 def _dbl(v_x, v_w, grad, x, w, metric, normalize, eps, dtype, name):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return backend.BACKENDS["torch"].normalized_distance_dbl(v_x, v_w, grad, x, w, metric, normalize, eps, dtype)
 
 
@@ -50,6 +50,7 @@ dbl = register(
 )  # fmt: skip
 
 
+@known_signature
 class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -67,6 +68,7 @@ class _Backward(torch.autograd.Function):
         return *dbl(v_x, v_w, *ctx.saved_tensors, *ctx.spec), *(None,) * 6
 
 
+@known_signature
 class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -84,7 +86,8 @@ class _Forward(torch.autograd.Function):
         x, w = ctx.saved_tensors
         metric, normalize, eps, dtype, backend = ctx.spec
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
-        g_x, g_w = _Backward.apply(grad, x, w, needs, metric, normalize, eps, dtype, backend)
+        first_derivative = _Backward.apply if torch.is_grad_enabled() else bwd
+        g_x, g_w = first_derivative(grad, x, w, needs, metric, normalize, eps, dtype, backend)
         return g_x if needs[0] else None, g_w if needs[1] else None, *(None,) * 5
 
 
