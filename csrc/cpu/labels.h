@@ -9,7 +9,8 @@ namespace dml::cpu {
 
 // The same-label pairs of one tile, by row: columns[start[i]] up to columns[start[i + 1]] are those of row i.
 struct TilePairs {
-  std::vector<std::int32_t> start, columns;
+  std::vector<std::int64_t> start;
+  std::vector<std::int32_t> columns;
   bool any = false;
 
   std::int64_t count(std::int64_t i) const { return any ? start[i + 1] - start[i] : 0; }
