@@ -10,9 +10,9 @@ struct OnlineLse {
   A max = -std::numeric_limits<A>::infinity();
   double sum = 0;  // of exp(z - max); double, as 10 million terms arrive in some 40 thousand tiles
 
-  // Adds a tile whose maximum is m and whose exponentials below m sum to s.
+  // Adds a tile whose exponentials over m, its maximum, sum to s; nothing when s is 0.
   void add(A m, double s) {
-    if (m == -std::numeric_limits<A>::infinity()) return;
+    if (s == 0) return;
     if (m > max) {
       sum = sum * std::exp(double(max) - double(m)) + s;
       max = m;

@@ -136,8 +136,8 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
       if (setup.index.ignored(i)) return;
       walk.split(i);
       const auto reduce = [&](const A* z, std::int64_t count, OnlineLse<A>& lse, double& sum) {
-        const A max = k.max(z, count);
-        if (max != Walk<P>::minus_infinity) lse.add(max, k.sum_exp(z, count, max));
+        const A max = k.max(z, count), above = max == Walk<P>::minus_infinity ? A(0) : max;
+        lse.add(above, k.sum_exp(z, count, above));  // the maximum may have lost a NaN: the sum has not
         if (sums) sum += k.sum_used(z, count);
       };
       reduce(walk.scores.z.data(), walk.scores.count, state[i].different, state[i].sum_different);

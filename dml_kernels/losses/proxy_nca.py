@@ -105,7 +105,7 @@ def proxy_nca_loss(
     # An ignored row has both sets empty; a row without negatives only the second. Neither may reach the graph as
     # -inf - -inf: masked here, such a row contributes 0 with a zero gradient.
     if exclude_positive:
-        contributes = counted & (lse.different > -math.inf)
+        contributes = counted & (lse.different != -math.inf)  # NaN contributes
         per_row = (lse.different - lse.same).masked_fill(~contributes, 0)
     else:
         contributes = counted

@@ -1,0 +1,185 @@
+"""The bundled sample of Han characters: loading, and the split into seen and unseen classes.
+
+A class is a Unicode Han character; an image of it is one typeface's drawing, 32 x 32 grey. Every face draws
+every character of the sample. `build_sample.py` beside this file makes it; `data/FACES.md` names the faces,
+their licences and how to rebuild.
+
+Only NumPy is needed here.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+IMAGE_SIZE = 32
+SAMPLE_PATH = Path(__file__).parent / "data" / "han_sample.npz"
+REBUILD = "python -m dml_kernels.demo.build_sample"
+
+# What NumPy and zipfile raise for a damaged file, as tried on some thousands of them.
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+UInt8Array = npt.NDArray[np.uint8]
+Int64Array = npt.NDArray[np.int64]
+
+
+class CorruptSampleError(ValueError):
+    """The sample file is there but is not a sample: cut short, edited, or another program's file."""
+
+
+@dataclass(frozen=True, eq=False)
+class HanSample:
+    """C characters as drawn by F faces.
+
+    Attributes:
+        images: uint8 (C, F, 32, 32), 0 is paper and 255 full ink.
+        characters: (C,) str array, one character each, in ascending code point order.
+        faces: F face names, in the order of the second axis of `images`.
+    """
+
+    images: UInt8Array
+    characters: npt.NDArray[np.str_]
+    faces: list[str]
+
+
+class ImageSet(NamedTuple):
+    """Labelled images, class after class and, within a class, face after face.
+
+    Attributes:
+        images: uint8 (n, 32, 32).
+        labels: int64 (n,), 0 to the number of classes - 1.
+        faces: int64 (n,), index into `HanSample.faces`.
+    """
+
+    images: UInt8Array
+    labels: Int64Array
+    faces: Int64Array
+
+
+def pack_images(images: UInt8Array, bits: int) -> UInt8Array:
+    """Quantises uint8 (..., W) images to 4 or 8 bits and packs the last axis into bytes, (..., W * bits / 8).
+
+    At 4 bits a value v becomes round(v / 17), the pixel on the left in the high half of the byte.
+    """
+    if images.dtype != np.uint8:
+        raise TypeError(f"images must be uint8, not {images.dtype}")
+    if bits == 8:
+        return np.array(images, dtype=np.uint8)
+    if bits != 4:
+        raise ValueError(f"bits must be 4 or 8, not {bits}")
+    if images.shape[-1] % 2:
+        raise ValueError(f"the last axis must be even to pack at 4 bits; the shape is {images.shape}")
+    levels = ((images.astype(np.uint16) + 8) // 17).astype(np.uint8)
+    packed: UInt8Array = (levels[..., 0::2] << np.uint8(4)) | levels[..., 1::2]
+    return packed
+
+
+def unpack_images(packed: UInt8Array, bits: int) -> UInt8Array:
+    """Inverse of `pack_images`: uint8 in 0..255, in steps of 17 at 4 bits."""
+    if bits == 8:
+        return np.array(packed, dtype=np.uint8)
+    if bits != 4:
+        raise ValueError(f"bits must be 4 or 8, not {bits}")
+    images = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
+    images[..., 0::2] = (packed >> 4) * 17
+    images[..., 1::2] = (packed & 15) * 17
+    return images
+
+
+def load_sample(path: str | Path | None = None) -> HanSample:
+    """Reads a packed sample; `path` is the bundled one when None.
+
+    Raises:
+        FileNotFoundError: no file there; the message says how to build one.
+        CorruptSampleError: the file cannot be read as a sample; the message says what is wrong with it.
+    """
+    path = SAMPLE_PATH if path is None else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no character sample at {path}; build one with: {REBUILD} --out {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            packed, bits = archive["images"], int(archive["bits"])
+            code_points, names = archive["code_points"], archive["faces"]
+    except UNREADABLE as error:
+        raise CorruptSampleError(f"{path} is not a readable sample ({error}); {_fix(path)}") from error
+    problem = _find_problem(packed, bits, code_points, names)
+    if problem:
+        raise CorruptSampleError(f"{path} is not a valid sample: {problem}; {_fix(path)}")
+    characters = np.array([chr(code_point) for code_point in code_points])
+    return HanSample(unpack_images(packed, bits), characters, [str(name) for name in names])
+
+
+def split_indices(num_classes: int, train_classes: int = 600, seed: int = 0) -> tuple[Int64Array, Int64Array]:
+    """Two disjoint sets of class indices, ascending: `train_classes` drawn at random by `seed`, and the rest.
+
+    Label i of an `ImageSet` from `split_classes` is the sample's class `indices[i]`, so that
+    `sample.characters[indices]` names the labels.
+    """
+    if not 0 < train_classes < num_classes:
+        raise ValueError(
+            f"train_classes must be from 1 to {num_classes - 1} to leave both sides a class; "
+            f"got {train_classes}"
+        )
+    order = np.random.default_rng(seed).permutation(num_classes)
+    return np.sort(order[:train_classes]), np.sort(order[train_classes:])
+
+
+def split_classes(sample: HanSample, train_classes: int = 600, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Splits by character: the train set, and the unseen set of the characters left over.
+
+    The protocol of CUB and Stanford Online Products: no class of the second set is ever seen in training.
+    Labels run from 0 in each set; `split_indices` says which of the sample's characters they are.
+    """
+    train, unseen = split_indices(len(sample.characters), train_classes, seed)
+    return _gather(sample, train), _gather(sample, unseen)
+
+
+def _gather(sample: HanSample, classes: Int64Array) -> ImageSet:
+    count, faces = len(classes), len(sample.faces)
+    images = sample.images[classes].reshape(count * faces, *sample.images.shape[2:])
+    labels = np.repeat(np.arange(count, dtype=np.int64), faces)
+    return ImageSet(images, labels, np.tile(np.arange(faces, dtype=np.int64), count))
+
+
+def _fix(path: Path) -> str:
+    return f"take the file from the repository again, or rebuild it: {REBUILD} --out {path}"
+
+
+def _find_problem(
+    packed: npt.NDArray[np.generic],
+    bits: int,
+    code_points: npt.NDArray[np.generic],
+    names: npt.NDArray[np.generic],
+) -> str | None:
+    """What is wrong with the fields of a sample file, or None."""
+    if bits not in (4, 8):
+        return f"bits is {bits}, expected 4 or 8"
+    if code_points.ndim != 1 or names.ndim != 1:
+        return f"code_points {code_points.shape} and faces {names.shape} must each have one dimension"
+    expected = (len(code_points), len(names), IMAGE_SIZE, IMAGE_SIZE * bits // 8)
+    if packed.dtype != np.uint8 or packed.shape != expected:
+        return f"images are {packed.dtype} {packed.shape}, expected uint8 {expected}"
+    if code_points.dtype.kind != "u" or names.dtype.kind != "U":
+        return (
+            f"code_points are {code_points.dtype}, faces {names.dtype}; expected unsigned integers and text"
+        )
+    if len(code_points) and int(code_points.max()) > 0x10FFFF:
+        return "a code point is past U+10FFFF"
+    if not (np.diff(code_points.astype(np.int64)) > 0).all():
+        return "code points are not in ascending order, or one is there twice"
+    return None
