@@ -64,7 +64,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of dml_kernels; importing this module registers the compiled ops.";
-  m.def("build_info", &build_info, "Compiler, flags, C++ standard, CUDA architectures, sanitizers and torch built with.");
+  m.def("build_info", &build_info,
+        "Compiler, flags, C++ standard, CUDA architectures, sanitizers and torch built with.");
   m.def("cpu_capability", &dml::cpu::isa, "The instruction set chosen for this processor: avx512, avx2 or default.");
   m.def("cpu_products", &dml::cpu::products, "Where the matrix products of the CPU kernels come from.");
 }

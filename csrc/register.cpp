@@ -105,19 +105,26 @@ Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalT
 }
 
 // `kind` is an empty tensor whose dtype is the products'.
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
-    Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
-    OptionalTensor col_scale, OptionalTensor col_bias, std::int64_t metric, bool normalize, double k_same, double o_same,
-    double k_different, double o_different, double eps, std::int64_t ignore_index, bool sums) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
+                                                        OptionalTensor exclude, OptionalTensor scale,
+                                                        OptionalTensor col_scale, OptionalTensor col_bias,
+                                                        std::int64_t metric, bool normalize, double k_same,
+                                                        double o_same, double k_different, double o_different,
+                                                        double eps, std::int64_t ignore_index, bool sums) {
   const std::int64_t n = x.size(0), m = w.size(0);
   const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, acc); };
   Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
   const Labels label = labels(x, w, y, c, exclude, ignore_index);
-  const LogitArgs args{k_same, o_same, k_different, o_different, vector(scale, n, "scale"),
-                       vector(col_scale, m, "col_scale"), vector(col_bias, m, "col_bias")};
-  const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(),
-                   sums ? sum_same.mutable_data_ptr() : nullptr, sums ? sum_different.mutable_data_ptr() : nullptr};
+  const LogitArgs args{k_same,
+                       o_same,
+                       k_different,
+                       o_different,
+                       vector(scale, n, "scale"),
+                       vector(col_scale, m, "col_scale"),
+                       vector(col_bias, m, "col_bias")};
+  const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), sums ? sum_same.mutable_data_ptr() : nullptr,
+                   sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
@@ -134,12 +141,20 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                    double o_different, double eps, std::int64_t ignore_index) {
   const std::int64_t n = x.size(0), m = w.size(0);
   const Labels label = labels(x, w, y, c, exclude, ignore_index);
-  const LogitArgs args{k_same, o_same, k_different, o_different, vector(scale, n, "scale"),
-                       vector(col_scale, m, "col_scale"), vector(col_bias, m, "col_bias")};
+  const LogitArgs args{k_same,
+                       o_same,
+                       k_different,
+                       o_different,
+                       vector(scale, n, "scale"),
+                       vector(col_scale, m, "col_scale"),
+                       vector(col_bias, m, "col_bias")};
   const auto optional = [n](const Tensor& t, const char* name) { return t.numel() ? vector(t, n, name) : Vector{}; };
-  const LseIn in{vector(grad_same, n, "grad_same"), vector(grad_different, n, "grad_different"),
-                 optional(grad_sum_same, "grad_sum_same"), optional(grad_sum_different, "grad_sum_different"),
-                 vector(same, n, "same"), vector(different, n, "different")};
+  const LseIn in{vector(grad_same, n, "grad_same"),
+                 vector(grad_different, n, "grad_different"),
+                 optional(grad_sum_same, "grad_sum_same"),
+                 optional(grad_sum_different, "grad_sum_different"),
+                 vector(same, n, "same"),
+                 vector(different, n, "different")};
   const LseTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
                            target(grad_scale, n, "grad_scale"), target(grad_col_scale, m, "grad_col_scale"),
                            target(grad_col_bias, m, "grad_col_bias")};

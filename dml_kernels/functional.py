@@ -10,7 +10,10 @@ from torch import Tensor
 
 from . import reference
 from .ops import backend as backends
-from .ops import contract, masked_logsumexp as _lse, normalize as _normalize, normalized_distance as _distance
+from .ops import contract
+from .ops import masked_logsumexp as _lse
+from .ops import normalize as _normalize
+from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = ["MaskedLogSumExp", "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss"]
@@ -140,7 +143,7 @@ def masked_logsumexp(
         backend: overrides the choice of backend for this call.
 
     Returns:
-        MaskedLogSumExp of (N,) tensors in fp32 (fp64 for fp64). An empty set is -inf with a zero gradient; its sum is 0.
+        MaskedLogSumExp of (N,) tensors in fp32 (fp64 for fp64). An empty set is -inf with a zero gradient, its sum 0.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
@@ -156,7 +159,7 @@ def masked_logsumexp(
     contract.check_policy(policy)
     base, unit = contract.split_metric(metric, normalize)
     eps = contract.check_eps(eps)
-    logit = [contract.check_number(f"{name}[{i}]", pair[i]) for name, pair in _sets(same, different) for i in (0, 1)]
+    logit = [*_factor_and_offset("same", same), *_factor_and_offset("different", different)]
     scale_tensor = None
     if isinstance(scale, Tensor):
         scale_tensor = scale
@@ -170,19 +173,21 @@ def masked_logsumexp(
     if chosen == backends.REFERENCE:
         out = _reference_lse(bank, base, unit, logit, ignore_index, eps)
     else:
-        spec = Spec(base, unit, logit, eps, int(ignore_index), dtype, sums, policy, [*map(float, policy_params)], chosen)
+        params = [float(p) for p in policy_params]
+        spec = Spec(base, unit, logit, eps, int(ignore_index), dtype, sums, policy, params, chosen)
         out = _lse.masked_logsumexp(bank, spec)
     return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
 
 
-def _sets(same: tuple[float, float], different: tuple[float, float]):
-    for name, pair in (("same", same), ("different", different)):
-        if len(pair) != 2:
-            raise ValueError(f"{name} must be a pair (factor, offset); got {pair!r}")
-        yield name, pair
+def _factor_and_offset(name: str, pair: tuple[float, float]) -> list[float]:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"{name} must be a pair (factor, offset); got {pair!r}")
+    return [contract.check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
 
 
-def _reference_lse(bank: Bank, metric: str, unit: bool, logit: list[float], ignore_index: int, eps: float):
+def _reference_lse(
+    bank: Bank, metric: str, unit: bool, logit: list[float], ignore_index: int, eps: float
+) -> tuple[Tensor, ...]:
     return reference.masked_logsumexp(
         *bank[:4],
         metric=metric,

@@ -5,9 +5,9 @@ the incoming directions v it is
 
     Phi = sum_ij dz_ij z'_ij,      z'_ij the derivative of z_ij along v.
 
-So the gradient of Phi reaches theta in two ways: through z' with weight B = dz, and through p with weight A = g p z'.
-Through s and its tangent s' both become weights on u.p, u'.p and u.p' of one chunk. All log-sum-exps are inputs of their
-own here, with gradient -g sum_j p z'.
+So the gradient of Phi reaches theta in two ways: through z' with weight B = dz, and through p with weight
+A = g p z'. Through s and its tangent s' both become weights on u.p, u'.p and u.p' of one chunk. The log-sum-exps are
+inputs of their own here, with gradient -g sum_j p z'.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Tangents:
 
 def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     """Gradients of Phi in the four incoming gradients, both log-sum-exps, x, w, scale, col_scale and col_bias."""
-    v_x, v_w, v_t, v_q, v_b = (v if v.numel() else None for v in directions)
+    _, v_w, v_t, v_q, v_b = (v if v.numel() else None for v in directions)
     tangents = Tangents(bank.x, directions[0], spec.metric, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = tangents.acc, bank.x.size(0), bank.w.size(0)
     t = tb.row_scale(bank, acc)

@@ -126,7 +126,7 @@ void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) 
   });
 }
 
-#define DML_INSTANTIATE(P)                               \
+#define DML_INSTANTIATE(P)                              \
   template void distance_fwd<P>(const Problem<P>&, P*); \
   template void distance_bwd<P>(const Problem<P>&, const Source&, Target, Target);
 DML_INSTANTIATE(float)

@@ -78,8 +78,8 @@ class Walk {
     for (std::size_t p = 0; p < same.size(); ++p) {
       const std::int32_t j = positions[p];
       A& z = scores.z[j];
-      same[p] = setup_.one_logit ? z
-                                 : logit(scores.s[j], A(args.k_same) * t, A(args.o_same), q() ? q_[j] : A(1), b_[j]);
+      same[p] =
+          setup_.one_logit ? z : logit(scores.s[j], A(args.k_same) * t, A(args.o_same), q() ? q_[j] : A(1), b_[j]);
       if (excludes && j == excluded) same[p] = minus_infinity;
       z = minus_infinity;
     }
@@ -188,7 +188,8 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
     Walk<P> walk(setup, root || scale_grads);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
-    std::vector<A> dq(targets.col_scale.data ? problem.plan.tile : 0), db(targets.col_bias.data ? problem.plan.tile : 0);
+    std::vector<A> dq(targets.col_scale.data ? problem.plan.tile : 0),
+        db(targets.col_bias.data ? problem.plan.tile : 0);
     const auto begin = [&] {
       out.begin_tile();
       std::fill(dq.begin(), dq.end(), A(0)), std::fill(db.begin(), db.end(), A(0));
@@ -216,7 +217,8 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       }
       const A t = setup.scale[i];
       if (scale_grads) {
-        const double total = k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq.empty() ? nullptr : dq.data(), count);
+        const double total =
+            k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq.empty() ? nullptr : dq.data(), count);
         if (row_scale) row_scale[i] += total - offsets;
       }
       k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
@@ -246,9 +248,10 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   }
 }
 
-#define DML_INSTANTIATE(P)                                                                                       \
-  template void masked_logsumexp_fwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseOut&);      \
-  template void masked_logsumexp_bwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
+#define DML_INSTANTIATE(P)                                                                                  \
+  template void masked_logsumexp_fwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseOut&); \
+  template void masked_logsumexp_bwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&,   \
+                                        const LseTargets&);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)
 DML_INSTANTIATE(bf16)

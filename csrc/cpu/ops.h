@@ -38,7 +38,7 @@ struct LseOut {
 
 struct LseIn {
   Vector grad_same, grad_different, grad_sum_same, grad_sum_different;  // the sums' gradients may be absent
-  Vector same, different;                                              // the forward's results
+  Vector same, different;                                               // the forward's results
 };
 
 struct LseTargets {

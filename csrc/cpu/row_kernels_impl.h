@@ -35,7 +35,8 @@ template <>
 struct Exp<double> {
   using Bits = std::uint64_t;
   static constexpr double lowest = -708.3, highest = 709.0, magic = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double log2e = 1.44269504088896340736, ln2_hi = 6.93145751953125e-1, ln2_lo = 1.42860682030941723212e-6;
+  static constexpr double log2e = 1.44269504088896340736, ln2_hi = 6.93145751953125e-1,
+                          ln2_lo = 1.42860682030941723212e-6;
   static constexpr int mantissa = 52;
   static constexpr Bits one = 0x3ff0000000000000ull;
   static double taylor(double r) {
@@ -118,8 +119,9 @@ bool logits_of(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s_
 template <class A, Metric metric>
 bool logits_for(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s, std::int64_t n) {
   const bool extra = c.q || c.b;
-  if (c.r) return extra ? logits_of<A, metric, true, true>(raw, row, c, z, s, n)
-                        : logits_of<A, metric, true, false>(raw, row, c, z, s, n);
+  if (c.r)
+    return extra ? logits_of<A, metric, true, true>(raw, row, c, z, s, n)
+                 : logits_of<A, metric, true, false>(raw, row, c, z, s, n);
   return extra ? logits_of<A, metric, false, true>(raw, row, c, z, s, n)
                : logits_of<A, metric, false, false>(raw, row, c, z, s, n);
 }
@@ -140,7 +142,8 @@ template <class A>
 A max_of(const A* z, std::int64_t n) {
   constexpr std::int64_t wide = 4 * sum_lanes;  // enough chains to hide a maximum's latency
   const auto larger = [](A a, A b) { return a > b ? a : b; };
-  return fold<A, wide>(n, -std::numeric_limits<A>::infinity(), [=](A a, std::int64_t j) { return larger(a, z[j]); }, larger);
+  return fold<A, wide>(
+      n, -std::numeric_limits<A>::infinity(), [=](A a, std::int64_t j) { return larger(a, z[j]); }, larger);
 }
 
 template <class A>

@@ -35,9 +35,9 @@ class Side {
  public:
   using A = Acc<P>;
 
-  Mat<const P> products;        // (rows, D) in the product type: the source itself where that serves
-  std::vector<A> r, sq;         // 1 / max(|t|, eps) or 1; squared norm after scaling by r
-  std::vector<char> unit;       // divided by its own norm, so that the projection applies
+  Mat<const P> products;   // (rows, D) in the product type: the source itself where that serves
+  std::vector<A> r, sq;    // 1 / max(|t|, eps) or 1; squared norm after scaling by r
+  std::vector<char> unit;  // divided by its own norm, so that the projection applies
   bool all_unit = false;
 
   // Rows [first, first + count) of the source.

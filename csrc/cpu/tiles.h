@@ -33,8 +33,7 @@ struct Problem {
   Plan plan;
 
   Problem(Source x, Source w, Metric metric, bool normalize, double eps)
-      : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
-        plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P))) {
+      : x(x), w(w), metric(metric), normalize(normalize), eps(eps), plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P))) {
     rows.load(x, 0, x.rows, normalize, eps);
   }
 };

@@ -106,9 +106,7 @@ def verify_face(face: Face, root: Path) -> Face:
     notice = root / "usr/share/doc" / face.package / "copyright"
     for path in (notice, font_path(face, root)):
         if not path.is_file():
-            raise BuildError(
-                f"{root.name} has no {path.relative_to(root)}: another version of {face.package}?"
-            )
+            raise BuildError(f"{root.name} has no {path.relative_to(root)}: another version of {face.package}?")
     version = root.name.split("_")[1].replace("%3a", ":")
     return check_face(face, version, notice.read_text(encoding="utf-8"), read_font(face, root)[0])
 
@@ -204,9 +202,7 @@ def choose_characters(
     images = np.stack([drawn[np.searchsorted(codes, common)] for codes, drawn in drawings], axis=1)
     eligible = np.flatnonzero(~near_copies(images).any(axis=1))
     if len(eligible) < count:
-        raise BuildError(
-            f"only {len(eligible)} characters are drawn by all faces; lower --characters ({count})"
-        )
+        raise BuildError(f"only {len(eligible)} characters are drawn by all faces; lower --characters ({count})")
     chosen = np.sort(np.random.default_rng(seed).choice(eligible, count, replace=False))
     return common[chosen], images[chosen], len(eligible)
 
@@ -307,9 +303,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--characters", type=_positive, default=1000, help="number of characters (classes)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of characters")
-    parser.add_argument(
-        "--bits", type=int, choices=(4, 8), default=4, help="grey levels kept, in bits a pixel"
-    )
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="grey levels kept, in bits a pixel")
     return parser.parse_args(arguments)
 
 

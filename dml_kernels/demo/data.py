@@ -132,8 +132,7 @@ def split_indices(num_classes: int, train_classes: int = 600, seed: int = 0) -> 
     """
     if not 0 < train_classes < num_classes:
         raise ValueError(
-            f"train_classes must be from 1 to {num_classes - 1} to leave both sides a class; "
-            f"got {train_classes}"
+            f"train_classes must be from 1 to {num_classes - 1} to leave both sides a class; got {train_classes}"
         )
     order = np.random.default_rng(seed).permutation(num_classes)
     return np.sort(order[:train_classes]), np.sort(order[train_classes:])
@@ -175,9 +174,7 @@ def _find_problem(
     if packed.dtype != np.uint8 or packed.shape != expected:
         return f"images are {packed.dtype} {packed.shape}, expected uint8 {expected}"
     if code_points.dtype.kind != "u" or names.dtype.kind != "U":
-        return (
-            f"code_points are {code_points.dtype}, faces {names.dtype}; expected unsigned integers and text"
-        )
+        return f"code_points are {code_points.dtype}, faces {names.dtype}; expected unsigned integers and text"
     if len(code_points) and int(code_points.max()) > 0x10FFFF:
         return "a code point is past U+10FFFF"
     if not (np.diff(code_points.astype(np.int64)) > 0).all():

@@ -41,6 +41,7 @@ def check_labels(labels: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def check_reduction(reduction: str) -> None:
+    """Refuses a reduction that no loss knows."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 

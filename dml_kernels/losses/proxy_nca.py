@@ -118,13 +118,24 @@ def proxy_nca_loss(
 
 
 def proxy_nca_reference(
-    embeddings, proxies, labels, *, softmax_scale=1.0, exclude_positive=False, label_smoothing=0.0, class_weight=None,
-    ignore_index=-100, label_to_proxy=None, reduction="mean", eps=1e-12,
-) -> Tensor:  # fmt: skip
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    softmax_scale: float | Tensor = 1.0,
+    exclude_positive: bool = False,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_to_proxy: Tensor | None = None,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
     """The paper's loss, written densely and row by row; independent of the ops. Tests only."""
     x = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(eps)
     p = proxies / proxies.norm(dim=1, keepdim=True).clamp_min(eps)
-    rows, mass = [], 0.0
+    rows: list[Tensor] = []
+    mass: float | Tensor = 0.0
     for i, label in enumerate(labels.tolist()):
         if label == ignore_index:
             rows.append(embeddings[i].sum() * 0)
@@ -140,7 +151,7 @@ def proxy_nca_reference(
         else:
             log_p = z - torch.logsumexp(z, 0)
             row = -(1 - label_smoothing) * log_p[y] - label_smoothing * log_p.mean()
-        weight = 1.0 if class_weight is None else class_weight[label]
+        weight: float | Tensor = 1.0 if class_weight is None else class_weight[label]
         rows.append(row * weight)
         mass = mass + weight
     if reduction == "none":
@@ -191,9 +202,7 @@ class ProxyNCALoss(torch.nn.Module):
     ):
         super().__init__()
         if num_classes < 1 or embedding_size < 1:
-            raise ValueError(
-                f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}"
-            )
+            raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
         _check_options(label_smoothing, exclude_positive, reduction)
         self.num_classes, self.embedding_size, self.softmax_scale = num_classes, embedding_size, softmax_scale
         self.exclude_positive, self.label_smoothing = exclude_positive, label_smoothing
@@ -253,7 +262,14 @@ class ProxyNCALoss(torch.nn.Module):
             values = unit[by_rank[best.clamp_max(max(y.numel() - 1, 0))]] if y.numel() else self.proxies
         self.proxies.copy_(torch.where((count > 0)[:, None], values, self.proxies))
 
-    def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: None = None,
+        ref_emb: None = None,
+        ref_labels: None = None,
+    ) -> Tensor:
         """The loss of embeddings (N, D) with labels (N,). Miner tuples and reference embeddings are refused."""
         for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb), ("ref_labels", ref_labels)):
             if value is not None:
@@ -275,6 +291,7 @@ class ProxyNCALoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What ``print(loss)`` shows."""
         return (
             f"num_classes={self.num_classes}, embedding_size={self.embedding_size}, "
             f"softmax_scale={self.softmax_scale}, exclude_positive={self.exclude_positive}"

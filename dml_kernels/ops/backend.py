@@ -80,7 +80,9 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str
     return verdicts
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, policy: str = "linear", argument: str | None = None) -> str:
+def choose(
+    op: str, device: torch.device, dtype: torch.dtype, policy: str = "linear", argument: str | None = None
+) -> str:
     """The backend for an op on tensors of this device and product dtype.
 
     Raises:
@@ -96,4 +98,3 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, policy: str = "lin
             return name
         refusals.append(f"{name}: {refusal}")
     raise RuntimeError(f"no backend runs {op} for {dtype} on {device} with policy {policy!r}: " + "; ".join(refusals))
-

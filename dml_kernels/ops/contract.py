@@ -102,7 +102,8 @@ def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> Non
         raise ValueError(f"{nw} has no rows, shape {tuple(w.shape)}; the bank needs at least one")
     if x.device != w.device:
         raise ValueError(f"{nx} is on {x.device} and {nw} on {w.device}; move one with .to()")
-    if x.dtype != w.dtype and (torch.float64 in (x.dtype, w.dtype) or {x.dtype, w.dtype} == {torch.bfloat16, torch.float16}):
+    mixed = {x.dtype, w.dtype}
+    if (len(mixed) == 2 and torch.float32 not in mixed) or mixed == {torch.float32, torch.float64}:
         raise TypeError(f"{nx} is {x.dtype} and {nw} is {w.dtype}; cast one to the other's dtype with .to()")
 
 

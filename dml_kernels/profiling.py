@@ -1,0 +1,195 @@
+"""Time and memory of a step, measured so that every allocator is seen and the machine's drift cancels.
+
+Memory is the kernel's own count of resident pages, not PyTorch's: buffers of a C++ extension, of the BLAS and
+of the allocator are all in it. Time is taken in interleaved rounds, so that a clock change or a neighbour's
+load falls on every variant alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "cpu_model",
+    "interleaved_medians",
+    "interleaved_times",
+    "machine",
+    "peak_extra_bytes",
+    "run_in_child",
+    "usable_cores",
+]
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+def peak_extra_bytes(fn: Callable[[], object], warmup: Callable[[], object] | None = None) -> int:
+    """Peak resident memory during fn() less resident memory just before it, in bytes.
+
+    Counted: everything that fn makes the process touch, by whatever allocator, gradients and results
+    included, also what a BLAS or an allocator keeps after it. Not counted: what is resident before, such as
+    inputs; pages allocated but never written. Run it in a fresh process (`run_in_child`), once a variant:
+    memory that an earlier call left in a pool is reused and would not be seen.
+
+    warmup runs first. Give the same code on a tiny problem: it loads code pages, starts threads and fills
+    caches whose size is the same for every problem. What grows with the problem is then counted in fn alone.
+
+    Accurate to about 1 MB: the kernel counts pages in batches for each core.
+
+    The peak is reset through /proc/self/clear_refs. Where that is refused, the peak of the whole process life
+    so far (ru_maxrss) stands in for it, and a peak below that raises RuntimeError in place of a number too
+    small. Linux only; raises OSError elsewhere.
+    """
+    if not STATUS.exists():
+        raise OSError("peak_extra_bytes reads /proc/self/status: Linux only")
+    if warmup is not None:
+        warmup()
+    _release_free_memory()
+    was_reset = _reset_peak()
+    before, peak_before = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    result = fn()  # held until the peak is read
+    peak = _status_bytes("VmHWM")
+    del result
+    if not was_reset and peak <= peak_before and before < peak_before:
+        raise RuntimeError(
+            "the peak could not be reset and an earlier one was higher: measure in a fresh process with a small warm-up"
+        )
+    return peak - before
+
+
+def run_in_child(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run `python -m module arguments...` in a fresh interpreter and return its standard output.
+
+    Raises RuntimeError with the end of the child's error output when it fails.
+    """
+    # The parent's import path, so that a checkout that is not installed is found from any directory.
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    child = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if child.returncode != 0:
+        raise RuntimeError(
+            f"python -m {module} {' '.join(arguments)} ended with status {child.returncode}:\n{child.stderr[-2000:]}"
+        )
+    return child.stdout
+
+
+def interleaved_times(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int = 3,
+    *,
+    warmup: int = 1,
+    synchronize: Callable[[], object] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, name -> one entry a round; every round runs every variant once.
+
+    The order turns by one place a round, so that no variant always follows the same one. The garbage
+    collector is off while a call runs. synchronize is called before each clock reading
+    (torch.cuda.synchronize); progress after each call, warm-up included.
+    """
+    if rounds < 1 or not variants:
+        raise ValueError(f"need at least one round and one variant; got {rounds} and {len(variants)}")
+    wait = synchronize or (lambda: None)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(warmup + rounds):
+        shift = turn % len(names)
+        gc.collect()
+        for name in names[shift:] + names[:shift]:
+            with _no_garbage_collection():
+                wait()
+                start = time.perf_counter()
+                variants[name]()
+                wait()
+                elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                times[name].append(elapsed)
+            if progress:
+                progress()
+    return times
+
+
+def interleaved_medians(
+    variants: Mapping[str, Callable[[], object]], rounds: int = 3, **options: Any
+) -> dict[str, float]:
+    """Median seconds of each variant over `interleaved_times` (same options)."""
+    times = interleaved_times(variants, rounds, **options)
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def cpu_model() -> str:
+    """The processor's own name, as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine() -> dict[str, str | int]:
+    """What a measurement was taken on: processor, cores, threads, system, Python and PyTorch versions."""
+    import torch
+
+    return {
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _status_bytes(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _reset_peak() -> bool:
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _release_free_memory() -> None:
+    """Give freed heap back to the system, so that reusing it counts."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
