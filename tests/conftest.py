@@ -1,0 +1,43 @@
+"""Fixtures for every test. A test marked `cpp` runs the compiled extension: skipped without it, unless it is required."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+
+from dml_kernels import build_info
+
+
+@pytest.fixture(autouse=True)
+def _extension_is_there(request):
+    if request.node.get_closest_marker("cpp") and not (extension := build_info.load()):
+        helpers.missing(f"the extension is {extension.reason}")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """New tensors hold NaN (integers: their largest value) until written: an element that no kernel wrote shows."""
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def any_threads():
+    """Restores the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

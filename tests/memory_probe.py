@@ -1,0 +1,124 @@
+"""Run as a child by test_memory.py and test_huge.py: `python -m memory_probe WHAT ARGUMENTS`, one JSON object on stdout.
+
+A fresh process, as memory that an earlier call left in a pool would be reused and not be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from dml_kernels import functional as F
+from dml_kernels.ops import normalized_distance as distance_ops
+from dml_kernels.profiling import peak_extra_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def step(backend: str, n: int, m: int, d: int, dtype: str) -> dict:
+    """Peak of a forward and backward of the loss, beside its gradients' bytes."""
+
+    def problem(n, m):
+        x = torch.randn(n, d, dtype=DTYPES[dtype], requires_grad=True)
+        w = torch.randn(m, d, dtype=DTYPES[dtype], requires_grad=True)
+        return x, w, torch.randint(0, m, (n,))
+
+    def run(x, w, y):
+        F.proxy_nca_loss(x, w, y, softmax_scale=8, backend=backend).backward()
+        return x.grad, w.grad
+
+    small, large = problem(8, 600), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    gradients = sum(t.numel() * t.element_size() for t in large[:2])
+    return {"peak": peak, "gradients": gradients}
+
+
+def windows(backend: str, m: int, d: int) -> dict:
+    """M x D past 2^31 from a buffer of M + D values: row j is the window that starts at j. Forward and x's gradient."""
+    buffer = torch.randn(m + d, dtype=torch.bfloat16)
+    w = buffer.as_strided((m, d), (1, 1))
+    x = torch.randn(2, d, dtype=torch.bfloat16, requires_grad=True)
+    y = torch.tensor([m - 1, 5])
+
+    def run():
+        out = F.masked_logsumexp(x, w, y, scale=4.0, sums=True, backend=backend)
+        return *out, *torch.autograd.grad(out.different.sum() + out.same.sum(), x)
+
+    found = []
+    small = torch.randn(600, d, dtype=torch.bfloat16)
+    warm = lambda: F.masked_logsumexp(x, small, y * 0, backend=backend).different.sum().backward()  # noqa: E731
+    peak = peak_extra_bytes(lambda: found.extend(run()), warm)
+    # The truth in fp64: every dot product of a window is a correlation; norms are running sums.
+    wide, rows = buffer.double(), x.detach().double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    norms = wide.square().cumsum(0)
+    norms = (norms[d - 1 : -1] - torch.cat((norms.new_zeros(1), norms[: m - 1]))).sqrt()
+    dots = torch.nn.functional.conv1d(wide[None, None, :-1], rows[:, None])[0]
+    z = 4 * dots / norms
+    own = z.gather(1, y[:, None])
+    others = z.scatter(1, y[:, None], -torch.inf)
+    truth = [own.squeeze(1), others.logsumexp(1), own.squeeze(1), z.sum(1) - own.squeeze(1)]
+    errors = [((a.double() - b).abs() / b.abs()).max().item() for a, b in zip(found, truth)]
+    return {"peak": peak, "errors": errors, "grad_finite": bool(found[4].isfinite().all())}
+
+
+def far_apart(backend: str) -> dict:
+    """Rows whose offsets pass 2^31 elements, in storage of which only they are touched."""
+    stride, m, d, n = (1 << 29) + 17, 6, 40, 3
+    base = torch.empty(m * stride, dtype=torch.bfloat16)
+    w, x = base.as_strided((m, d), (stride, 1)), base.as_strided((n, d), (2 * stride, 1), 1000)
+    small = torch.randn(m + n, d).bfloat16()
+    found = []
+
+    def run():
+        w.copy_(small[:m])
+        x.copy_(small[m:])
+        # And a width whose stride passes 2^31: (D, M) transposed twice over.
+        tall = base.as_strided((d // 10, m), (stride, 1), 5000).t()
+        tall.copy_(small[:m, : d // 10])
+        for a, b in ((x, w), (x[:, : d // 10], tall)):
+            a, b = (t.detach().requires_grad_() for t in (a, b))
+            out = F.masked_logsumexp(a, b, torch.arange(n), metric="sqeuclidean", normalize=True, backend=backend)
+            distance = F.normalized_distance(a, b, "euclidean", backend=backend)
+            (grad,) = torch.autograd.grad(out.different.sum() + distance.float().sum(), a)
+            found.extend((out.different.detach(), distance.detach(), grad))
+
+    peak = peak_extra_bytes(run)
+    expected = []
+    for width in (d, d // 10):
+        a, b = small[m:, :width].clone().requires_grad_(), small[:m, :width].clone()
+        out = F.masked_logsumexp(a, b, torch.arange(n), metric="sqeuclidean", normalize=True, backend=backend)
+        distance = F.normalized_distance(a, b, "euclidean", backend=backend)
+        expected.extend((out.different, distance, *torch.autograd.grad(out.different.sum() + distance.float().sum(), a)))
+    same = [torch.allclose(f.float(), e.float(), rtol=1e-2, atol=1e-3) for f, e in zip(found, expected, strict=True)]
+    return {"peak": peak, "same": same, "span": w.stride(0) * (m - 1)}
+
+
+def wide_gradient(backend: str, n: int, m: int) -> dict:
+    """normalized_distance's backward for an N x M past 2^31 whose incoming gradient is one number, expanded."""
+    # Apart from each other: near pairs take their own, slower way.
+    x, w = torch.randn(n, 2) + 9, torch.randn(m, 2) - 9
+    grad = torch.ones(()).expand(n, m)
+    found = []
+
+    def run():
+        found.extend(distance_ops.bwd(grad, x, w, [True, True], "sqeuclidean", False, 1e-12, torch.float32, backend))
+
+    peak = peak_extra_bytes(run)
+    a, b = x.double(), w.double()
+    truth = 2 * (m * a - b.sum(0)), 2 * (n * b - a.sum(0))
+    errors = [((f - t).abs().max() / t.abs().max()).item() for f, t in zip(found, truth)]
+    return {"peak": peak, "errors": errors}
+
+
+def main() -> None:
+    what, *rest = sys.argv[1:]
+    torch.manual_seed(0)
+    arguments = [int(a) if a.isdigit() else a for a in rest]
+    print(json.dumps(globals()[what](*arguments)))
+
+
+if __name__ == "__main__":
+    main()

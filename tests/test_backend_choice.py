@@ -1,0 +1,176 @@
+"""Which backend runs an op: argument, `use_backend`, DML_BACKEND, preference; and a refusal that says why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from helpers import on_backends, randn
+
+from dml_kernels import functional as F
+from dml_kernels import use_backend
+from dml_kernels.losses import ProxyNCALoss
+from dml_kernels.ops import backend as backends
+
+X, W, Y = randn(4, 3, seed=1).float(), randn(6, 3, seed=2).float(), torch.arange(4)
+CALLS = {
+    "normalize": lambda **k: F.normalize(X, **k),
+    "normalized_distance": lambda **k: F.normalized_distance(X, W, **k),
+    "masked_logsumexp": lambda **k: F.masked_logsumexp(X, W, Y, **k).different,
+    "proxy_nca_loss": lambda **k: F.proxy_nca_loss(X, W, Y, **k),
+}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the backends whose forward ran, in order."""
+    names = []
+    for name, backend in backends.BACKENDS.items():
+        for function in ("normalize_fwd", "normalized_distance_fwd", "masked_logsumexp_fwd"):
+            original = getattr(backend, function)
+            monkeypatch.setattr(
+                backend, function, lambda *a, name=name, original=original: names.append(name) or original(*a)
+            )
+    return names
+
+
+@on_backends
+@pytest.mark.parametrize("op", CALLS)
+def test_the_argument_decides(op, backend, ran):
+    with use_backend("reference"):
+        CALLS[op](backend=backend)
+    assert ran == [backend]
+
+
+@on_backends
+@pytest.mark.parametrize("op", CALLS)
+def test_use_backend_decides_for_its_block(op, backend, ran):
+    with use_backend(backend):
+        CALLS[op]()
+    assert ran == [backend]
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("op", CALLS)
+def test_the_compiled_backend_is_preferred_on_the_cpu(op, ran, monkeypatch):
+    monkeypatch.delenv("DML_BACKEND", raising=False)
+    CALLS[op]()
+    assert ran == ["cpu"]
+
+
+@pytest.mark.cpp
+def test_blocks_nest_and_end(ran, monkeypatch):
+    monkeypatch.delenv("DML_BACKEND", raising=False)
+    with use_backend("torch"):
+        with use_backend("cpu"):
+            CALLS["normalize"]()
+        CALLS["normalize"]()
+        with pytest.raises(KeyError), use_backend("cpu"):
+            raise KeyError
+        CALLS["normalize"]()
+    CALLS["normalize"]()
+    assert ran == ["cpu", "torch", "torch", "cpu"]
+
+
+def test_use_backend_holds_on_other_threads(ran):
+    with use_backend("torch"):
+        thread = threading.Thread(target=CALLS["normalize"])
+        thread.start()
+        thread.join()
+    assert ran == ["torch"]
+
+
+@on_backends
+def test_the_environment_decides_and_a_block_overrides_it(backend, ran, monkeypatch):
+    monkeypatch.setenv("DML_BACKEND", backend)
+    CALLS["normalize"]()
+    assert ran == [backend]
+    with use_backend("torch"):
+        CALLS["normalize"]()
+    assert ran == [backend, "torch"]
+
+
+def test_a_misspelt_environment_is_an_error(monkeypatch):
+    monkeypatch.setenv("DML_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"'gpu'.*cpu, torch, reference"):
+        CALLS["normalize"]()
+
+
+def test_a_misspelt_block_is_an_error_at_once():
+    with pytest.raises(ValueError, match=r"'gpu'.*cpu, torch, reference"), use_backend("gpu"):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_the_reference_is_available_by_name_and_agrees(op, ran):
+    found = CALLS[op](backend="reference")
+    assert ran == []
+    torch.testing.assert_close(found, CALLS[op](backend="torch"))
+
+
+def test_the_reference_is_never_chosen():
+    for op in backends.OPS:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            assert backends.choose(op, torch.device("cpu"), dtype) in backends.BACKENDS
+
+
+def test_a_refusal_says_which_backend_and_why():
+    half = X.half(), W.half(), Y
+    with pytest.raises(RuntimeError, match=r"masked_logsumexp.*float16.*cpu: "):
+        F.masked_logsumexp(*half, backend="cpu")
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="float16"):
+        F.proxy_nca_loss(*half)
+    # Not asked for, it is passed over.
+    assert F.masked_logsumexp(*half).same.dtype == torch.float32
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("policy", ["quadratic", "max_pool", "softmax_pool"])
+def test_a_policy_nobody_implements_is_refused_by_all_with_reasons(op, policy):
+    verdicts = backends.explain(op, "cpu", torch.float32, policy)
+    assert [v.backend for v in verdicts] == list(backends.BACKENDS)
+    assert not any(v.ok for v in verdicts)
+    assert all(policy in v.reason or "not built" in v.reason for v in verdicts)
+    with pytest.raises(RuntimeError, match=policy):
+        backends.choose(op, torch.device("cpu"), torch.float32, policy)
+
+
+def test_every_verdict_has_a_reason():
+    for dtype in (torch.float32, torch.float16):
+        for verdict in backends.explain("masked_logsumexp", "cpu", dtype):
+            assert verdict.reason
+            assert isinstance(verdict.ok, bool)
+
+
+def test_the_loss_module_follows_the_block(ran):
+    loss = ProxyNCALoss(6, 3)
+    with use_backend("torch"):
+        loss(X, Y).backward()
+    assert ran == ["torch"]
+
+
+WITHOUT_EXTENSION = """
+import sys
+sys.modules["dml_kernels._C"] = None  # as if it were not there
+import torch, dml_kernels
+from dml_kernels import functional as F
+from dml_kernels.ops import backend
+x = torch.ones(2, 3)
+print(F.normalize(x).sum().item())
+print([v.reason for v in backend.explain("normalize", "cpu", torch.float32) if v.backend == "cpu"])
+try:
+    F.normalize(x, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_the_extension_everything_works_and_the_reason_is_told():
+    out = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert "3.46" in out.stdout
+    assert "pip install" in out.stdout  # how to build it
+    assert "no backend runs normalize" in out.stdout

@@ -1,0 +1,115 @@
+"""torch.library.opcheck on every registered op: schema, fake kernels, aliasing, dispatch, in all shapes of arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import on_backends, randint, randn
+from torch.library import opcheck
+
+from dml_kernels.ops import masked_logsumexp as lse
+from dml_kernels.ops import normalize, normalized_distance
+
+N, M, D = 5, 40, 3
+# Autograd is not registered with the ops but around them: opcheck then compares without gradients.
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def check(op, args):
+    results = opcheck(op, args, test_utils=TESTS, raise_exception=False)
+    failures = {name: f"{type(r).__name__}: {r}" for name, r in results.items() if r != "SUCCESS"}
+    assert not failures, f"{op}: {failures}"
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bank(dtype, which):
+    x, w = randn(N, D, seed=1).to(dtype), randn(M, D, seed=2).to(dtype)
+    if which == "strided":
+        x, w = x.t().contiguous().t(), w.t().contiguous().t()
+    if which == "bare":
+        return x, w, randint(0, M, N, seed=3), None, None, None, None, None
+    bias = torch.where(torch.arange(M) % 5 == 0, -math.inf, randn(M, seed=6)).to(acc(dtype))
+    scale = randn(N, seed=4).to(acc(dtype)) if which == "full" else torch.tensor(2.0, dtype=acc(dtype))
+    c = randint(0, 4, M, seed=7)
+    return (
+        x,
+        w,
+        randint(0, 4, N, seed=3),
+        c,
+        randint(-1, M, N, seed=8),
+        scale,
+        randn(M, seed=5).to(acc(dtype)),
+        bias,
+    )
+
+
+def spec(dtype, which, backend):
+    metric, unit = {"full": ("sqeuclidean", True), "strided": ("euclidean", False), "bare": ("dot", True)}[
+        which
+    ]
+    logit = [2.0, 0.1, -1.0, 0.3] if which == "full" else [1.0, 0.0, 1.0, 0.0]
+    return metric, unit, logit, 1e-12, -100, dtype, which != "bare", "linear", [], backend
+
+
+WHICH = pytest.mark.parametrize("which", ["full", "strided", "bare"])
+ON_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@on_backends
+@ON_DTYPES
+@WHICH
+def test_masked_logsumexp(which, dtype, backend):
+    b, s = bank(dtype, which), spec(dtype, which, backend)
+    check(lse.fwd, (*b, *s))
+    out = lse.fwd(*b, *s)
+    grads = [randn(*t.shape, seed=9).to(t.dtype) for t in out]
+    everything = [True, True, *(t is not None for t in b[5:])]
+    for needs in (everything, [True, False, False, False, False], [False, True, False, False, False]):
+        check(lse.bwd, (*grads, *out[:2], needs, *b, *s))
+    directions = [
+        b[0].new_empty(0) if t is None else randn(*t.shape, seed=10).to(t.dtype) for t in (b[0], b[1], *b[5:])
+    ]
+    check(lse.dbl, (*directions, *grads, *out[:2], *b, *s))
+
+
+@on_backends
+@ON_DTYPES
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_normalized_distance(metric, dtype, backend):
+    x, w, *_ = bank(dtype, "strided")
+    spec = (metric, True, 1e-12, dtype)
+    check(normalized_distance.fwd, (x, w, *spec, backend))
+    grad = randn(N, M, seed=9).to(dtype)
+    for g in (grad, grad[:1, :1].expand(N, M)):
+        for needs in ([True, True], [True, False], [False, True]):
+            check(normalized_distance.bwd, (g, x, w, needs, *spec, backend))
+    check(
+        normalized_distance.dbl,
+        (randn(N, D, seed=3).to(dtype), randn(M, D, seed=4).to(dtype), grad, x, w, *spec, backend),
+    )
+
+
+@on_backends
+@ON_DTYPES
+def test_normalize(dtype, backend):
+    x, v, g = (randn(N, D, seed=i).to(dtype) for i in range(3))
+    check(normalize.fwd, (x.t(), 1e-12, backend))
+    check(normalize.bwd, (g, x, 1e-12, backend))
+    check(normalize.bwd, (g[:1].expand_as(g), x.t().contiguous().t(), 1e-12, backend))
+    check(normalize.dbl, (v, g, x, 1e-12))
+
+
+def test_every_registered_op_is_checked_here():
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("dml_kernels::")}
+    checked = {
+        f"{op}_{kind}"
+        for op in ("normalize", "normalized_distance", "masked_logsumexp")
+        for kind in ("fwd", "bwd", "dbl")
+    }
+    assert names == checked
