@@ -1,0 +1,41 @@
+"""How much of the processor others used during a measurement: a neighbour slows some contenders more than
+others.
+
+The floor waits for every thread after every product, so that a neighbour holds it up more than it does a
+method with one parallel loop: on a busy machine a ratio to the floor says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Usage(NamedTuple):
+    """Seconds of all cores together, since the machine or the process began."""
+
+    capacity: float
+    busy: float
+    own: float
+
+    @staticmethod
+    def now() -> Usage | None:
+        """None where the system does not say (anything but Linux)."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        ticks = [int(field) for field in fields]  # user nice system idle iowait irq softirq steal
+        second = os.sysconf("SC_CLK_TCK")
+        times = os.times()
+        idle = ticks[3] + ticks[4]
+        return Usage(sum(ticks) / second, (sum(ticks) - idle) / second, times.user + times.system)
+
+
+def share_of_others(before: Usage | None, after: Usage | None) -> float | None:
+    """The part of all cores' time that went to other processes, or to other guests of the machine."""
+    if before is None or after is None or after.capacity <= before.capacity:
+        return None
+    others = (after.busy - before.busy) - (after.own - before.own)
+    return min(1.0, max(0.0, others / (after.capacity - before.capacity)))

@@ -1,0 +1,133 @@
+"""The ops alone: forward, frozen bank, frozen embeddings, every metric, few classes; beside one bare product,
+2NMD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dml_kernels import functional
+
+from . import floor
+from .case import Case, Contender, Outputs, Step, training_step
+from .losses import BACKENDS
+from .problem import Problem
+
+LSE = ("n", "n")
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """run(x, w, problem, backend) -> outputs, of the shapes named; wants: the gradients taken.
+
+    passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w).
+    """
+
+    name: str
+    shapes: tuple[str, ...]  # of each output: n, nm or md
+    run: Callable[[Tensor, Tensor, Problem, str], Outputs]
+    wants: str = ""
+    passes: int = 0
+    peer: Callable[[Tensor, Tensor], Outputs] | None = None
+
+
+def _lse(name: str, metric: str, wants: str, passes: int, few: bool = False) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        y, c = (problem.c[problem.y], problem.c) if few else (problem.y, None)
+        # Unit vectors for every metric but dot, whose logits a small scale keeps within the softmax's reach.
+        unit, scale = metric != "dot", 8.0 / problem.size.d if metric == "dot" else 8.0
+        out = functional.masked_logsumexp(
+            x, w, y, c, metric=metric, normalize=unit, scale=scale, backend=backend
+        )
+        return out.same, out.different
+
+    return OpCase(f"lse {metric}{name}", LSE, run, wants, passes)
+
+
+# The same as normalized_distance in plain PyTorch, where it has such.
+PLAIN_DISTANCE = {
+    "cosine": lambda x, w: F.normalize(x) @ F.normalize(w).T,
+    "euclidean": lambda x, w: torch.cdist(F.normalize(x), F.normalize(w)),
+}
+
+
+def _distance(name: str, metric: str, wants: str, passes: int) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        return (functional.normalized_distance(x, w, metric, backend=backend),)
+
+    plain = PLAIN_DISTANCE.get(metric)
+    peer = None if plain is None else lambda x, w: (plain(x, w),)
+    return OpCase(f"distance {metric}{name}", ("nm",), run, wants, passes, peer)
+
+
+def _normalize(name: str, wants: str) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        return (functional.normalize(w, backend=backend),)
+
+    return OpCase(f"normalize{name}", ("md",), run, wants, peer=lambda x, w: (F.normalize(w),))
+
+
+METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
+CASES = (
+    *(_lse("", metric, "", 1) for metric in METRICS),
+    *(_lse(", gradients", metric, "xw", 4) for metric in METRICS),
+    _lse(", frozen bank", "cosine", "x", 2),
+    _lse(", frozen rows", "cosine", "w", 3),
+    _lse(", 10 classes", "cosine", "", 1, few=True),
+    _lse(", 10 classes, gradients", "cosine", "xw", 4, few=True),
+    *(_distance("", metric, "", 1) for metric in METRICS),
+    *(_distance(", gradients", metric, "xw", 3) for metric in METRICS),
+    _normalize("", ""),
+    _normalize(", gradient", "w"),
+)
+
+
+def _step(op: OpCase, run: Callable[[Tensor, Tensor], Outputs], problem: Problem) -> Step:
+    """A step with a fixed random gradient for each value, the same in every dtype."""
+    grads = None
+    if op.wants:
+        generator = torch.Generator().manual_seed(2)
+        dtype = problem.dtype if op.shapes != LSE or problem.dtype == torch.float64 else torch.float32
+        shapes = [[getattr(problem.size, axis) for axis in shape] for shape in op.shapes]
+        grads = tuple(torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes)
+    return training_step(run, problem, op.wants, grads)
+
+
+def _case(op: OpCase) -> Case:
+    def on(backend: str) -> Callable[[Problem], Outputs]:
+        return lambda p: _step(op, lambda x, w: op.run(x, w, p, backend), p)()
+
+    return Case(op.name, truth=on("torch"), reference=on("reference"))
+
+
+def _contenders(op: OpCase) -> list[Contender]:
+    case = _case(op)
+
+    def ours(backend: str) -> Contender:
+        def make(problem: Problem) -> Step:
+            return _step(op, lambda x, w: op.run(x, w, problem, backend), problem)
+
+        return Contender(f"{op.name} ({backend})", case, make, variant=backend, passes=op.passes)
+
+    def peer_step(problem: Problem) -> Step:
+        return _step(op, op.peer, problem)
+
+    found = [ours(backend) for backend in BACKENDS]
+    if op.peer is not None:
+        title = f"{op.name} (plain PyTorch)"
+        found.append(
+            Contender(
+                title, case, peer_step, kind="peer", variant="plain PyTorch", dense=4.0, passes=op.passes
+            )
+        )
+    return found
+
+
+def contenders() -> list[Contender]:
+    """The bare product, then every op on each of our backends, with its peer where there is one."""
+    return [floor.one_contender(), *(c for op in CASES for c in _contenders(op))]
