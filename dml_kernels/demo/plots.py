@@ -57,7 +57,6 @@ def loss_curve(path: Path, step_losses: Sequence[float], steps_per_epoch: int) -
             end = (start + steps_per_epoch, mean)
             axes.annotate(f"{mean:.2f}", end, (0, 5), textcoords="offset points", ha="right", color=RED)
         axes.set(title="Proxy-NCA in training", xlabel="step", ylabel="loss (nats)")
-        axes.set_ylim(min(0.0, *step_losses), 1.05 * max(step_losses))
         axes.set_xlim(0, len(step_losses) * 1.01)
         axes.legend(frameon=False)
         _save(figure, path)
