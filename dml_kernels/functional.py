@@ -157,6 +157,7 @@ def masked_logsumexp(
     contract.check_vector("col_scale", col_scale, m, x, integer=False)
     contract.check_vector("col_bias", col_bias, m, x, integer=False)
     contract.check_policy(policy)
+    contract.check_integer("ignore_index", ignore_index)
     base, unit = contract.split_metric(metric, normalize)
     eps = contract.check_eps(eps)
     logit = [*_factor_and_offset("same", same), *_factor_and_offset("different", different)]
@@ -174,13 +175,15 @@ def masked_logsumexp(
         out = _reference_lse(bank, base, unit, logit, ignore_index, eps)
     else:
         params = [float(p) for p in policy_params]
-        spec = Spec(base, unit, logit, eps, int(ignore_index), dtype, sums, policy, params, chosen)
+        spec = Spec(base, unit, logit, eps, ignore_index, dtype, sums, policy, params, chosen)
         out = _lse.masked_logsumexp(bank, spec)
     return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
 
 
 def _factor_and_offset(name: str, pair: tuple[float, float]) -> list[float]:
-    if not isinstance(pair, Sequence) or len(pair) != 2:
+    if not isinstance(pair, Sequence):
+        raise TypeError(f"{name} must be a pair (factor, offset); got {pair!r}")
+    if len(pair) != 2:
         raise ValueError(f"{name} must be a pair (factor, offset); got {pair!r}")
     return [contract.check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
 

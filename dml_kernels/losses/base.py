@@ -40,6 +40,23 @@ def check_labels(labels: Tensor, embeddings: Tensor) -> Tensor:
     return labels.to(device=embeddings.device, dtype=torch.int64)
 
 
+def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
+    """A finite floating (num_classes,) tensor, or None. Values are looked at on the CPU, in eager mode."""
+    if class_weight is None:
+        return
+    if not isinstance(class_weight, Tensor):
+        raise TypeError(f"class_weight must be a torch.Tensor; got {type(class_weight).__name__}")
+    if class_weight.shape != (num_classes,):
+        raise ValueError(f"class_weight must have shape ({num_classes},); got {tuple(class_weight.shape)}")
+    if values_can_be_read(class_weight) and not class_weight.isfinite().all():
+        raise ValueError("class_weight must be finite")
+
+
+def values_can_be_read(t: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and does not break a graph being traced."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_reduction(reduction: str) -> None:
     """Refuses a reduction that no loss knows."""
     if reduction not in REDUCTIONS:

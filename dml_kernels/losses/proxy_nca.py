@@ -14,7 +14,21 @@ import torch
 from torch import Tensor
 
 from .. import functional, logspace
-from .base import LossEntry, check_labels, check_reduction, reduce
+from ..ops.contract import check_integer, check_matrix, check_pair
+from .base import LossEntry, check_class_weight, check_labels, check_reduction, reduce, values_can_be_read
+
+
+def _check_map(label_to_proxy: Tensor, num_proxies: int) -> None:
+    """label_to_proxy is int64 (number of classes,), each entry a row of the proxies."""
+    if not isinstance(label_to_proxy, Tensor) or label_to_proxy.dtype != torch.int64:
+        got = label_to_proxy.dtype if isinstance(label_to_proxy, Tensor) else type(label_to_proxy).__name__
+        raise TypeError(f"label_to_proxy must be int64; got {got}. Use label_to_proxy.long()")
+    if label_to_proxy.dim() != 1 or label_to_proxy.numel() == 0:
+        raise ValueError(f"label_to_proxy must have shape (num_classes,); got {tuple(label_to_proxy.shape)}")
+    if values_can_be_read(label_to_proxy):
+        for value in (int(label_to_proxy.min()), int(label_to_proxy.max())):
+            if not 0 <= value < num_proxies:
+                raise ValueError(f"label_to_proxy must be in [0, {num_proxies}), the rows of proxies; got {value}")
 
 
 def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int) -> Tensor:
@@ -23,7 +37,7 @@ def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int
         return labels
     keep = labels != ignore_index
     classes = label_to_proxy.numel()
-    if not labels.is_cuda and not torch.compiler.is_compiling():
+    if values_can_be_read(labels):
         bad = labels[keep & ((labels < 0) | (labels >= classes))]
         if bad.numel():
             raise ValueError(f"labels must be in [0, {classes}), the size of label_to_proxy; got {bad[0].item()}")
@@ -32,8 +46,6 @@ def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int
 
 
 def _row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
-    if class_weight.dim() != 1:
-        raise ValueError(f"class_weight must have shape (num_classes,); got {tuple(class_weight.shape)}")
     inside = labels.clamp(0, class_weight.numel() - 1)
     return class_weight.to(device=like.device, dtype=like.dtype)[inside]
 
@@ -86,8 +98,12 @@ def proxy_nca_loss(
     Raises:
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
     """
+    check_pair(embeddings, proxies, ("embeddings", "proxies"))
     _check_options(label_smoothing, exclude_positive, reduction)
     labels = check_labels(labels, embeddings)
+    if label_to_proxy is not None:
+        _check_map(label_to_proxy, proxies.size(0))
+    check_class_weight(class_weight, proxies.size(0) if label_to_proxy is None else label_to_proxy.numel())
     y = _map_labels(labels, label_to_proxy, ignore_index)
     lse = functional.masked_logsumexp(
         embeddings,
@@ -201,14 +217,15 @@ class ProxyNCALoss(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_integer("num_classes", num_classes)
+        check_integer("embedding_size", embedding_size)
         if num_classes < 1 or embedding_size < 1:
             raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
         _check_options(label_smoothing, exclude_positive, reduction)
         self.num_classes, self.embedding_size, self.softmax_scale = num_classes, embedding_size, softmax_scale
         self.exclude_positive, self.label_smoothing = exclude_positive, label_smoothing
         self.ignore_index, self.reduction = ignore_index, reduction
-        if class_weight is not None and class_weight.shape != (num_classes,):
-            raise ValueError(f"class_weight must have shape ({num_classes},); got {tuple(class_weight.shape)}")
+        check_class_weight(class_weight, num_classes)
         if label_to_proxy is not None:
             label_to_proxy = self._check_map(label_to_proxy)
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -217,7 +234,8 @@ class ProxyNCALoss(torch.nn.Module):
         shape = (rows, embedding_size)
         if proxies is None:
             proxies = torch.randn(shape, device=device, dtype=dtype)
-        elif proxies.shape != shape:
+        check_matrix("proxies", proxies)
+        if proxies.shape != shape:
             raise ValueError(f"proxies must have shape {shape}; got {tuple(proxies.shape)}")
         self.proxies = torch.nn.Parameter(proxies.detach().to(device=device, dtype=dtype).clone())
 
@@ -238,6 +256,9 @@ class ProxyNCALoss(torch.nn.Module):
         ``how="mean"``: the mean of their unit vectors. ``"sample"``: the first of them. ``"nearest"``: the one
         nearest to that mean (a member of the class, as the paper's static proxies).
         """
+        check_matrix("embeddings", embeddings)
+        if embeddings.size(1) != self.embedding_size:
+            raise ValueError(f"embeddings must have shape (n, {self.embedding_size}); got {tuple(embeddings.shape)}")
         labels = check_labels(labels, embeddings)
         if how not in ("mean", "sample", "nearest"):
             raise ValueError(f"how must be mean, sample or nearest; got {how!r}")

@@ -134,6 +134,12 @@ def check_number(name: str, value: float) -> float:
     return number
 
 
+def check_integer(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    return value
+
+
 def check_eps(eps: float) -> float:
     eps = check_number("eps", eps)
     if eps <= 0:
