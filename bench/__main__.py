@@ -81,9 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser.add_argument)
-    parser.add_argument(
-        "--check", action="store_true", help="exit with status 1 when a binding bar is missed"
-    )
+    parser.add_argument("--check", action="store_true", help="exit with status 1 when a binding bar is missed")
     parser.add_argument(
         "--out", type=Path, default=RUNS, metavar="DIR", help="default runs/bench; a folder per run in it"
     )

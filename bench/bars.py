@@ -61,9 +61,7 @@ def _binding(ours: Record) -> list[Verdict]:
     if key in TO_FLOOR:
         limit, ratio = TO_FLOOR[key], ours.ratio
         met = None if ratio is None or is_busy(ours) else ratio <= limit
-        found.append(
-            Verdict(f"{label}time", "-" if ratio is None else f"{ratio:.2f}x floor", f"{limit}x", met, True)
-        )
+        found.append(Verdict(f"{label}time", "-" if ratio is None else f"{ratio:.2f}x floor", f"{limit}x", met, True))
     if ours.peak_failure:
         found.append(Verdict(f"{label}peak memory", ours.peak_failure, "measured", False, True))
     if ours.peak_bytes is not None:
@@ -80,9 +78,7 @@ def _expected(ours: Record, peers: dict[str, Record]) -> list[Verdict]:
         if size != str(ours.group.size) or ours.group.dtype != "fp32" or peer is None or not peer.seconds:
             continue
         if ours.seconds:
-            gain = statistics.median(
-                theirs / own for theirs, own in zip(peer.seconds, ours.seconds, strict=False)
-            )
+            gain = statistics.median(theirs / own for theirs, own in zip(peer.seconds, ours.seconds, strict=False))
             met = None if is_busy(ours) else gain >= times
             found.append(Verdict(f"{ours.group}: {name}", f"{gain:.2f}x our time", f"{times}x", met, False))
     return found

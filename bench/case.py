@@ -69,9 +69,7 @@ class Contender:
     dense: float = 0.0
     passes: int = 0
     note: Callable[[Problem], str] = lambda problem: ""
-    warm: Callable[[Contender, Problem], object] = lambda contender, problem: contender.make(
-        problem.part(8, 300)
-    )()
+    warm: Callable[[Contender, Problem], object] = lambda contender, problem: contender.make(problem.part(8, 300))()
 
 
 def training_step(

@@ -81,9 +81,7 @@ def _scores(x: torch.Tensor, w_t: torch.Tensor, buffer: torch.Tensor, transposed
 def _best(make, size: Size, dtype: torch.dtype) -> tuple[int, bool]:
     generator = torch.Generator().manual_seed(1)
     x, w = (torch.randn(rows, size.d, generator=generator).to(dtype) for rows in (size.n, size.m))
-    problem = Problem(
-        size, x, w, torch.zeros(size.n, dtype=torch.int64), torch.zeros(size.m, dtype=torch.int64)
-    )
+    problem = Problem(size, x, w, torch.zeros(size.n, dtype=torch.int64), torch.zeros(size.m, dtype=torch.int64))
     choices = itertools.product(sorted({min(t, size.m) for t in TILES}), (False, True))
     steps = {choice: make(problem, *choice) for choice in choices}
     repeat = max(1, int(SEARCH_FLOP / 10 / (8 * size.n * size.m * size.d)))

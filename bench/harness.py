@@ -70,11 +70,7 @@ class Options:
 
     def contenders(self, group: Group) -> list[Contender]:
         found = contenders(group.suite)
-        return [
-            c
-            for c in found
-            if c.kind == "floor" or not self.only or any(part in c.name for part in self.only)
-        ]
+        return [c for c in found if c.kind == "floor" or not self.only or any(part in c.name for part in self.only)]
 
 
 def contenders(suite: str) -> list[Contender]:

@@ -115,15 +115,11 @@ def _peers(name: str, case: Case, peers: Peers) -> list[Contender]:
                 passes=3,
                 warm=lambda contender, problem: contender.make(problem)(),  # compiled for one size
             ),
-            Contender(
-                "eager", case, lambda p: _loss_step(dense, p, **options), kind="peer", dense=5.0, passes=3
-            ),
+            Contender("eager", case, lambda p: _loss_step(dense, p, **options), kind="peer", dense=5.0, passes=3),
         ]
     if peers.pml is not None and importlib.util.find_spec("pytorch_metric_learning"):
         title = "pytorch-metric-learning"
-        found.append(
-            Contender(title, case, lambda p: _pml_step(p, name, peers), kind="peer", dense=5.0, passes=3)
-        )
+        found.append(Contender(title, case, lambda p: _pml_step(p, name, peers), kind="peer", dense=5.0, passes=3))
     return found
 
 

@@ -38,15 +38,13 @@ def _bf16_instructions() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
-    flags = next(
-        (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), []
-    )
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     return [flag for flag in BF16_FLAGS if flag in flags]
 
 
 def line(machine: dict[str, str | int | float]) -> str:
     text = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']} "
+        f"{machine['cpu']}, {machine['cores']} cores, torch threads {machine['threads']}, torch {machine['torch']} "
         f"({machine['torch_cpu_capability']}, bf16 by {machine['bf16_instructions']}), "
         f"load {machine['load_before']} at the start"
     )

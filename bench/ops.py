@@ -41,9 +41,7 @@ def _lse(name: str, metric: str, wants: str, passes: int, few: bool = False) -> 
         y, c = (problem.c[problem.y], problem.c) if few else (problem.y, None)
         # Unit vectors for every metric but dot, whose logits a small scale keeps within the softmax's reach.
         unit, scale = metric != "dot", 8.0 / problem.size.d if metric == "dot" else 8.0
-        out = functional.masked_logsumexp(
-            x, w, y, c, metric=metric, normalize=unit, scale=scale, backend=backend
-        )
+        out = functional.masked_logsumexp(x, w, y, c, metric=metric, normalize=unit, scale=scale, backend=backend)
         return out.same, out.different
 
     return OpCase(f"lse {metric}{name}", LSE, run, wants, passes)
@@ -121,9 +119,7 @@ def _contenders(op: OpCase) -> list[Contender]:
     if op.peer is not None:
         title = f"{op.name} (plain PyTorch)"
         found.append(
-            Contender(
-                title, case, peer_step, kind="peer", variant="plain PyTorch", dense=4.0, passes=op.passes
-            )
+            Contender(title, case, peer_step, kind="peer", variant="plain PyTorch", dense=4.0, passes=op.passes)
         )
     return found
 

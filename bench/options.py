@@ -60,9 +60,7 @@ def _split(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
-def _known(
-    option: str, text: str | None, choices: tuple[str, ...], default: tuple[str, ...]
-) -> tuple[str, ...]:
+def _known(option: str, text: str | None, choices: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
     names = _split(text) or default
     for name in names:
         if name not in choices:

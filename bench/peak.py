@@ -28,9 +28,7 @@ def main(suite: str, name: str, size: str, dtype: str, threads: str) -> int:
     contender = next(c for c in contenders(suite) if c.name == name)
     problem = make(Size.parse(size), DTYPES[dtype])
     # What make() allocates is part of it: the floor's outputs, for one.
-    print(
-        peak_extra_bytes(lambda: contender.make(problem)(), warmup=lambda: contender.warm(contender, problem))
-    )
+    print(peak_extra_bytes(lambda: contender.make(problem)(), warmup=lambda: contender.warm(contender, problem)))
     return 0
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -13,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .bars import MEMORY_SPARE, OURS
 from .harness import OPS, Record
@@ -31,6 +34,7 @@ COLOURS = {
 OTHERS = ("#009E73", "#F0E442", "#000000")
 HATCHES = ("", "////", "....")
 INK = "#333333"
+TEXT_WIDTH = 0.16  # of an axis: the text after a bar
 
 
 def draw(records: Sequence[Record], machine: str, out: Path) -> list[Path]:
@@ -61,21 +65,12 @@ def _draw_loss(records: Sequence[Record], suite: str, machine: str, path: Path) 
     for size, column in zip(sizes, axes.T):
         found = {(r.name, r.group.dtype): r for r in records if r.group.size == size}
         column[0].set_title(f"{size.n:,} x {size.m:,} x {size.d}", fontsize=11)
-        column[0].set_xlabel("forward and backward, ms")
-        _bars(
-            column[0],
-            found,
-            names,
-            dtypes,
-            lambda r: r.median and r.median * 1e3,
-            lambda r: seconds(r.median),
-        )
+        times = {key: Bar(r.median * 1e3, seconds(r.median)) for key, r in found.items() if r.median}
+        _bars(column[0], times, names, dtypes, "forward and backward, ms")
         _statuses(column[0], found, names, dtypes)
         if with_memory:
-            column[1].set_xlabel("peak extra memory, MiB")
-            _bars(column[1], found, names, dtypes, lambda r: r.peak_bytes and r.peak_bytes / 2**20,
-                  lambda r: mebibytes(r.peak_bytes))  # fmt: skip
-            _gradient_marks(column[1], found, names, dtypes)
+            peaks = {key: _memory_bar(r) for key, r in found.items() if r.peak_bytes}
+            _bars(column[1], peaks, names, dtypes, "peak extra memory, MiB")
     for row in axes:
         row[0].set_yticks(range(len(names)), names)
         row[0].set_ylim(len(names) - 0.5, -0.5)
@@ -99,29 +94,48 @@ def _offsets(count: int) -> tuple[list[float], float]:
     return [(i - (count - 1) / 2) * thick for i in range(count)], thick * 0.92
 
 
-def _bars(ax: Axes, found, names, dtypes, value, text) -> None:
+class Bar(NamedTuple):
+    """A bar, the text after it, and two marks: the gradients alone, the most that is allowed."""
+
+    value: float
+    text: str
+    mark: float | None = None
+    limit: float | None = None
+
+    def end(self, axis: Axes | None = None) -> float:
+        """Where its text goes: after the bar, or after the limit's mark where that is in the way."""
+        if self.limit is None or self.limit <= self.value:
+            return self.value
+        if axis is not None:
+            low, high = axis.get_xlim()
+            if math.log(self.limit / self.value) > TEXT_WIDTH * math.log(high / low):
+                return self.value
+        return self.limit
+
+
+def _memory_bar(record: Record) -> Bar:
+    limit = (record.gradient_bytes + MEMORY_SPARE) / 2**20 if record.name == OURS else None
+    peak = record.peak_bytes or 0
+    return Bar(peak / 2**20, mebibytes(peak), record.gradient_bytes / 2**20, limit)
+
+
+def _bars(ax: Axes, bars: dict[tuple[str, str], Bar], names, dtypes, label: str) -> None:
     offsets, thick = _offsets(len(dtypes))
-    values = [v for r in found.values() if (v := value(r))]
-    low, high = (min(values), max(values)) if values else (1, 10)
+    low = min((min(b.value, b.mark or b.value) for b in bars.values()), default=1)
+    high = max((b.end() for b in bars.values()), default=10)
     ax.set_xscale("log")
-    ax.set_xlim(low / 2.5, high * (2.5 * high / low) ** 0.25)  # room for the figures on the right
-    for (name, dtype), record in found.items():
-        if v := value(record):
-            i = dtypes.index(dtype)
-            at = names.index(name) + offsets[i]
-            ax.barh(
-                at,
-                v,
-                thick,
-                color=colour(name, names),
-                alpha=_alpha(i),
-                hatch=HATCHES[i],
-                edgecolor="white",
-                lw=0,
-            )
-            ax.annotate(
-                text(record), (v, at), (3, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-            )
+    ax.set_xlim(low / 2.5, high * (2.5 * high / low) ** 0.3)  # room for the text on the right
+    for (name, dtype), bar in bars.items():
+        i = dtypes.index(dtype)
+        at = names.index(name) + offsets[i]
+        style = {"color": colour(name, names), "alpha": _alpha(i), "hatch": HATCHES[i], "edgecolor": "white"}
+        ax.barh(at, bar.value, thick, lw=0, **style)
+        for mark, line in ((bar.mark, "-"), (bar.limit, ":")):
+            if mark:
+                ax.vlines(mark, at - thick / 2, at + thick / 2, color=INK, lw=1.5, ls=line)
+        place = {"textcoords": "offset points", "va": "center"}
+        ax.annotate(bar.text, (bar.end(ax), at), (4, 0), fontsize=8, color=INK, **place)
+    ax.set_xlabel(label)
     _tidy(ax)
 
 
@@ -133,21 +147,6 @@ def _statuses(ax: Axes, found, names, dtypes) -> None:
             at = ax.get_xlim()[0], names.index(name) + offsets[dtypes.index(dtype)]
             style = {"va": "center", "fontsize": 8, "color": INK, "style": "italic"}
             ax.annotate(f"{dtype} {record.status}", at, (4, 0), textcoords="offset points", **style)
-
-
-def _gradient_marks(ax: Axes, found, names, dtypes) -> None:
-    offsets, thick = _offsets(len(dtypes))
-    for y, name in enumerate(names):
-        for i, dtype in enumerate(dtypes):
-            record = found.get((name, dtype))
-            if record is None or not record.peak_bytes:
-                continue
-            low, high = y + offsets[i] - thick / 2, y + offsets[i] + thick / 2
-            ax.vlines(record.gradient_bytes / 2**20, low, high, color=INK, lw=1.5)
-            if name == OURS:
-                ax.vlines(
-                    (record.gradient_bytes + MEMORY_SPARE) / 2**20, low, high, color=INK, lw=1.5, ls=":"
-                )
 
 
 def _draw_ops(records: Sequence[Record], suite: str, machine: str, path: Path) -> None:
@@ -181,6 +180,10 @@ def _draw_ops(records: Sequence[Record], suite: str, machine: str, path: Path) -
 
 
 def _tidy(ax: Axes) -> None:
+    low, high = ax.get_xlim()
+    decades = math.log10(high / low)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2.5 else (1, 3) if decades > 1.2 else (1, 2, 5)))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda value, position: f"{value:,g}")
     ax.grid(axis="x", which="major", color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)

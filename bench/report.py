@@ -11,7 +11,7 @@ from dml_kernels.cli import tables
 from .bars import Verdict, is_busy
 from .harness import OPS, Record
 
-HEADER = ("problem", "contender", "median", "runs", "x floor", "peak MiB", "errors", "")
+HEADER = ("problem", "contender", "median", "runs", "x floor", "peak / grads MiB", "errors")
 
 
 def show(records: Sequence[Record]) -> None:
@@ -40,22 +40,19 @@ def _loss_rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
         if record.group != last:
             rows += [("",) * len(HEADER)] if rows else []
             last = record.group
-            heading = [
-                f"{last.size}",
-                f"{last.dtype}",
-                "gradients",
-                f"{mebibytes(record.gradient_bytes)} MiB",
-            ]
+            heading = [str(last.size), last.dtype]
         rows.append((heading.pop(0) if heading else "", *_cells(record)))
     return rows
 
 
 def _cells(record: Record) -> tuple[str, ...]:
-    time = seconds(record.median) if record.status == "ok" else record.status
+    ok = record.status == "ok"
+    name = f"{record.name}, {record.reason}" if ok and record.reason else record.name
+    time = seconds(record.median) if ok else record.status
     count = str(len(record.seconds)) if record.seconds else ""
+    memory = f"{mebibytes(record.peak_bytes):>5} / {mebibytes(record.gradient_bytes)}" if ok else ""
     error = "" if record.errors is None else " ".join(f"{e:.0e}" for e in record.errors)
-    note = record.reason if record.status == "ok" else ""
-    return record.name, time, count, ratio(record), mebibytes(record.peak_bytes), error, note
+    return name, time, count, ratio(record), memory, error
 
 
 def _show_ops(title: str, records: Sequence[Record]) -> None:
@@ -70,9 +67,8 @@ def _show_ops(title: str, records: Sequence[Record]) -> None:
         (case, str(next(iter(found.values())).passes or ""), *(_ops_cell(found.get(v)) for v in variants))
         for case, found in cases.items()
     ]
-    subtitle = (
-        f"{title}: time, times one bare product ({seconds(floor.median)}, {floor.reason}), peak extra MiB"
-    )
+    memory = ", peak extra MiB" if any(r.peak_bytes for r in records) else ""
+    subtitle = f"{title}: time, times one bare product ({seconds(floor.median)}, {floor.reason}){memory}"
     tables.show(subtitle, ("op", "needs", *variants), rows)
 
 
@@ -86,9 +82,7 @@ def _ops_cell(record: Record | None) -> str:
 
 
 def ratio(record: Record) -> str:
-    return (
-        "" if record.ratio is None else f"{record.ratio:.2f}" if record.ratio < 100 else figures(record.ratio)
-    )
+    return "" if record.ratio is None else f"{record.ratio:.2f}" if record.ratio < 100 else figures(record.ratio)
 
 
 def mebibytes(count: int | None) -> str:
@@ -109,7 +103,7 @@ def seconds(value: float | None) -> str:
 
 def figures(value: float) -> str:
     """Three figures and no exponent."""
-    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 0.995 else f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def busy_note(records: Iterable[Record]) -> str:
@@ -118,7 +112,8 @@ def busy_note(records: Iterable[Record]) -> str:
     if not shares:
         return ""
     low, high = min(shares.values()), max(shares.values())
-    return f"Busy: others took {low:.0%} to {high:.0%} of the cores while {len(shares)} groups were timed"
+    span = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return f"Busy: others took {span} of the cores during {len(shares)} of the groups"
 
 
 def show_bars(verdicts: Iterable[Verdict]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .ops.contract import Bank, Spec, accumulate_dtype
 
 name = "torch"
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 19
 # Below this share of |u|^2 + |p|^2 a squared distance is recomputed from differences: expanding has cancelled 4 bits.
 NEAR = 1.0 / 16
 
