@@ -90,6 +90,7 @@ def normalized_distance(
     chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend)
     if chosen == backends.REFERENCE:
         return reference.normalized_distance(x, w, base, unit, eps)
+    w = w.view_as(w) if w is x else w
     return _distance.normalized_distance(x, w, base, unit, eps, dtype, chosen)
 
 
@@ -170,6 +171,8 @@ def masked_logsumexp(
         logit[0], logit[2] = logit[0] * factor, logit[2] * factor
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend)
+    # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
+    w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
     bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)
     if chosen == backends.REFERENCE:
         out = _reference_lse(bank, base, unit, logit, ignore_index, eps)

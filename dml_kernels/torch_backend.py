@@ -93,8 +93,8 @@ class Side(NamedTuple):
         return grad.sub_(u * torch.where(self.unit, (u * grad).sum(-1), 0)[:, None])
 
 
-def _chunks(n: int, m: int) -> Iterator[slice]:
-    step = max(128, CHUNK_ELEMENTS // max(n, 1))
+def _chunks(n: int, m: int, d: int) -> Iterator[slice]:
+    step = max(128, CHUNK_ELEMENTS // max(n, d))
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 
@@ -108,7 +108,7 @@ def _mm(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
 
 class Scores(NamedTuple):
     s: Tensor  # (N, chunk) score
-    near: tuple[Tensor, Tensor] | None  # (rows, columns) of the distances taken from differences
+    near: tuple[Tensor, ...] | None  # (rows, columns) of the distances taken from differences
 
 
 def _scores(a: Side, b: Side, metric: str) -> Scores:
@@ -121,8 +121,15 @@ def _scores(a: Side, b: Side, metric: str) -> Scores:
     rows, cols = (d2 < NEAR * span).nonzero(as_tuple=True)
     d2 = d2.clamp_min_(0)
     if rows.numel():
-        d2[rows, cols] = _differences(a, b, rows, cols).square().sum(-1)
+        for r, c in _pieces(rows, cols, a.full.size(1)):
+            d2[r, c] = _differences(a, b, r, c).square().sum(-1)
     return Scores(d2.neg_() if metric == "sqeuclidean" else d2.sqrt_().neg_(), (rows, cols))
+
+
+def _pieces(rows: Tensor, cols: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A list of pairs in parts whose differences, D values each, stay within a chunk's memory."""
+    step = max(1, CHUNK_ELEMENTS // d)
+    yield from zip(rows.split(step), cols.split(step), strict=True)
 
 
 def _differences(a: Side, b: Side, rows: Tensor, cols: Tensor) -> Tensor:
@@ -145,18 +152,19 @@ class Gradients:
 
     def __init__(self, rows: Side, metric: str, need_x: bool, need_w: bool):
         self.rows, self.metric, self.need_x, self.need_w = rows, metric, need_x, need_w
-        self.grad_x = torch.zeros_like(rows.full) if need_x else None
+        self.grad_x = rows.full.new_zeros(rows.full.shape) if need_x else None
 
     def chunk(self, b: Side, scores: Scores, ds: Tensor) -> Tensor | None:
         """Adds dS (overwritten) to grad_x; returns grad_w of the chunk in the accumulation dtype, projected."""
         a = self.rows
         factor = 1.0
-        direct = None
+        near_ds = None
         if self.metric != "dot":
             factor = 2.0
             if self.metric == "euclidean":
                 ds.mul_(_root_slope(scores.s))
-            direct = self._near(a, b, scores.near, ds)
+            near_ds = ds[scores.near]
+            ds[scores.near] = 0
         sums = (ds.sum(1), ds.sum(0)) if self.metric != "dot" else None
         e = ds.mul_(a.r[:, None] * factor).mul_(b.r)
         lift = _product_scale(e) if a.t.dtype == torch.float16 else None
@@ -168,32 +176,31 @@ class Gradients:
             if sums:
                 part -= self._own(a, sums[0])
             self.grad_x += part
-            if direct:
-                self.grad_x.index_add_(0, direct[0], direct[2] * a.r[direct[0], None])
         if self.need_w:
             grad_w = _mm(e.T, a.t, a.full.dtype)
             grad_w = grad_w if lift is None else grad_w / lift
             if sums:
                 grad_w -= self._own(b, sums[1])
-            if direct:
-                grad_w.index_add_(0, direct[1], direct[2] * -b.r[direct[1], None])
-            grad_w = b.project(grad_w)
-        return grad_w
+        if near_ds is not None:
+            self._add_near(b, scores.near, near_ds, grad_w)
+        return None if grad_w is None else b.project(grad_w)
 
     @staticmethod
     def _own(side: Side, total: Tensor) -> Tensor:
         """-2 (sum dS) u r: a point's own part in a squared distance. The projection removes it from unit vectors."""
         return side.full * torch.where(side.unit, 0, 2 * total * side.r * side.r)[:, None]
 
-    @staticmethod
-    def _near(a: Side, b: Side, near, ds: Tensor):
-        """Takes the near pairs out of dS: their gradient -2 dS (u - p) comes from the difference, not from sums."""
-        rows, cols = near
-        if not rows.numel():
-            return None
-        weight = ds[rows, cols]
-        ds[rows, cols] = 0
-        return rows, cols, _differences(a, b, rows, cols) * (-2 * weight)[:, None]
+    def _add_near(self, b: Side, near: tuple[Tensor, ...], near_ds: Tensor, grad_w: Tensor | None) -> None:
+        """The near pairs, taken out of dS: their gradient -2 dS (u - p) comes from the difference, not from sums."""
+        a, done = self.rows, 0
+        for rows, cols in _pieces(*near, a.full.size(1)):
+            weight = -2 * near_ds[done : done + rows.numel()]
+            done += rows.numel()
+            direct = _differences(a, b, rows, cols) * weight[:, None]
+            if self.grad_x is not None:
+                self.grad_x.index_add_(0, rows, direct * a.r[rows, None])
+            if grad_w is not None:
+                grad_w.index_add_(0, cols, direct * -b.r[cols, None])
 
     def finish(self) -> Tensor | None:
         return None if self.grad_x is None else self.rows.project(self.grad_x)
@@ -210,24 +217,24 @@ def _to_distance(s: Tensor, metric: str) -> Tensor:
 def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
     rows = Side.of(x, normalize, eps, dtype)
     out = x.new_empty((x.size(0), w.size(0)), dtype=dtype)
-    for k in _chunks(x.size(0), w.size(0)):
+    for k in _chunks(x.size(0), *w.shape):
         out[:, k] = _to_distance(_scores(rows, Side.of(w[k], normalize, eps, dtype), metric).s, metric)
     return out
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor, Tensor]:
+def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor | None, ...]:
     rows = Side.of(x, normalize, eps, dtype)
     grads = Gradients(rows, metric, *needs)
-    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format) if needs[1] else x.new_empty(0)
-    for k in _chunks(x.size(0), w.size(0)):
+    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format) if needs[1] else None
+    for k in _chunks(x.size(0), *w.shape):
         b = Side.of(w[k], normalize, eps, dtype)
         # A copy of one chunk of grad, whatever its strides: it is overwritten.
         ds = grad[:, k].to(rows.full.dtype, copy=True)
         part = grads.chunk(b, _scores(rows, b, metric), ds if metric == "dot" else ds.neg_())
-        if part is not None:
+        if grad_w is not None:
             grad_w[k] = part.to(w.dtype)
     grad_x = grads.finish()
-    return (x.new_empty(0) if grad_x is None else grad_x.to(x.dtype)), grad_w
+    return None if grad_x is None else grad_x.to(x.dtype), grad_w
 
 
 def normalized_distance_dbl(v_x, v_w, grad, x, w, metric, normalize, eps, dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +244,7 @@ def normalized_distance_dbl(v_x, v_w, grad, x, w, metric, normalize, eps, dtype)
     sign = 1.0 if metric == "dot" else -1.0
     d_grad = torch.empty_like(grad, memory_format=torch.contiguous_format)
     d_w = torch.empty_like(w, memory_format=torch.contiguous_format)
-    for k in _chunks(x.size(0), w.size(0)):
+    for k in _chunks(x.size(0), *w.shape):
         step = tangents.chunk(w[k], v_w[k] if v_w.numel() else None)
         d_grad[:, k] = (sign * step.ds).to(grad.dtype)
         d_w[k] = tangents.pull_back(step, None, grad[:, k].to(step.s.dtype) * sign).to(w.dtype)
@@ -291,7 +298,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     t = row_scale(bank, acc)
     lse = [bank.x.new_full((n,), -math.inf, dtype=acc) for _ in range(2)]
     sums = [bank.x.new_zeros(n if spec.sums else 0, dtype=acc) for _ in range(2)]
-    for k in _chunks(n, bank.w.size(0)):
+    for k in _chunks(n, *bank.w.shape):
         s = _scores(rows, Side.of(bank.w[k], spec.normalize, spec.eps, spec.dtype), spec.metric).s
         chunk = logits(s, k, t, bank, spec)
         for i, members in enumerate((chunk.same, chunk.used & ~chunk.same)):
@@ -322,16 +329,16 @@ def row_grads(grads: tuple[Tensor, ...], chunk: Logits, p: Tensor, sums: bool) -
     return dz
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_t, need_q, need_b = needs
     rows = Side.of(bank.x, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = rows.full.dtype, bank.x.size(0), bank.w.size(0)
     t = row_scale(bank, acc)
     collect = Gradients(rows, spec.metric, need_x, need_w)
-    g_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format) if need_w else bank.x.new_empty(0)
+    g_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format) if need_w else None
     g_t = t.new_zeros(n) if need_t else None
     g_q, g_b = (bank.x.new_empty(m if need else 0, dtype=acc) for need in (need_q, need_b))
-    for k in _chunks(n, m):
+    for k in _chunks(n, *bank.w.shape):
         b = Side.of(bank.w[k], spec.normalize, spec.eps, spec.dtype)
         scores = _scores(rows, b, spec.metric)
         chunk = logits(scores.s, k, t, bank, spec)
@@ -345,15 +352,15 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Ten
             g_q[k] = (dz * chunk.t * scores.s).sum(0)
         if need_x or need_w:
             part = collect.chunk(b, scores, dz.mul_(chunk.t).mul_(chunk.q))
-            if part is not None:
+            if g_w is not None:
                 g_w[k] = part.to(bank.w.dtype)
     g_x = collect.finish()
     return (
-        bank.x.new_empty(0) if g_x is None else g_x.to(bank.x.dtype),
+        None if g_x is None else g_x.to(bank.x.dtype),
         g_w,
-        bank.x.new_empty(0) if g_t is None else scale_grad(g_t, bank),
-        g_q.to(bank.col_scale.dtype) if need_q else g_q,
-        g_b.to(bank.col_bias.dtype) if need_b else g_b,
+        None if g_t is None else scale_grad(g_t, bank),
+        g_q.to(bank.col_scale.dtype) if need_q else None,
+        g_b.to(bank.col_bias.dtype) if need_b else None,
     )
 
 

@@ -95,10 +95,10 @@ class Tangents:
         return self._drop(step.w, step.v, grad_p, grad_dp)
 
     def finish(self) -> Tensor:
-        return self._drop(self.x, self.v, self.grad_u, self.grad_du)
+        return self._drop(self.x, self.v, self.grad_u, self.grad_du).contiguous()
 
 
-def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
     """Gradients of Phi in the four incoming gradients, both log-sum-exps, x, w, scale, col_scale and col_bias."""
     _, v_w, v_t, v_q, v_b = (v if v.numel() else None for v in directions)
     tangents = Tangents(bank.x, directions[0], spec.metric, spec.normalize, spec.eps, spec.dtype)
@@ -109,7 +109,7 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
     d_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format)
     d_t = t.new_zeros(n)
     d_q, d_b = t.new_empty(m), t.new_empty(m)
-    for k in tb._chunks(n, m):
+    for k in tb._chunks(n, *bank.w.shape):
         step = tangents.chunk(bank.w[k], None if v_w is None else v_w[k])
         chunk = tb.logits(step.s, k, t, bank, spec)
         p = tb.weights(chunk, lse)
@@ -130,13 +130,12 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
         d_w[k] = tangents.pull_back(step, a * t * q + b * (dt * q + t * dq), b * t * q).to(bank.w.dtype)
     d_lse = [torch.where(v == -math.inf, 0, -g.to(acc) * d) for v, g, d in zip(lse, grads, d_g, strict=False)]
     out_g = [d.to(g.dtype) if g.numel() else torch.empty_like(g) for d, g in zip(d_g, grads, strict=True)]
-    none = bank.x.new_empty(0)
     return (
         *out_g,
         *d_lse,
         tangents.finish().to(bank.x.dtype),
         d_w,
-        none if bank.scale is None else tb.scale_grad(d_t, bank),
-        none if bank.col_scale is None else d_q.to(bank.col_scale.dtype),
-        none if bank.col_bias is None else d_b.to(bank.col_bias.dtype),
+        None if bank.scale is None else tb.scale_grad(d_t, bank),
+        None if bank.col_scale is None else d_q.to(bank.col_scale.dtype),
+        None if bank.col_bias is None else d_b.to(bank.col_bias.dtype),
     )

@@ -1,6 +1,11 @@
-"""Fixtures for every test. A test marked `cpp` runs the compiled extension: skipped without it, unless it is required."""
+"""Fixtures for every test. Without the extension, a test marked `cpp` is skipped, or fails where it is required."""
 
 from __future__ import annotations
+
+import os
+
+# Threads sleep at once when their share is done. Spinning, as is the default, starves the tests on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import helpers
 import pytest

@@ -148,16 +148,12 @@ def dense_forms(metric: str) -> tuple[Callable[..., Tensor], ...]:
 def assert_accurate(value: Tensor, stick: Yardstick, what: str, *, by_row: bool = False) -> None:
     """The tolerance rule."""
     theirs = stick.error_by_row if by_row else stick.error
-    assert math.isfinite(theirs), (
-        f"{what}: the dense expression has no finite error here, so it is no yardstick"
-    )
+    assert math.isfinite(theirs), f"{what}: the dense expression has no finite error here, so it is no yardstick"
     ours, bound = (
         error(value, stick.truth, by_row=by_row),
         max(2 * theirs, ULPS * torch.finfo(value.dtype).eps),
     )
-    assert ours <= bound, (
-        f"{what}: error {ours:.3g}, allowed {bound:.3g} (the dense expression's is {theirs:.3g})"
-    )
+    assert ours <= bound, f"{what}: error {ours:.3g}, allowed {bound:.3g} (the dense expression's is {theirs:.3g})"
 
 
 def assert_all_accurate(ours: Mapping[str, Tensor], sticks: Mapping[str, Yardstick]) -> None:
@@ -217,9 +213,7 @@ class Problem:
     seed: int = 0
 
     @staticmethod
-    def random(
-        n: int, m: int, d: int, metric: str = "cosine", normalize: bool = False, seed: int = 0
-    ) -> Problem:
+    def random(n: int, m: int, d: int, metric: str = "cosine", normalize: bool = False, seed: int = 0) -> Problem:
         # Norms around 1 whatever D: raw metrics then keep logits of a few units.
         x, w = randn(n, d, seed=seed) / math.sqrt(d), randn(m, d, seed=seed + 1) / math.sqrt(d)
         grads = {name: randn(n, seed=seed + 3 + i) for i, name in enumerate(OUTPUTS)}
@@ -248,9 +242,7 @@ class Problem:
         x, w = call.pop("x").to(product), call.pop("w").to(product)
         return dict(zip(OUTPUTS, reference.masked_logsumexp(x, w, self.y, **call, **rest), strict=True))
 
-    def with_gradients(
-        self, out: dict[str, Tensor], leaves: Mapping[str, Tensor], like: Dtype
-    ) -> dict[str, Tensor]:
+    def with_gradients(self, out: dict[str, Tensor], leaves: Mapping[str, Tensor], like: Dtype) -> dict[str, Tensor]:
         """`out` and the gradients of sum <grads, out>, with the incoming gradients rounded to `like`'s outputs."""
         acc = torch.float64 if like.product == torch.float64 else torch.float32
         grads = [self.layout("grad", self.grads[k].to(acc).to(v.dtype)) for k, v in out.items()]
@@ -287,9 +279,7 @@ def draws(n: int, m: int, d: int) -> range:
 
 
 @functools.lru_cache(maxsize=1)
-def drawn(
-    make: Callable[..., Problem], key: tuple[Any, ...], dtype: Dtype
-) -> tuple[Problem, dict[str, Yardstick]]:
+def drawn(make: Callable[..., Problem], key: tuple[Any, ...], dtype: Dtype) -> tuple[Problem, dict[str, Yardstick]]:
     """The problem make(*key, seed=0) and its yardsticks, the dense error taken over several seeds.
 
     Kept for one more call: the backends come one after the other.

@@ -1,4 +1,4 @@
-"""Run as a child by test_memory.py and test_huge.py: `python -m memory_probe WHAT ARGUMENTS`, one JSON object on stdout.
+"""Run as a child by test_memory.py and test_huge.py: `python -m memory_probe WHAT ARGUMENTS`, JSON on stdout.
 
 A fresh process, as memory that an earlier call left in a pool would be reused and not be seen.
 """
@@ -17,13 +17,14 @@ from dml_kernels.profiling import peak_extra_bytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def step(backend: str, n: int, m: int, d: int, dtype: str) -> dict:
-    """Peak of a forward and backward of the loss, beside its gradients' bytes."""
+def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") -> dict:
+    """Peak of a forward and backward of the loss, beside its gradients' bytes; `collapsed`: all points nearly equal."""
 
     def problem(n, m):
-        x = torch.randn(n, d, dtype=DTYPES[dtype], requires_grad=True)
-        w = torch.randn(m, d, dtype=DTYPES[dtype], requires_grad=True)
-        return x, w, torch.randint(0, m, (n,))
+        x, w = torch.randn(n, d, dtype=DTYPES[dtype]), torch.randn(m, d, dtype=DTYPES[dtype])
+        if collapsed:
+            x, w = (t.mul_(1e-3).add_(1) for t in (x, w))
+        return x.requires_grad_(), w.requires_grad_(), torch.randint(0, m, (n,))
 
     def run(x, w, y):
         F.proxy_nca_loss(x, w, y, softmax_scale=8, backend=backend).backward()
@@ -91,7 +92,9 @@ def far_apart(backend: str) -> dict:
         a, b = small[m:, :width].clone().requires_grad_(), small[:m, :width].clone()
         out = F.masked_logsumexp(a, b, torch.arange(n), metric="sqeuclidean", normalize=True, backend=backend)
         distance = F.normalized_distance(a, b, "euclidean", backend=backend)
-        expected.extend((out.different, distance, *torch.autograd.grad(out.different.sum() + distance.float().sum(), a)))
+        expected.extend(
+            (out.different, distance, *torch.autograd.grad(out.different.sum() + distance.float().sum(), a))
+        )
     same = [torch.allclose(f.float(), e.float(), rtol=1e-2, atol=1e-3) for f, e in zip(found, expected, strict=True)]
     return {"peak": peak, "same": same, "span": w.stride(0) * (m - 1)}
 

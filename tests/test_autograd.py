@@ -1,4 +1,4 @@
-"""Derivatives of every op against finite differences in fp64: first and second, for every set of inputs that need one."""
+"""Derivatives of every op against finite differences in fp64: first and second, for any inputs that need one."""
 
 from __future__ import annotations
 
@@ -43,17 +43,13 @@ def lse(metric, normalize, backend, **options):
     def function(x, w, scale=None, col_scale=None, col_bias=None):
         scale = 1.3 if scale is None else scale
         given = {"scale": scale, "col_scale": col_scale, "col_bias": col_bias}
-        return finite(
-            F.masked_logsumexp(x, w, Y[: x.size(0)], C, **call, **given, **options, backend=backend)
-        )
+        return finite(F.masked_logsumexp(x, w, Y[: x.size(0)], C, **call, **given, **options, backend=backend))
 
     return function
 
 
 def check(function, inputs, needs):
-    inputs = [
-        t if t is None else t.clone().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)
-    ]
+    inputs = [t if t is None else t.clone().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
 
@@ -65,9 +61,7 @@ def test_masked_logsumexp_with_every_tensor(metric, normalize, backend):
 
 
 # Each of the five alone, all but one, and the pairs that training meets: frozen bank, frozen rows.
-NEEDS = sorted(
-    {n for k in (1, 2, 4) for n in itertools.permutations([True] * k + [False] * (5 - k)) if k != 2 or n[0]}
-)
+NEEDS = sorted({n for k in (1, 2, 4) for n in itertools.permutations([True] * k + [False] * (5 - k)) if k != 2 or n[0]})
 
 
 @on_backends

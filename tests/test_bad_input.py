@@ -45,11 +45,15 @@ def loss(what, error, message, **arguments):
 
 
 def module(what, error, message, **arguments):
-    return Row(f"module: {what}", losses.ProxyNCALoss, {"num_classes": 6, "embedding_size": 3, **arguments}, error, message)
+    return Row(
+        f"module: {what}", losses.ProxyNCALoss, {"num_classes": 6, "embedding_size": 3, **arguments}, error, message
+    )
 
 
 def forward(what, error, message, **arguments):
-    return Row(f"forward: {what}", losses.ProxyNCALoss(6, 3), {"embeddings": X, "labels": Y, **arguments}, error, message)
+    return Row(
+        f"forward: {what}", losses.ProxyNCALoss(6, 3), {"embeddings": X, "labels": Y, **arguments}, error, message
+    )
 
 
 def from_data(what, error, message, **arguments):
@@ -93,7 +97,12 @@ def vectors():
         rows += [
             lse(f"{name} too short", ValueError, rf"{shape}.*got \({size - 1},\)", **{name: good[:-1]}),
             lse(f"{name} has two dimensions", ValueError, shape, **{name: good[None]}),
-            lse(f"{name} elsewhere", ValueError, rf"{name} is on meta and x on cpu; use {name}\.to", **{name: good.to("meta")}),
+            lse(
+                f"{name} elsewhere",
+                ValueError,
+                rf"{name} is on meta and x on cpu; use {name}\.to",
+                **{name: good.to("meta")},
+            ),
         ]
         if integer:
             for dtype in (torch.float32, torch.bool, torch.int32):
@@ -130,11 +139,13 @@ TABLE = [
     normalize("eps", ValueError, r"eps must be positive", eps=0.0),
     normalize("backend", ValueError, r"unknown backend", backend="gpu"),
     # masked_logsumexp: values
-    lse("label too large", ValueError, r"labels must be in \[0, 6\) or ignore_index \(-100\).*got 6$", y=labels(0, 1, 6, 2)),
+    lse("label too large", ValueError, r"labels must be in \[0, 6\) or ignore_index \(-100\).*got 6$",
+        y=labels(0, 1, 6, 2)),
     lse("label -1", ValueError, r"labels must be in \[0, 6\).*got -1$", y=labels(-1, 1, 5, 2)),
     lse("many bad labels", ValueError, r"got 7, 8, 9 and 1 more", y=labels(7, 8, 9, 10)),
     lse("label beyond 32 bits", ValueError, r"labels must be in", y=labels(0, 1 << 32, 0, 0)),
-    lse("exclude too large", ValueError, r"exclude must be a bank index in \[0, 6\), or -1.*got 6$", exclude=labels(0, 6, -1, 2)),
+    lse("exclude too large", ValueError, r"exclude must be a bank index in \[0, 6\), or -1.*got 6$",
+        exclude=labels(0, 6, -1, 2)),
     lse("exclude -2", ValueError, r"exclude must be.*got -2$", exclude=labels(0, -2, -1, 2)),
     lse("scale is NaN", ValueError, r"scale must be finite", scale=NAN),
     lse("scale is infinite", ValueError, r"scale must be finite", scale=INF),
@@ -165,7 +176,8 @@ TABLE = [
     loss("fp64 with fp32", TypeError, r"embeddings is torch\.float64 and proxies is torch\.float32; cast",
          embeddings=X.double()),
     loss("labels is a list", TypeError, r"labels must be a torch\.Tensor; got list", labels=[0, 1]),
-    loss("labels is float", TypeError, r"labels must be integers; got torch\.float32.*labels\.long\(\)", labels=Y.float()),
+    loss("labels is float", TypeError, r"labels must be integers; got torch\.float32.*labels\.long\(\)",
+         labels=Y.float()),
     loss("labels is boolean", TypeError, r"labels must be integers; got torch\.bool", labels=Y.bool()),
     loss("labels too short", ValueError, r"labels must have shape \(4,\).*got \(3,\)", labels=Y[:3]),
     loss("labels one-hot", ValueError, r"labels must have shape \(4,\).*got \(4, 6\)", labels=torch.zeros(4, 6).long()),
@@ -178,16 +190,20 @@ TABLE = [
     loss("smoothing without the positive", ValueError, r"label_smoothing needs the positive.*exclude_positive=False",
          label_smoothing=0.1, exclude_positive=True),
     loss("softmax_scale NaN", ValueError, r"scale must be finite", softmax_scale=NAN),
-    loss("softmax_scale of wrong shape", ValueError, r"scale must have shape \(4,\) or \(\)", softmax_scale=torch.ones(3)),
+    loss("softmax_scale of wrong shape", ValueError, r"scale must have shape \(4,\) or \(\)",
+         softmax_scale=torch.ones(3)),
     loss("class_weight of two dimensions", ValueError, r"class_weight must have shape", class_weight=torch.ones(6, 1)),
-    loss("class_weight too short", ValueError, r"class_weight must have shape \(6,\); got \(5,\)", class_weight=torch.ones(5)),
+    loss("class_weight too short", ValueError, r"class_weight must have shape \(6,\); got \(5,\)",
+         class_weight=torch.ones(5)),
     loss("class_weight is a list", TypeError, r"class_weight must be a torch\.Tensor", class_weight=[1.0] * 6),
     loss("class_weight NaN", ValueError, r"class_weight must be finite", class_weight=filled(6, NAN)),
     loss("label outside the map", ValueError, r"labels must be in \[0, 3\), the size of label_to_proxy; got 3",
          label_to_proxy=labels(0, 1, 0)),
-    loss("map outside the proxies", ValueError, r"label_to_proxy must be in \[0, 6\).*got 9", label_to_proxy=labels(0, 1, 9, 2)),
+    loss("map outside the proxies", ValueError, r"label_to_proxy must be in \[0, 6\).*got 9",
+         label_to_proxy=labels(0, 1, 9, 2)),
     loss("map of floats", TypeError, r"label_to_proxy must be int64", label_to_proxy=torch.zeros(4)),
-    loss("map of two dimensions", ValueError, r"label_to_proxy must have shape", label_to_proxy=torch.zeros(4, 1).long()),
+    loss("map of two dimensions", ValueError, r"label_to_proxy must have shape",
+         label_to_proxy=torch.zeros(4, 1).long()),
     loss("empty map", ValueError, r"label_to_proxy", label_to_proxy=torch.zeros(0).long()),
     # ProxyNCALoss
     module("no classes", ValueError, r"num_classes and embedding_size must be positive; got 0", num_classes=0),
@@ -196,20 +212,25 @@ TABLE = [
     module("reduction", ValueError, r"reduction must be one of", reduction="avg"),
     module("smoothing", ValueError, r"label_smoothing must be in", label_smoothing=2.0),
     module("class_weight", ValueError, r"class_weight must have shape \(6,\); got \(5,\)", class_weight=torch.ones(5)),
-    module("proxies of wrong shape", ValueError, r"proxies must have shape \(6, 3\); got \(6, 4\)", proxies=torch.ones(6, 4)),
+    module("proxies of wrong shape", ValueError, r"proxies must have shape \(6, 3\); got \(6, 4\)",
+           proxies=torch.ones(6, 4)),
     module("proxies transposed", ValueError, r"proxies must have shape \(6, 3\); got \(3, 6\)", proxies=W.t()),
     module("proxies of integers", TypeError, r"proxies must be", proxies=W.long()),
     module("short map", ValueError, r"label_to_proxy must be int64 of shape \(6,\)", label_to_proxy=Y),
-    module("map of floats", ValueError, r"label_to_proxy must be int64.*got torch\.float32", label_to_proxy=torch.zeros(6)),
-    module("negative map", ValueError, r"label_to_proxy must not be negative; got -1", label_to_proxy=labels(0, 1, 2, -1, 0, 0)),
+    module("map of floats", ValueError, r"label_to_proxy must be int64.*got torch\.float32",
+           label_to_proxy=torch.zeros(6)),
+    module("negative map", ValueError, r"label_to_proxy must not be negative; got -1",
+           label_to_proxy=labels(0, 1, 2, -1, 0, 0)),
     forward("indices_tuple", ValueError, r"does not take indices_tuple", indices_tuple=(Y, Y, Y)),
     forward("ref_emb", ValueError, r"does not take ref_emb", ref_emb=X),
     forward("label too large", ValueError, r"labels must be in \[0, 6\)", labels=labels(0, 1, 2, 6)),
-    forward("wrong width", ValueError, r"embeddings and proxies must have the same embedding size", embeddings=torch.ones(4, 5)),
+    forward("wrong width", ValueError, r"embeddings and proxies must have the same embedding size",
+            embeddings=torch.ones(4, 5)),
     from_data("unknown way", ValueError, r"how must be mean, sample or nearest; got 'median'", how="median"),
     from_data("label too large", ValueError, r"labels must be in \[0, 6\)", labels=labels(0, 1, 2, 6)),
     from_data("labels too short", ValueError, r"labels must have shape \(4,\)", labels=Y[:2]),
-    from_data("wrong width", ValueError, r"embeddings must have shape \(n, 3\); got \(4, 5\)", embeddings=torch.ones(4, 5)),
+    from_data("wrong width", ValueError, r"embeddings must have shape \(n, 3\); got \(4, 5\)",
+              embeddings=torch.ones(4, 5)),
 ]  # fmt: skip
 
 

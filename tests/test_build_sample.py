@@ -246,9 +246,7 @@ def packages(debian, monkeypatch, tmp_path):
         draw_font(root / "usr/share/fonts/truetype" / f"{name}.ttf", seed, OFL_RECORD[1])
         notice = root / "usr/share/doc" / f"fonts-{name}" / "copyright"
         notice.parent.mkdir(parents=True)
-        notice.write_text(
-            f"{HEAD}Files: *\nCopyright: 2020 {name} <{name}@example.org>\nLicense: OFL-1.1{PACKAGING}"
-        )
+        notice.write_text(f"{HEAD}Files: *\nCopyright: 2020 {name} <{name}@example.org>\nLicense: OFL-1.1{PACKAGING}")
         (tmp_path / "work" / f"{root.name}.deb").touch()
         faces.append(Face(f"Face {name}", f"fonts-{name}", f"truetype/{name}.ttf", 0, "OFL-1.1", "bars"))
     monkeypatch.setattr(build_sample, "read_faces", lambda: tuple(faces))
@@ -334,9 +332,7 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_litter(monkeypatch, tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--characters", "0"], ["--bits", "5"], ["--seed", "x"], ["--colour", "1"]]
-)
+@pytest.mark.parametrize("arguments", [["--characters", "0"], ["--bits", "5"], ["--seed", "x"], ["--colour", "1"]])
 def test_bad_options_are_refused(debian, arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         build_sample.main(arguments)

@@ -129,9 +129,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, cap
     whole, resumed = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert whole["epoch"] == 3
     assert_same_state(whole, resumed)
-    metrics = [
-        json.loads((tmp_path / name / "metrics.json").read_text())["unseen"] for name in ("whole", "cut")
-    ]
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["unseen"] for name in ("whole", "cut")]
     assert [m.pop("seconds") > 0 for run in metrics for m in run.values()] == [True] * 4
     assert metrics[0] == metrics[1]
 
@@ -275,9 +273,7 @@ def test_cost_bars_are_drawn(tmp_path):
         "fused": step_cost.VariantCost(0.2, [0.19, 0.2, 0.22], 60_000_000),
         "plain": step_cost.VariantCost(1.5, [1.4, 1.5, 1.9], 1_300_000_000),
     }
-    plots.cost_bars(
-        tmp_path / "cost.png", step_cost.StepCost(512, 100_000, 128, "fp32", variants, 51_462_144, 0, 0)
-    )
+    plots.cost_bars(tmp_path / "cost.png", step_cost.StepCost(512, 100_000, 128, "fp32", variants, 51_462_144, 0, 0))
     assert (tmp_path / "cost.png").read_bytes().startswith(PNG)
 
 
@@ -310,9 +306,7 @@ def test_no_two_drawings_on_the_map_overlap():
 
 
 def test_first_classes_keeps_whole_classes():
-    images = ImageSet(
-        np.zeros((6, 32, 32), np.uint8), np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 0, 1])
-    )
+    images = ImageSet(np.zeros((6, 32, 32), np.uint8), np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 0, 1, 0, 1]))
     assert train._first_classes(images, 2).labels.tolist() == [0, 0, 1, 1]
     assert train._first_classes(images, 0) is images
 
@@ -333,9 +327,7 @@ def test_peak_refuses_to_guess_where_it_cannot_be_reset(monkeypatch, tmp_path):
 
 def test_interleaved_times_turn_the_order_and_drop_the_warmup():
     calls = []
-    times = profiling.interleaved_times(
-        {name: lambda name=name: calls.append(name) for name in "abc"}, rounds=3
-    )
+    times = profiling.interleaved_times({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=3)
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert [len(samples) for samples in times.values()] == [3, 3, 3]
     assert gc.isenabled()

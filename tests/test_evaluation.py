@@ -19,9 +19,7 @@ def brute_force(queries, labels, gallery, gallery_labels, exclude, ks, metric="c
     skipped = 0
     for i, (query, label) in enumerate(zip(queries, labels, strict=True)):
         if metric == "cosine":
-            score = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)) @ (
-                query / np.linalg.norm(query)
-            )
+            score = (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)) @ (query / np.linalg.norm(query))
         elif metric == "dot":
             score = gallery @ query
         else:

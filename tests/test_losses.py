@@ -128,7 +128,9 @@ def test_the_lengths_of_embeddings_and_proxies_do_not_matter(name, which, backen
 @on_losses
 def test_all_rows_ignored_gives_0_and_zero_gradients(name, which, backend):
     x, w, y = problem(5, 9, 4)
-    out = evaluate(REGISTRY[name].function, x, w, torch.full_like(y, -100), **REGISTRY[name].options[which], backend=backend)
+    out = evaluate(
+        REGISTRY[name].function, x, w, torch.full_like(y, -100), **REGISTRY[name].options[which], backend=backend
+    )
     assert out["value"] == 0
     assert out["grad x"].count_nonzero() == 0
     assert out["grad w"].count_nonzero() == 0

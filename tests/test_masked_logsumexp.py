@@ -133,9 +133,7 @@ def test_ignored_rows_and_columns_get_no_gradient(metric, normalize, backend):
     y, c = torch.arange(9) % 3, torch.arange(40) % 3
     y[4], c[7] = -100, -100
     bias = torch.where(torch.arange(40) == 11, -math.inf, 0.0).requires_grad_()
-    out = F.masked_logsumexp(
-        x, w, y, c, metric=metric, normalize=normalize, col_bias=bias, sums=True, backend=backend
-    )
+    out = F.masked_logsumexp(x, w, y, c, metric=metric, normalize=normalize, col_bias=bias, sums=True, backend=backend)
     grads = torch.autograd.grad([out[i][y != -100].sum() for i in range(4)], (x, w, bias))
     assert grads[0][4].count_nonzero() == 0
     assert grads[1][[7, 11]].count_nonzero() == 0
@@ -189,9 +187,7 @@ def test_sums_are_an_extra_that_changes_nothing_else(dtype, backend):
     assert without.sum_same is None
     assert without.sum_different is None
     assert_same_bits(with_sums[:2], without[:2])
-    assert_same_bits(
-        *(torch.autograd.grad(o.same.sum() + o.different.sum(), (x, w)) for o in (with_sums, without))
-    )
+    assert_same_bits(*(torch.autograd.grad(o.same.sum() + o.different.sum(), (x, w)) for o in (with_sums, without)))
 
 
 @on_backends
@@ -200,9 +196,7 @@ def test_nan_stays_in_its_row(metric, normalize, backend):
     def run(x):
         x = x.clone().requires_grad_()
         w = randn(700, 6, seed=2).float().requires_grad_()
-        out = F.masked_logsumexp(
-            x, w, torch.arange(9), metric=metric, normalize=normalize, sums=True, backend=backend
-        )
+        out = F.masked_logsumexp(x, w, torch.arange(9), metric=metric, normalize=normalize, sums=True, backend=backend)
         return *out, torch.autograd.grad(out.different.sum() + out.same.sum(), (x, w))
 
     clean = randn(9, 6, seed=1).float()
@@ -272,9 +266,7 @@ def test_zero_rows_are_harmless(backend):
     x, w = torch.zeros(3, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
     for metric in ("cosine", "sqeuclidean", "euclidean"):
         for eps in (1e-12, 1e-18):
-            out = F.masked_logsumexp(
-                x, w, torch.arange(3), metric=metric, normalize=True, eps=eps, backend=backend
-            )
+            out = F.masked_logsumexp(x, w, torch.arange(3), metric=metric, normalize=True, eps=eps, backend=backend)
             torch.testing.assert_close(out.different, torch.full((3,), math.log(4)))
             grads = torch.autograd.grad(out.different.sum() + out.same.sum(), (x, w))
             assert all(g.isfinite().all() for g in grads)
@@ -305,8 +297,7 @@ def test_a_number_and_a_tensor_scale_agree(backend):
     x, w, y = randn(9, 6, seed=1), randn(90, 6, seed=2), torch.arange(9)
     call = {"same": (2.0, 0.3), "different": (-1.5, 0.1), "sums": True, "backend": backend}
     outs = [
-        F.masked_logsumexp(x, w, y, scale=s, **call)
-        for s in (7.0, torch.tensor(7.0).double(), torch.full((9,), 7.0))
+        F.masked_logsumexp(x, w, y, scale=s, **call) for s in (7.0, torch.tensor(7.0).double(), torch.full((9,), 7.0))
     ]
     for out in outs[1:]:
         for a, b in zip(outs[0], out, strict=True):
@@ -317,9 +308,7 @@ def test_a_number_and_a_tensor_scale_agree(backend):
 def test_adding_to_every_bias_shifts_the_log_sum_exps(backend):
     x, w, y = randn(9, 6, seed=1), randn(300, 6, seed=2), torch.arange(9)
     bias = randn(300, seed=3)
-    plain, shifted = (
-        F.masked_logsumexp(x, w, y, col_bias=b, scale=20.0, backend=backend) for b in (bias, bias + 1000)
-    )
+    plain, shifted = (F.masked_logsumexp(x, w, y, col_bias=b, scale=20.0, backend=backend) for b in (bias, bias + 1000))
     for a, b in zip(plain[:2], shifted[:2], strict=True):
         torch.testing.assert_close(a + 1000, b, rtol=1e-12, atol=1e-12)
 
@@ -327,8 +316,6 @@ def test_adding_to_every_bias_shifts_the_log_sum_exps(backend):
 @on_backends
 def test_the_offset_of_a_set_moves_that_set_alone(backend):
     x, w, y = randn(9, 6, seed=1), randn(300, 6, seed=2), torch.arange(9)
-    plain, moved = (
-        F.masked_logsumexp(x, w, y, same=(3.0, o), different=(5.0, 0), backend=backend) for o in (0, 0.5)
-    )
+    plain, moved = (F.masked_logsumexp(x, w, y, same=(3.0, o), different=(5.0, 0), backend=backend) for o in (0, 0.5))
     torch.testing.assert_close(plain.same - 1.5, moved.same)
     torch.testing.assert_close(plain.different, moved.different)

@@ -78,7 +78,12 @@ def test_bf16_rows_make_no_bf16_copy_of_fp32_proxies(backend):
 def test_an_expanded_gradient_of_the_distance_matrix_is_not_copied(backend):
     x, w = torch.randn(300, 8, requires_grad=True), torch.randn(20_000, 8, requires_grad=True)
     out = F.normalized_distance(x, w, "sqeuclidean", backend=backend)
-    assert large_allocations(lambda: torch.autograd.grad(out, (x, w), torch.ones(()).expand_as(out)), 0.9 * 300 * 20_000 * 4) == []
+    assert (
+        large_allocations(
+            lambda: torch.autograd.grad(out, (x, w), torch.ones(()).expand_as(out)), 0.9 * 300 * 20_000 * 4
+        )
+        == []
+    )
 
 
 def probe(what, *arguments):
@@ -101,5 +106,13 @@ def probe(what, *arguments):
 )
 def test_peak_memory_is_the_gradients_plus_64_mb(n, m, d, dtype, backend):
     found = probe("step", backend, n, m, d, dtype)
+    extra = (found["peak"] - found["gradients"]) / MB
+    assert extra <= 64, f"{extra:.0f} MB beside the gradients"
+
+
+@on_backends
+def test_points_that_have_collapsed_take_no_more_memory(backend):
+    """Every distance is then small and taken from differences."""
+    found = probe("step", backend, 256, 20_000, 64, "fp32", "collapsed")
     extra = (found["peak"] - found["gradients"]) / MB
     assert extra <= 64, f"{extra:.0f} MB beside the gradients"

@@ -120,9 +120,7 @@ def test_every_layout_is_accurate(layout, kind, dtype, backend):
 def test_cosine_is_always_of_unit_vectors_and_dot_never(backend):
     x, w = randn(5, 4, seed=1), randn(6, 4, seed=2)
     for normalize in (True, False):
-        cosine, dot = (
-            F.normalized_distance(x, w, m, normalize=normalize, backend=backend) for m in ("cosine", "dot")
-        )
+        cosine, dot = (F.normalized_distance(x, w, m, normalize=normalize, backend=backend) for m in ("cosine", "dot"))
         torch.testing.assert_close(cosine, reference.normalize(x) @ reference.normalize(w).T)
         torch.testing.assert_close(dot, x @ w.T)
 
@@ -170,9 +168,7 @@ def test_small_distances_do_not_cancel(metric, dtype, backend):
     x = (base + randn(30, 20, seed=2) * 1e-2).to(dtype.x)
     w = (base + randn(400, 20, seed=3) * 1e-2).to(dtype.w)
     found = F.normalized_distance(x, w, metric, normalize=False, backend=backend)
-    truth = torch.tensor(
-        (x.numpy()[:, None].astype("longdouble") - w.numpy()).__pow__(2).sum(-1).astype("float64")
-    )
+    truth = torch.tensor((x.numpy()[:, None].astype("longdouble") - w.numpy()).__pow__(2).sum(-1).astype("float64"))
     truth = truth if metric == "sqeuclidean" else truth.sqrt()
     assert ((found.double() - truth).abs() <= 24 * eps * truth).all()
 
@@ -187,9 +183,7 @@ def test_antipodal_rows_are_at_distance_2(backend):
     torch.testing.assert_close(
         F.normalized_distance(x, -x, "euclidean", **call).diagonal(), torch.full((5,), 2.0).double()
     )
-    torch.testing.assert_close(
-        F.normalized_distance(x, -x, "cosine", **call).diagonal(), -torch.ones(5).double()
-    )
+    torch.testing.assert_close(F.normalized_distance(x, -x, "cosine", **call).diagonal(), -torch.ones(5).double())
 
 
 @on_backends

@@ -1,4 +1,4 @@
-"""torch.library.opcheck on every registered op: schema, fake kernels, aliasing, dispatch, in all shapes of arguments."""
+"""torch.library.opcheck on every registered op: schema, fake kernels, aliasing and dispatch."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def bank(dtype, which):
 
 
 def spec(dtype, which, backend):
-    metric, unit = {"full": ("sqeuclidean", True), "strided": ("euclidean", False), "bare": ("dot", True)}[
-        which
-    ]
+    metric, unit = {"full": ("sqeuclidean", True), "strided": ("euclidean", False), "bare": ("dot", True)}[which]
     logit = [2.0, 0.1, -1.0, 0.3] if which == "full" else [1.0, 0.0, 1.0, 0.0]
     return metric, unit, logit, 1e-12, -100, dtype, which != "bare", "linear", [], backend
 

@@ -50,7 +50,9 @@ def test_label_smoothing_is_that_of_torchs_cross_entropy(epsilon, backend):
         )
         torch.testing.assert_close(found, expected)
     expected = torch.nn.functional.cross_entropy(logits, y, weight=weight)
-    torch.testing.assert_close(F.proxy_nca_loss(x, w, y, softmax_scale=3, class_weight=weight, backend=backend), expected)
+    torch.testing.assert_close(
+        F.proxy_nca_loss(x, w, y, softmax_scale=3, class_weight=weight, backend=backend), expected
+    )
 
 
 @on_backends
@@ -60,7 +62,9 @@ def test_class_weights(reduction, exclude_positive, backend):
     x, w, y = points()
     y[3] = -100
     options = {"class_weight": torch.arange(9).double(), "reduction": reduction, "exclude_positive": exclude_positive}
-    torch.testing.assert_close(F.proxy_nca_loss(x, w, y, **options, backend=backend), proxy_nca_reference(x, w, y, **options))
+    torch.testing.assert_close(
+        F.proxy_nca_loss(x, w, y, **options, backend=backend), proxy_nca_reference(x, w, y, **options)
+    )
 
 
 @on_backends

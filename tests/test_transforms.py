@@ -1,4 +1,4 @@
-"""What PyTorch does to a model: torch.compile, torch.func, autocast, checkpointing, copies; all must leave numbers alone."""
+"""torch.compile, torch.func, autocast, checkpointing, threads, copies: all must leave the numbers alone."""
 
 from __future__ import annotations
 
@@ -115,18 +115,12 @@ def test_one_compilation_serves_every_shape(backend, fresh_dynamo):
 
 
 @on_backends
-@pytest.mark.parametrize(
-    "function", [F.normalize, lambda x, backend: F.normalized_distance(x, x + 1, backend=backend)]
-)
+@pytest.mark.parametrize("function", [F.normalize, lambda x, backend: F.normalized_distance(x, x + 1, backend=backend)])
 def test_the_smaller_ops_compile_whole(function, backend, fresh_dynamo):
-    compiled = torch.compile(
-        lambda x: function(x, backend=backend), fullgraph=True, backend="aot_eager", dynamic=True
-    )
+    compiled = torch.compile(lambda x: function(x, backend=backend), fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (4, 9):
         x = randn(n, 3, seed=1).requires_grad_()
-        assert_equal(
-            value_and_grads(compiled, [x]), value_and_grads(lambda x: function(x, backend=backend), [x])
-        )
+        assert_equal(value_and_grads(compiled, [x]), value_and_grads(lambda x: function(x, backend=backend), [x]))
 
 
 @on_backends
@@ -220,9 +214,7 @@ def test_autocast_outputs(backend):
     call = {"backend": backend}
     low = F.masked_logsumexp(x.bfloat16(), w.bfloat16(), torch.arange(9), sums=True, **call)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(
-            v.dtype == torch.float32 for v in F.masked_logsumexp(x, w, torch.arange(9), sums=True, **call)
-        )
+        assert all(v.dtype == torch.float32 for v in F.masked_logsumexp(x, w, torch.arange(9), sums=True, **call))
         assert F.normalized_distance(x, w, **call).dtype == torch.bfloat16
         assert F.normalize(x, **call).dtype == torch.float32
         # fp64 is never lowered.
@@ -233,9 +225,7 @@ def test_autocast_outputs(backend):
         low.different, F.masked_logsumexp(x, w, torch.arange(9), **call).different, rtol=0.02, atol=0.02
     )
     expected = (x.bfloat16().double() @ w.bfloat16().double().T).logsumexp(1)
-    torch.testing.assert_close(
-        torch.logaddexp(dot.same, dot.different).double(), expected, rtol=2e-3, atol=2e-3
-    )
+    torch.testing.assert_close(torch.logaddexp(dot.same, dot.different).double(), expected, rtol=2e-3, atol=2e-3)
 
 
 @on_backends

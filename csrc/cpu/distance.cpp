@@ -118,7 +118,8 @@ void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) 
         read_row(x, i, row.data());
         read_row(grad, i, g.data());
         const A r = inverse_norm(row.data(), x.cols, eps, unit);
-        if (unit) k.axpy(g.data(), -k.dot(row.data(), g.data(), x.cols) * r * r, row.data(), x.cols);
+        k.products(row.data(), r, nullptr, row.data(), x.cols);
+        if (unit) k.axpy(g.data(), -k.dot(row.data(), g.data(), x.cols), row.data(), x.cols);
         k.products(g.data(), r, nullptr, g.data(), x.cols);
         write_values(g.data(), out.data, out.dtype, i * x.cols, x.cols);
       }

@@ -54,13 +54,10 @@ class Side {
   // where that row is no unit vector, and projects where it is.
   void finish(std::int64_t i, A* grad, A own, A* buffer) const {
     const auto& k = row_kernels<A>();
-    const A* t = full(i, buffer);
     const std::int64_t d = source_.cols;
-    if (unit[i]) {
-      k.axpy(grad, -k.dot(t, grad, d) * r[i] * r[i], t, d);
-    } else if (own != A(0)) {
-      k.axpy(grad, -2 * own * r[i] * r[i], t, d);
-    }
+    if (!unit[i] && own == A(0)) return;
+    k.products(full(i, buffer), r[i], nullptr, buffer, d);  // the scaled row: r by itself squared could overflow
+    k.axpy(grad, unit[i] ? -k.dot(buffer, grad, d) : -2 * own * r[i], buffer, d);
   }
 
  private:

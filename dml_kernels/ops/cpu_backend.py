@@ -46,24 +46,28 @@ def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
     return out
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor, Tensor]:
-    grad_x, grad_w = _like(x, needs[0]), _like(w, needs[1])
-    _ops().distance_bwd(grad_x, grad_w, grad, x, w, METRIC_CODES[metric], normalize, eps)
-    return grad_x, grad_w
+def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> list[Tensor | None]:
+    targets = [_like(t, need) for t, need in zip((x, w), needs, strict=True)]
+    _ops().distance_bwd(*targets, grad, x, w, METRIC_CODES[metric], normalize, eps)
+    return _wanted(targets, needs)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     return _ops().mlse_fwd(_kind(spec), *_plain(bank), *_numbers(spec), spec.sums)
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    need_x, need_w, need_t, need_q, need_b = needs
-    # The scale's gradient comes one value a row; a scalar's is their sum.
-    per_row = bank.x.new_empty(bank.x.size(0) if need_t else 0, dtype=accumulate_dtype(spec.dtype))
-    grad_x, grad_w = _like(bank.x, need_x), _like(bank.w, need_w)
-    grad_q, grad_b = _like(bank.col_scale, need_q), _like(bank.col_bias, need_b)
-    _ops().mlse_bwd(grad_x, grad_w, per_row, grad_q, grad_b, *grads, *lse, _kind(spec), *_plain(bank), *_numbers(spec))
-    return grad_x, grad_w, scale_grad(per_row, bank) if need_t else per_row, grad_q, grad_b
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+    targets = [_like(t, need) for t, need in zip((bank.x, bank.w, None, *bank[6:]), needs, strict=True)]
+    if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
+        targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *_numbers(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], bank)
+    return _wanted(targets, needs)
+
+
+def _wanted(targets, needs) -> list[Tensor | None]:
+    return [t if need else None for t, need in zip(targets, needs, strict=True)]
 
 
 def _like(t: Tensor | None, need: bool) -> Tensor:

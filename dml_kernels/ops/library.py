@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import build_info
 
@@ -39,3 +40,8 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
+
+
+def filled(gradients: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An op returns tensors: an empty one, of its own, stands for each gradient that nobody wants."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)

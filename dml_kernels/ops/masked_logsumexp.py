@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import backend
 from .contract import Bank, Spec, accumulate_dtype, check_values
-from .library import known_signature, register, without_autocast
+from .library import filled, known_signature, register, without_autocast
 
 _BANK = "Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias"
 _SPEC = (
@@ -54,7 +54,8 @@ def _bwd(*args: Any) -> TensorTuple:
     grads, lse, needs = args[:4], args[4:6], args[6]
     bank, spec = _split(args[7:])
     with without_autocast(bank.x.device.type):
-        return backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec)
+        out = backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec)
+    return filled(out, bank.x)
 
 
 def _bwd_fake(*args: Any) -> TensorTuple:
@@ -71,7 +72,8 @@ def _dbl(*args: Any) -> TensorTuple:
     bank, spec = _split(args[11:])
     with without_autocast(bank.x.device.type):
         # One implementation for all backends: a chunk loop in plain PyTorch, bounded like theirs.
-        return backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
+        out = backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
+    return filled(out, bank.x)
 
 
 def _dbl_fake(*args: Any) -> TensorTuple:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .library import known_signature, register, without_autocast
+from .library import filled, known_signature, register, without_autocast
 
 _SPEC = "str metric, bool normalize, float eps, ScalarType dtype, str backend"
 
@@ -18,7 +18,8 @@ def _fwd(x, w, metric, normalize, eps, dtype, name):
 
 def _bwd(grad, x, w, needs, metric, normalize, eps, dtype, name):
     with without_autocast(x.device.type):
-        return backend.BACKENDS[name].normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
+        out = backend.BACKENDS[name].normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
+    return filled(out, x)
 
 
 def _bwd_fake(grad, x, w, needs, metric, normalize, eps, dtype, name):
