@@ -165,6 +165,53 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
   });
 }
 
+MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,
+                       const OptionalTensor& variance, double alpha, bool normalize, double min_variance, double eps,
+                       std::int64_t ignore_index, std::int64_t reduction) {
+  STD_TORCH_CHECK(!centers || centers->size(0) == classes.size(0), "dml_kernels: a centre for each cluster");
+  return {matrix(x, "x"),
+          centers ? matrix(*centers, "centers") : Source{},
+          integers(clusters, x.size(0), "clusters"),
+          integers(classes, classes.size(0), "classes"),
+          classes.size(0),
+          ignore_index,
+          variance ? vector(*variance, 1, "variance") : Vector{},
+          alpha,
+          min_variance,
+          eps,
+          normalize,
+          MagnetArgs::Reduction(reduction)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> magnet_forward(Tensor kind, Tensor x, Tensor clusters, Tensor classes,
+                                                  OptionalTensor centers, OptionalTensor variance, double alpha,
+                                                  bool normalize, double min_variance, double eps,
+                                                  std::int64_t ignore_index, std::int64_t reduction) {
+  const std::int64_t n = x.size(0);
+  const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor value = reduction ? torch::stable::new_empty(x, {}, acc) : torch::stable::new_empty(x, {n}, acc);
+  Tensor different = torch::stable::new_empty(x, {n}, acc), measured = torch::stable::new_empty(x, {}, acc);
+  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
+                                      ignore_index, reduction);
+  const MagnetOut out{value.mutable_data_ptr(), different.mutable_data_ptr(), measured.mutable_data_ptr()};
+  with_product_type(kind.scalar_type(), [&](auto zero) { magnet_fwd<decltype(zero)>(args, out); });
+  return {value, different, measured};
+}
+
+void magnet_backward(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, Tensor grad, Tensor different,
+                     Tensor kind, Tensor x, Tensor clusters, Tensor classes, OptionalTensor centers,
+                     OptionalTensor variance, double alpha, bool normalize, double min_variance, double eps,
+                     std::int64_t ignore_index, std::int64_t reduction) {
+  const std::int64_t n = x.size(0);
+  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
+                                      ignore_index, reduction);
+  const MagnetTargets targets{target(grad_x, x.numel(), "grad_x"),
+                              target(grad_centers, centers ? centers->numel() : 0, "grad_centers"),
+                              target(grad_variance, 1, "grad_variance")};
+  const Vector incoming = vector(grad, n, "grad"), lse = vector(different, n, "different");
+  with_product_type(kind.scalar_type(), [&](auto zero) { magnet_bwd<decltype(zero)>(args, incoming, lse, targets); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
@@ -186,6 +233,14 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
       "Tensor grad_sum_different, Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, "
       "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
       "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
+  m.def(
+      "magnet_fwd(Tensor kind, Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, "
+      "float alpha, bool normalize, float min_variance, float eps, int ignore_index, int reduction) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "magnet_bwd(Tensor(a!) grad_x, Tensor(b!) grad_centers, Tensor(c!) grad_variance, Tensor grad, Tensor different, "
+      "Tensor kind, Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, float alpha, "
+      "bool normalize, float min_variance, float eps, int ignore_index, int reduction) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cpu, CPU, m) {
@@ -196,4 +251,6 @@ STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cpu, CPU, m) {
   m.impl("distance_bwd", TORCH_BOX(&distance_backward));
   m.impl("mlse_fwd", TORCH_BOX(&mlse_forward));
   m.impl("mlse_bwd", TORCH_BOX(&mlse_backward));
+  m.impl("magnet_fwd", TORCH_BOX(&magnet_forward));
+  m.impl("magnet_bwd", TORCH_BOX(&magnet_backward));
 }

@@ -16,7 +16,9 @@ from .ops import normalize as _normalize
 from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
-__all__ = ["MaskedLogSumExp", "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss"]
+__all__ = [
+    "MaskedLogSumExp", "magnet_loss", "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss",
+]  # fmt: skip
 
 
 class MaskedLogSumExp(NamedTuple):
@@ -209,4 +211,5 @@ def _reference_lse(
     )
 
 
-from .losses.proxy_nca import proxy_nca_loss  # noqa: E402  (the losses are written on the functions above)
+from .losses.magnet import magnet_loss  # noqa: E402  (the losses are written on the functions above)
+from .losses.proxy_nca import proxy_nca_loss  # noqa: E402

@@ -108,7 +108,7 @@ def _mm(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
 
 class Scores(NamedTuple):
     s: Tensor  # (N, chunk) score
-    near: tuple[Tensor, ...] | None  # (rows, columns) of the distances taken from differences
+    near: Tensor | None  # places, row after row, of the distances taken from differences
 
 
 def _scores(a: Side, b: Side, metric: str) -> Scores:
@@ -118,22 +118,22 @@ def _scores(a: Side, b: Side, metric: str) -> Scores:
         return Scores(s, None)
     span = a.sq[:, None] + b.sq
     d2 = torch.sub(span, s, alpha=2)
-    rows, cols = (d2 < NEAR * span).nonzero(as_tuple=True)
+    near = (d2 < NEAR * span).view(-1).nonzero().squeeze(1)
     d2 = d2.clamp_min_(0)
-    if rows.numel():
-        for r, c in _pieces(rows, cols, a.full.size(1)):
-            d2[r, c] = _differences(a, b, r, c).square().sum(-1)
-    return Scores(d2.neg_() if metric == "sqeuclidean" else d2.sqrt_().neg_(), (rows, cols))
+    for part in _pieces(near, a.full.size(1)):
+        d2.view(-1)[part] = _differences(a, b, part)[0].square().sum(-1)
+    return Scores(d2.neg_() if metric == "sqeuclidean" else d2.sqrt_().neg_(), near)
 
 
-def _pieces(rows: Tensor, cols: Tensor, d: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """A list of pairs in parts whose differences, D values each, stay within a chunk's memory."""
-    step = max(1, CHUNK_ELEMENTS // d)
-    yield from zip(rows.split(step), cols.split(step), strict=True)
+def _pieces(near: Tensor, d: int) -> Iterator[Tensor]:
+    """A list of places in parts whose differences, D values each, stay within a chunk's memory."""
+    return iter(near.split(max(1, CHUNK_ELEMENTS // 4 // d)) if near.numel() else ())
 
 
-def _differences(a: Side, b: Side, rows: Tensor, cols: Tensor) -> Tensor:
-    return a.full[rows] * a.r[rows, None] - b.full[cols] * b.r[cols, None]
+def _differences(a: Side, b: Side, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u - p of the pairs at some places, their rows, and their columns."""
+    rows, cols = near // b.full.size(0), near % b.full.size(0)
+    return a.full[rows] * a.r[rows, None] - b.full[cols] * b.r[cols, None], rows, cols
 
 
 def _root_slope(s: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ class Gradients:
             factor = 2.0
             if self.metric == "euclidean":
                 ds.mul_(_root_slope(scores.s))
-            near_ds = ds[scores.near]
-            ds[scores.near] = 0
+            near_ds = ds.view(-1)[scores.near]
+            ds.view(-1).index_fill_(0, scores.near, 0)
         sums = (ds.sum(1), ds.sum(0)) if self.metric != "dot" else None
         e = ds.mul_(a.r[:, None] * factor).mul_(b.r)
         lift = _product_scale(e) if a.t.dtype == torch.float16 else None
@@ -190,13 +190,13 @@ class Gradients:
         """-2 (sum dS) u r: a point's own part in a squared distance. The projection removes it from unit vectors."""
         return side.full * torch.where(side.unit, 0, 2 * total * side.r * side.r)[:, None]
 
-    def _add_near(self, b: Side, near: tuple[Tensor, ...], near_ds: Tensor, grad_w: Tensor | None) -> None:
+    def _add_near(self, b: Side, near: Tensor, near_ds: Tensor, grad_w: Tensor | None) -> None:
         """The near pairs, taken out of dS: their gradient -2 dS (u - p) comes from the difference, not from sums."""
         a, done = self.rows, 0
-        for rows, cols in _pieces(*near, a.full.size(1)):
-            weight = -2 * near_ds[done : done + rows.numel()]
-            done += rows.numel()
-            direct = _differences(a, b, rows, cols) * weight[:, None]
+        for part in _pieces(near, a.full.size(1)):
+            direct, rows, cols = _differences(a, b, part)
+            direct *= -2 * near_ds[done : done + part.numel(), None]
+            done += part.numel()
             if self.grad_x is not None:
                 self.grad_x.index_add_(0, rows, direct * a.r[rows, None])
             if grad_w is not None:
@@ -229,7 +229,7 @@ def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) ->
     for k in _chunks(x.size(0), *w.shape):
         b = Side.of(w[k], normalize, eps, dtype)
         # A copy of one chunk of grad, whatever its strides: it is overwritten.
-        ds = grad[:, k].to(rows.full.dtype, copy=True)
+        ds = grad[:, k].to(rows.full.dtype, copy=True, memory_format=torch.contiguous_format)
         part = grads.chunk(b, _scores(rows, b, metric), ds if metric == "dot" else ds.neg_())
         if grad_w is not None:
             grad_w[k] = part.to(w.dtype)

@@ -9,8 +9,8 @@ import torch
 from helpers import on_backends, randint, randn
 from torch.library import opcheck
 
+from dml_kernels.ops import magnet, normalize, normalized_distance
 from dml_kernels.ops import masked_logsumexp as lse
-from dml_kernels.ops import normalize, normalized_distance
 
 N, M, D = 5, 40, 3
 # Autograd is not registered with the ops but around them: opcheck then compares without gradients.
@@ -103,11 +103,26 @@ def test_normalize(dtype, backend):
     check(normalize.dbl, (v, g, x, 1e-12))
 
 
+@on_backends
+@ON_DTYPES
+@pytest.mark.parametrize("given", [False, True])
+def test_magnet(given, dtype, backend):
+    x, centers, *_ = bank(dtype, "strided")
+    centers, variance = (centers, torch.tensor(0.5, dtype=acc(dtype))) if given else (None, None)
+    for reduction in ("mean", "none"):
+        spec = (1.0, given, 1e-6, 1e-12, -100, reduction, dtype, backend)
+        inputs = (x, torch.tensor([0, 2, -100, 2, 7]), torch.arange(M) % 3, centers, variance)
+        check(magnet.fwd, (*inputs, *spec))
+        value, different, _ = magnet.fwd(*inputs, *spec)
+        for needs in ([True, given, given], [True, False, False]):
+            check(magnet.bwd, (torch.ones_like(value), different, needs, *inputs, *spec))
+
+
 def test_every_registered_op_is_checked_here():
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("dml_kernels::")}
     checked = {
         f"{op}_{kind}"
         for op in ("normalize", "normalized_distance", "masked_logsumexp")
         for kind in ("fwd", "bwd", "dbl")
-    }
+    } | {"magnet_fwd", "magnet_bwd"}
     assert names == checked

@@ -50,6 +50,31 @@ void masked_logsumexp_fwd(const Problem<P>&, const Labels&, const LogitArgs&, co
 template <class P>
 void masked_logsumexp_bwd(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
 
+// The Magnet loss of rows x in clusters; see dml_kernels/losses/magnet.py for the formula.
+struct MagnetArgs {
+  Source x, centers;                       // centers.data is null where the batch's own means are the centres
+  const std::int64_t *clusters, *classes;  // of each row, and the class of each cluster
+  std::int64_t cluster_count, ignore;
+  Vector variance;  // null where the batch's own is meant
+  double alpha, min_variance, eps;
+  bool normalize;
+  enum class Reduction : std::int64_t { none = 0, sum = 1, mean = 2 } reduction;
+};
+
+struct MagnetOut {
+  void *value, *different, *variance;  // of the accumulation type: (n,) or (), (n,), ()
+};
+
+struct MagnetTargets {
+  Target x, centers, variance;
+};
+
+template <class P>
+void magnet_fwd(const MagnetArgs&, const MagnetOut&);
+// grad: of the value, stride 0 for a scalar; different: the forward's.
+template <class P>
+void magnet_bwd(const MagnetArgs&, const Vector& grad, const Vector& different, const MagnetTargets&);
+
 // out (n, m) contiguous, of the product type: a similarity, or a distance.
 template <class P>
 void distance_fwd(const Problem<P>&, P* out);

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 
 from .base import LossEntry
+from .magnet import MagnetLoss
 from .proxy_nca import ProxyNCALoss
 
 REGISTRY: dict[str, LossEntry] = {}
@@ -20,4 +21,10 @@ for _info in pkgutil.iter_modules(__path__):
         REGISTRY[_entry.loss.__name__] = _entry
         globals()[_entry.loss.__name__] = _entry.loss
 
-__all__ = ["REGISTRY", "LossEntry", "ProxyNCALoss"]
+
+def family(name: str) -> dict[str, LossEntry]:
+    """The registered losses of one family: ``proxies`` or ``clusters``; see LossEntry."""
+    return {loss: entry for loss, entry in REGISTRY.items() if entry.family == name}
+
+
+__all__ = ["REGISTRY", "LossEntry", "MagnetLoss", "ProxyNCALoss", "family"]

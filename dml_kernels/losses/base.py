@@ -16,8 +16,9 @@ REDUCTIONS = ("mean", "sum", "none")
 class LossEntry:
     """One loss for the tests and benchmarks to walk.
 
-    ``function(embeddings, proxies, labels, **options)`` is the loss, ``reference`` the dense version from the paper
-    with the same arguments, ``options`` the settings worth testing.
+    ``function`` is the loss, ``reference`` the dense version from the paper with the same arguments, ``options`` the
+    settings worth testing. ``family`` says what the loss compares embeddings with, and so the arguments it takes before
+    its options: ``proxies`` (embeddings, proxies, labels), ``clusters`` (embeddings, clusters, cluster_classes).
     """
 
     loss: type[torch.nn.Module]
@@ -25,19 +26,26 @@ class LossEntry:
     reference: Callable[..., Tensor]
     paper: str
     options: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
+    family: str = "proxies"
+
+
+def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
+    """An integer tensor as int64 on the device of ``like``; any integer dtype and CPU values are accepted."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(values).__name__}")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {values.dtype}. Use {name}.long()")
+    return values.to(device=like.device, dtype=torch.int64)
 
 
 def check_labels(labels: Tensor, embeddings: Tensor) -> Tensor:
     """Labels as (N,) int64 on the embeddings' device; any integer dtype and CPU labels are accepted."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor; got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers; got {labels.dtype}. Use labels.long()")
+    values = as_int64("labels", labels, embeddings)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"labels must have shape ({embeddings.shape[0]},), one for each embedding; got {tuple(labels.shape)}"
         )
-    return labels.to(device=embeddings.device, dtype=torch.int64)
+    return values
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:

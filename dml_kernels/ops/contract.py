@@ -195,3 +195,17 @@ def check_values(bank: Bank, ignore_index: int) -> None:
     _require_numbers(bank.scale, False, "scale must be finite")
     _require_numbers(bank.col_scale, False, "col_scale must be finite")
     _require_numbers(bank.col_bias, True, "col_bias must be finite or -inf (which leaves a column out)")
+
+
+def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, ignore_index: int) -> None:
+    """Cluster ids in range, a given variance a number from 0. Runs inside the op, like check_values."""
+    device = clusters.device.type
+    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
+        return
+    k = classes.numel()
+    wanted = f"clusters must be in [0, {k}), the size of cluster_classes, or ignore_index ({ignore_index})"
+    _require_within(clusters, 0, k, ignore_index, wanted)
+    if variance is not None:
+        _require_numbers(variance, False, "variance must be finite")
+        if device == "cpu" and bool(variance < 0):
+            raise ValueError(f"variance must not be negative; got {variance.item()}")

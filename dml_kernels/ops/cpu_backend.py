@@ -11,6 +11,7 @@ from .library import EXTENSION
 
 name = "cpu"
 METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
+REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -64,6 +65,25 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
     if needs[2]:
         targets[2] = scale_grad(targets[2], bank)
     return _wanted(targets, needs)
+
+
+def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    return _ops().magnet_fwd(_kind(spec), *_plain_clusters(inputs), *_magnet_numbers(spec))
+
+
+def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
+    targets = [_like(t, need) for t, need in zip((inputs.x, *inputs[3:]), needs, strict=True)]
+    _ops().magnet_bwd(*targets, grad, different, _kind(spec), *_plain_clusters(inputs), *_magnet_numbers(spec))
+    return _wanted(targets, needs)
+
+
+def _plain_clusters(inputs):
+    x, clusters, classes, centers, variance = inputs
+    return x, clusters.contiguous(), classes.contiguous(), centers, variance
+
+
+def _magnet_numbers(spec) -> tuple:
+    return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
 
 
 def _wanted(targets, needs) -> list[Tensor | None]:

@@ -1,0 +1,308 @@
+r"""Magnet (Rippel et al. 2016, arXiv 1511.05939): classes as several clusters, kept apart from other classes' clusters.
+
+With representations r_i, own(i) the cluster of i, mu_k a centre and C(k) the class of a cluster, an example's loss is::
+
+    l_i = { alpha + |r_i - mu_own(i)|^2 / (2 sigma^2) + L-_i }_+
+    L-_i = log sum_{k: C(k) != C(own(i))} exp(-|r_i - mu_k|^2 / (2 sigma^2))
+    sigma^2 = sum_i |r_i - mu_own(i)|^2 / max(N - 1, 1), at least min_variance
+
+The centres are the batch's own means, as in the paper's equation 7, or given ones. All of it in log space: no epsilon
+inside a logarithm, which would cap the loss and take away the gradient of the examples that need it most.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import torch_magnet
+from ..ops import backend as backends
+from ..ops.contract import (
+    accumulate_dtype,
+    check_eps,
+    check_integer,
+    check_matrix,
+    check_number,
+    check_pair,
+    check_vector,
+    product_dtype,
+)
+from ..ops.magnet import Clustered, MagnetSpec, magnet
+from .base import LossEntry, as_int64, check_reduction
+
+
+def _variance_tensor(variance: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if variance is None:
+        return None
+    if isinstance(variance, Tensor):
+        if variance.dim() != 0 or not variance.is_floating_point():
+            raise ValueError(f"variance must be a number or a floating () tensor; got {variance.dtype} of shape "
+                             f"{tuple(variance.shape)}")  # fmt: skip
+        return variance.to(device=like.device, dtype=dtype)
+    value = check_number("variance", variance)
+    if value < 0:
+        raise ValueError(f"variance must not be negative; got {value}")
+    return torch.tensor(value, dtype=dtype, device=like.device)
+
+
+def _check(
+    embeddings: Tensor, clusters: Tensor, cluster_classes: Tensor, centers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cluster ids and classes as int64 on the embeddings' device."""
+    check_matrix("embeddings", embeddings)
+    if centers is not None:
+        check_pair(embeddings, centers, ("embeddings", "centers"))
+    clusters = as_int64("clusters", clusters, embeddings)
+    classes = as_int64("cluster_classes", cluster_classes, embeddings)
+    check_vector("clusters", clusters, embeddings.size(0), embeddings, integer=True)
+    if classes.dim() != 1 or classes.numel() == 0:
+        raise ValueError(f"cluster_classes must have shape (K,), K at least 1; got {tuple(classes.shape)}")
+    if centers is not None and centers.size(0) != classes.numel():
+        raise ValueError(
+            f"centers must have a row for each of the {classes.numel()} cluster_classes; got {tuple(centers.shape)}"
+        )
+    return clusters, classes
+
+
+def _loss_and_variance(
+    embeddings: Tensor,
+    clusters: Tensor,
+    cluster_classes: Tensor,
+    *,
+    alpha: float,
+    centers: Tensor | None,
+    variance: float | Tensor | None,
+    normalize: bool,
+    min_variance: float,
+    ignore_index: int,
+    reduction: str,
+    eps: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    clusters, classes = _check(embeddings, clusters, cluster_classes, centers)
+    check_reduction(reduction)
+    check_integer("ignore_index", ignore_index)
+    alpha, eps = check_number("alpha", alpha), check_eps(eps)
+    min_variance = check_number("min_variance", min_variance)
+    if min_variance <= 0:
+        raise ValueError(f"min_variance must be positive, it guards a division; got {min_variance}")
+    dtype = product_dtype(embeddings, embeddings if centers is None else centers)
+    variance = _variance_tensor(variance, embeddings, accumulate_dtype(dtype))
+    chosen = backends.choose("magnet_loss", embeddings.device, dtype, argument=backend)
+    options = (alpha, bool(normalize), min_variance, eps, ignore_index, reduction)
+    if chosen == backends.REFERENCE:
+        return _dense(embeddings, clusters, classes, centers, variance, *options)
+    return magnet(Clustered(embeddings, clusters, classes, centers, variance), MagnetSpec(*options, dtype, chosen))
+
+
+def magnet_loss(
+    embeddings: Tensor,
+    clusters: Tensor,
+    cluster_classes: Tensor,
+    *,
+    alpha: float = 1.0,
+    centers: Tensor | None = None,
+    variance: float | Tensor | None = None,
+    normalize: bool = False,
+    min_variance: float = 1e-6,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """The Magnet loss of embeddings (N, D) in clusters; see the module for the formula.
+
+    Args:
+        embeddings: (N, D), the representations r, or with ``normalize`` vectors whose unit vectors are r.
+        clusters: (N,) integers in [0, K), in any order; clusters may differ in size. The ids of a large index serve as
+            they are: no work depends on clusters that the batch does not hold, unless ``centers`` are given.
+        cluster_classes: (K,) integers, the class of each cluster.
+        alpha: the margin between an example's own cluster and those of other classes, in units of 2 sigma^2.
+        centers: (K, D) given centres, all K of which take part, with a gradient if they ask for one. None: the means of
+            the batch's clusters, whose gradient reaches the embeddings.
+        variance: a number or () tensor, with a gradient if it asks for one. None: the batch's, whose gradient reaches
+            the embeddings. Either is raised to ``min_variance``, where its gradient is 0.
+        normalize: r are unit vectors. Their means are not unit vectors, and given centres are taken as they are.
+        min_variance: in the square of the embeddings' unit.
+        ignore_index: examples of this cluster id, and clusters of this class with their examples, take no part.
+        reduction: ``mean`` over the examples that take part, ``sum``, or ``none`` for (N,), 0 for those that do not.
+        eps: guards the division by the norm. backend: overrides the choice of backend.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64). An example without clusters of other classes contributes 0, with a zero
+        gradient; so does a batch of one cluster, or without examples.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or value; the message names the fix.
+    """
+    return _loss_and_variance(
+        embeddings, clusters, cluster_classes, alpha=alpha, centers=centers, variance=variance, normalize=normalize,
+        min_variance=min_variance, ignore_index=ignore_index, reduction=reduction, eps=eps, backend=backend,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def batch_variance(
+    embeddings: Tensor,
+    clusters: Tensor,
+    cluster_classes: Tensor,
+    *,
+    centers: Tensor | None = None,
+    normalize: bool = False,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+) -> Tensor:
+    """sigma^2 of a batch, (), before any floor: a pass over the rows. Arguments as in :func:`magnet_loss`."""
+    clusters, classes = _check(embeddings, clusters, cluster_classes, centers)
+    dtype = product_dtype(embeddings, embeddings if centers is None else centers)
+    chosen = backends.choose("normalize", embeddings.device, accumulate_dtype(dtype))
+    chosen = "torch" if chosen == backends.REFERENCE else chosen
+    spec = MagnetSpec(0.0, normalize, 0.0, check_eps(eps), ignore_index, "mean", dtype, chosen)
+    return torch_magnet.measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
+
+
+def magnet_reference(
+    embeddings: Tensor,
+    clusters: Tensor,
+    cluster_classes: Tensor,
+    *,
+    alpha: float = 1.0,
+    centers: Tensor | None = None,
+    variance: float | Tensor | None = None,
+    normalize: bool = False,
+    min_variance: float = 1e-6,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """The paper's loss, cluster by cluster and row by row; independent of the ops. Tests only."""
+    return _dense(
+        embeddings, clusters, cluster_classes, centers, variance, alpha, normalize, min_variance, eps, ignore_index,
+        reduction,
+    )[0]  # fmt: skip
+
+
+def _dense(
+    x: Tensor, clusters: Tensor, classes: Tensor, centers: Tensor | None, variance: float | Tensor | None,
+    alpha: float, normalize: bool, min_variance: float, eps: float, ignore_index: int, reduction: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    r = x / x.norm(dim=1, keepdim=True).clamp_min(eps) if normalize else x
+    ids, class_of = clusters.tolist(), classes.tolist()
+    counted = [i for i, k in enumerate(ids) if k != ignore_index and class_of[k] != ignore_index]
+    if centers is None:
+        mu = {k: r[[i for i in counted if ids[i] == k]].mean(0) for k in {ids[i] for i in counted}}
+    else:
+        mu = {k: centers[k] for k in range(len(class_of)) if class_of[k] != ignore_index}
+    distance = {i: (r[i] - mu[ids[i]]).square().sum() for i in counted}
+    measured = sum(distance.values(), r.new_zeros(())) / max(len(counted) - 1, 1)
+    if variance is not None:
+        measured = torch.as_tensor(variance, dtype=r.dtype)
+    sigma2 = measured if measured > min_variance or measured.isnan() else torch.full_like(measured, min_variance)
+    rows = [x[i].sum() * 0 for i in range(len(ids))]
+    for i in counted:
+        others = [-(r[i] - mu[k]).square().sum() / (2 * sigma2) for k in mu if class_of[k] != class_of[ids[i]]]
+        if others:
+            impostors = torch.logsumexp(torch.stack(others), 0)
+            rows[i] = torch.relu(alpha + distance[i] / (2 * sigma2) + impostors)
+    value = torch.stack(rows) if rows else x.sum(1)
+    if reduction != "none":
+        value = value.sum() / (max(len(counted), 1) if reduction == "mean" else 1)
+    return value, measured.detach()
+
+
+class MagnetLoss(torch.nn.Module):
+    """Magnet over a batch of clusters, as :class:`dml_kernels.samplers.MagnetBatchSampler` draws them.
+
+    Args:
+        alpha, normalize, min_variance, ignore_index, reduction: as in :func:`magnet_loss`. ``reduction="none"`` gives
+            the values that the sampler tracks.
+        variance: ``batch``, the paper's, with its gradient; or ``running``, an average over training that is a constant
+            in the backward.
+        momentum: the share of a new batch in the running average.
+
+    Attributes:
+        running_variance: () buffer, the variance of the training batches so far (in either mode), for evaluation by
+            :func:`dml_kernels.evaluation.k_nearest_clusters`. Kept in fp32, moved by no batch in ``eval()`` mode.
+        batches_seen: () int64 buffer; the first batch sets the average.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    running_variance: Tensor
+    batches_seen: Tensor
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        normalize: bool = False,
+        variance: str = "batch",
+        momentum: float = 0.1,
+        min_variance: float = 1e-6,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        check_reduction(reduction)
+        check_number("alpha", alpha)
+        if variance not in ("batch", "running"):
+            raise ValueError(f"variance must be batch or running; got {variance!r}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1]; got {momentum}")
+        if not min_variance > 0:
+            raise ValueError(f"min_variance must be positive; got {min_variance}")
+        self.alpha, self.normalize, self.variance, self.momentum = alpha, normalize, variance, momentum
+        self.min_variance, self.ignore_index, self.reduction = min_variance, ignore_index, reduction
+        self.register_buffer("running_variance", torch.ones(()))
+        self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, embeddings: Tensor, clusters: Tensor, cluster_classes: Tensor, centers: Tensor | None = None
+    ) -> Tensor:
+        """The loss of embeddings (N, D) in ``clusters`` (N,) of classes ``cluster_classes`` (K,).
+
+        With ``variance="running"`` a training batch enters the average first, so that the first batch is defined.
+        """
+        running = self.variance == "running"
+        if running and self.training:
+            self._track(batch_variance(
+                embeddings.detach(), clusters, cluster_classes, centers=centers, normalize=self.normalize,
+                ignore_index=self.ignore_index,
+            ))  # fmt: skip
+        value, measured = _loss_and_variance(
+            embeddings, clusters, cluster_classes, alpha=self.alpha, centers=centers,
+            variance=self.running_variance.clone() if running else None, normalize=self.normalize,
+            min_variance=self.min_variance, ignore_index=self.ignore_index, reduction=self.reduction, eps=1e-12,
+            backend=None,
+        )  # fmt: skip
+        if self.training and not running:
+            self._track(measured)
+        return value
+
+    @torch.no_grad()
+    def _track(self, measured: Tensor) -> None:
+        new = measured.to(self.running_variance)
+        moved = torch.lerp(self.running_variance, new, self.momentum)
+        self.running_variance.copy_(torch.where(self.batches_seen == 0, new, moved))
+        self.batches_seen += 1
+
+    def extra_repr(self) -> str:
+        """What ``print(loss)`` shows."""
+        return f"alpha={self.alpha}, normalize={self.normalize}, variance={self.variance!r}"
+
+
+ENTRY = LossEntry(
+    loss=MagnetLoss,
+    function=magnet_loss,
+    reference=magnet_reference,
+    paper="Rippel et al. 2016, arXiv 1511.05939",
+    family="clusters",
+    options=(
+        {},
+        {"normalize": True, "alpha": 2.0},
+        {"variance": 0.7, "alpha": 7.18},
+        {"normalize": True, "variance": 0.2, "alpha": 0.0},
+        {"reduction": "sum", "alpha": 3.0},
+    ),
+)

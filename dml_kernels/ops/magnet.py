@@ -1,0 +1,151 @@
+"""magnet: the whole Magnet loss as one op; losses/magnet.py has the formula.
+
+``fwd`` gives the reduced loss, each row's log-sum-exp over the clusters of other classes, and the variance before its
+floor; ``bwd`` the gradients of embeddings, centres and variance. A backend fuses both as it can. Where somebody may
+differentiate again, the backward runs as the composition in torch_magnet.py, every piece of which is differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend
+from .contract import Bank, accumulate_dtype, check_clusters
+from .library import filled, known_signature, register, without_autocast
+
+
+class Clustered(NamedTuple):
+    """x (N, D) rows; clusters (N,) int64 ids; classes (K,) int64 of the clusters; centers (K, D) and variance () or
+    None, where the batch's own are meant.
+    """
+
+    x: Tensor
+    clusters: Tensor
+    classes: Tensor
+    centers: Tensor | None
+    variance: Tensor | None
+
+
+class MagnetSpec(NamedTuple):
+    """The numbers of one loss, the product dtype, and who computes it."""
+
+    alpha: float
+    normalize: bool
+    min_variance: float
+    eps: float
+    ignore_index: int
+    reduction: str
+    dtype: torch.dtype
+    backend: str
+
+
+_INPUTS = "Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance"
+_SPEC = (
+    "float alpha, bool normalize, float min_variance, float eps, int ignore_index, str reduction, ScalarType dtype, "
+    "str backend"
+)
+N_INPUTS, N_SPEC = 5, 8
+# Positions of the tensors that may need a gradient.
+DIFFERENTIABLE = (0, 3, 4)
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Clustered, MagnetSpec]:
+    return Clustered(*args[:N_INPUTS]), MagnetSpec(*args[N_INPUTS:])
+
+
+def _implementation(name: str) -> Any:
+    """The backend's own fused loss, or the composition on its other ops."""
+    chosen = backend.BACKENDS[name]
+    if hasattr(chosen, "magnet_fwd"):
+        return chosen
+    # Imported here: it is written on the ops, and this module is one of them.
+    from .. import torch_magnet
+
+    return torch_magnet
+
+
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    inputs, spec = _split(args)
+    check_clusters(inputs.clusters, inputs.classes, inputs.variance, spec.ignore_index)
+    with without_autocast(inputs.x.device.type):
+        return _implementation(spec.backend).magnet_fwd(inputs, spec)
+
+
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, spec = _split(args)
+    acc, n = accumulate_dtype(spec.dtype), inputs.x.size(0)
+    shapes = ((n,) if spec.reduction == "none" else (), (n,), ())
+    return tuple(inputs.x.new_empty(shape, dtype=acc) for shape in shapes)
+
+
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    grad, different, needs = args[:3]
+    inputs, spec = _split(args[3:])
+    with without_autocast(inputs.x.device.type):
+        return filled(_implementation(spec.backend).magnet_bwd(grad, different, needs, inputs, spec), inputs.x)
+
+
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    needs = args[2]
+    inputs, _ = _split(args[3:])
+    return tuple(
+        torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if need else inputs.x.new_empty(0)
+        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
+    )
+
+
+fwd = register("magnet_fwd", f"({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+bwd = register(
+    "magnet_bwd",
+    f"(Tensor grad, Tensor different, bool[] needs, {_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+@known_signature
+class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x, clusters, classes, centers, variance,
+        alpha, normalize, min_variance, eps, ignore_index, reduction, dtype, backend,
+    ):  # fmt: skip
+        return fwd(
+            x, clusters, classes, centers, variance,
+            alpha, normalize, min_variance, eps, ignore_index, reduction, dtype, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:N_INPUTS], output[1])
+        ctx.spec = inputs[N_INPUTS:]
+        ctx.mark_non_differentiable(output[1], output[2])
+
+    @staticmethod
+    def backward(ctx, grad, _different, _variance):
+        *tensors, different = ctx.saved_tensors
+        need = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
+        if torch.is_grad_enabled():
+            from .. import torch_magnet
+
+            found = torch_magnet.differentiable_backward(grad, need, Clustered(*tensors), MagnetSpec(*ctx.spec))
+        else:
+            found = bwd(grad, different, need, *tensors, *ctx.spec)
+        g_x, g_centers, g_variance = (g if n else None for g, n in zip(found, need, strict=True))
+        return g_x, None, None, g_centers, g_variance, *(None,) * N_SPEC
+
+
+def magnet(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor]:
+    """(loss, variance before its floor) for checked arguments; see functional.magnet_loss."""
+    value, _, variance = _Forward.apply(*inputs, *spec)
+    return value, variance
+
+
+def other_classes(r: Tensor, centers: Tensor, y: Tensor, c: Tensor, scale: Tensor) -> Bank:
+    """The comparison behind L-: logits scale * -|r - mu|^2 against the clusters ``centers`` of classes ``c``."""
+    return Bank(r, centers, y, c, None, scale, None, None)

@@ -1,0 +1,520 @@
+"""The Magnet loss against the paper's formula: accuracy, derivatives, layouts, degenerate batches, the Module."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    FP32,
+    FP64,
+    MIXED,
+    Yardstick,
+    assert_all_accurate,
+    on_backends,
+    on_backends_and,
+    randint,
+    randn,
+    worst,
+)
+
+from dml_kernels import functional as F
+from dml_kernels import losses, use_backend
+from dml_kernels.losses.magnet import ENTRY, batch_variance, magnet_reference
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+OPTIONS = ENTRY.options
+on_options = pytest.mark.parametrize("which", range(len(OPTIONS)), ids=[str(o or "defaults") for o in OPTIONS])
+on_given = pytest.mark.parametrize("given", [False, True], ids=["batch means", "given centres"])
+
+
+def problem(n=31, k=9, d=24, seed=0):
+    """Embeddings around their clusters' centres, ids in random order; a row and a class to be ignored."""
+    centers = randn(k, d, seed=seed) / math.sqrt(d)
+    clusters = randint(0, k, n, seed=seed + 1)
+    x = centers[clusters] + 0.7 * randn(n, d, seed=seed + 2) / math.sqrt(d)
+    classes = torch.arange(k) // 2 * 5 - 3
+    if n > 4 and k > 3:
+        clusters[3], classes[2] = -100, -100
+    return x, clusters, classes, centers
+
+
+def evaluate(function, x, clusters, classes, centers=None, **options):
+    leaves = {"x": x.clone().requires_grad_()}
+    if centers is not None:
+        leaves["w"] = centers.clone().requires_grad_()
+    value = function(leaves["x"], clusters, classes, centers=leaves.get("w"), **options)
+    grads = torch.autograd.grad(value.sum(), list(leaves.values()), materialize_grads=True)
+    return {"value": value.detach(), **{f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+
+def by_products(x, clusters, classes, *, centers=None, alpha=1.0, variance=None, normalize=False, reduction="mean"):
+    """Plain PyTorch as people write it, with distances from a matrix product: the other dense expression."""
+    r = torch.nn.functional.normalize(x) if normalize else x
+    counted = clusters != -100
+    counted[counted.clone()] = classes[clusters[counted]] != -100
+    ids, r = clusters[counted], r[counted]
+    if centers is None:
+        one = torch.nn.functional.one_hot(ids, classes.numel()).to(r.dtype)
+        used = (one.sum(0) > 0) & (classes != -100)
+        centers = (one.T @ r) / one.sum(0)[:, None].clamp_min(1)
+    else:
+        used = classes != -100
+    own = (r - centers[ids]).square().sum(1)
+    sigma2 = own.sum() / max(ids.numel() - 1, 1) if variance is None else variance
+    d2 = r.square().sum(1)[:, None] + centers.square().sum(1) - 2 * r @ centers.T
+    z = (-d2 / (2 * sigma2)).masked_fill((classes[ids][:, None] == classes) | ~used, -math.inf)
+    rows = torch.relu(alpha + own / (2 * sigma2) + torch.logsumexp(z, 1))
+    total = rows.sum()
+    return total / ids.numel() if reduction == "mean" else total
+
+
+def yardsticks(x, clusters, classes, centers, options, dtype):
+    def rounded(function, x_dtype, w_dtype):
+        w = None if centers is None else centers.to(dtype.w).to(w_dtype)
+        return evaluate(function, x.to(dtype.x).to(x_dtype), clusters, classes, w, **options)
+
+    truth = rounded(magnet_reference, torch.float64, torch.float64)
+    if dtype == FP64:
+        fp32 = yardsticks(x, clusters, classes, centers, options, FP32)
+        return {k: stick.in_fp64(truth[k]) for k, stick in fp32.items()}
+    sticks = []
+    for form in (magnet_reference, by_products):
+        dense = rounded(form, dtype.product, dtype.product)
+        sticks.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
+    return worst(sticks)
+
+
+@functools.lru_cache(maxsize=1)
+def drawn(which, shape, given, dtype):
+    problems = [problem(*shape, seed=seed) for seed in range(0, 300, 100)]
+    sticks = [yardsticks(*p[:3], p[3] if given else None, OPTIONS[which], dtype) for p in problems]
+    return problems[0], worst(sticks)
+
+
+@on_backends_and((FP32, FP64, BF16, MIXED))
+@pytest.mark.parametrize("shape", [(31, 9, 24), (20, 100, 3)], ids=str)
+@on_given
+@on_options
+def test_value_and_gradient_are_accurate(which, given, shape, dtype, backend):
+    (x, clusters, classes, centers), sticks = drawn(which, shape, given, dtype)
+    w = centers.to(dtype.w) if given else None
+    out = evaluate(F.magnet_loss, x.to(dtype.x), clusters, classes, w, **OPTIONS[which], backend=backend)
+    kinds = [torch.float64 if dtype == FP64 else torch.float32, dtype.x, dtype.w]
+    assert [t.dtype for t in out.values()] == kinds[: len(out)]
+    assert_all_accurate(out, sticks)
+
+
+# --- derivatives
+
+
+@on_backends
+@on_given
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("variance", [None, 0.3, "tensor"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_first_and_second_derivative(reduction, variance, normalize, given, backend):
+    x, clusters, classes, centers = problem(9, 5, 3)
+    leaves = [x, *([centers] if given else []), *([torch.tensor(0.3).double()] if variance == "tensor" else [])]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+
+    def function(*args):
+        return F.magnet_loss(
+            args[0], clusters, classes, centers=args[1] if given else None, alpha=2.0, normalize=normalize,
+            variance=args[-1] if variance == "tensor" else variance, reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    assert function(*leaves).sum() > 0
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@on_backends
+def test_only_what_asks_for_a_gradient_gets_one(backend):
+    x, clusters, classes, centers = problem()
+    variance = torch.tensor(0.4, requires_grad=True)
+    value = F.magnet_loss(x, clusters, classes, centers=centers, variance=variance, backend=backend)
+    (alone,) = torch.autograd.grad(value, variance)
+    everything = [t.clone().requires_grad_() for t in (x, centers)]
+    value = F.magnet_loss(everything[0], clusters, classes, centers=everything[1], variance=variance, backend=backend)
+    *_, together = torch.autograd.grad(value, (*everything, variance))
+    torch.testing.assert_close(alone, together)
+
+
+@on_backends
+def test_detached_means_are_constants(backend):
+    """The same value as with the batch's own means, and the gradient of the formula with the means held still."""
+    x, clusters, classes, _ = problem()
+    counted = (clusters != -100) & (classes[clusters.clamp_min(0)] != -100)
+    one = torch.nn.functional.one_hot(torch.where(counted, clusters, 0), classes.numel()).double() * counted[:, None]
+    classes = torch.where(one.sum(0) > 0, classes, -100)
+    means = (one.T @ x) / one.sum(0)[:, None].clamp_min(1)
+    own, held = (
+        evaluate(F.magnet_loss, x, clusters, classes, backend=backend),
+        evaluate(F.magnet_loss, x, clusters, classes, means, backend=backend),
+    )
+    torch.testing.assert_close(own["value"], held["value"])
+    assert not torch.allclose(own["grad x"], held["grad x"])
+    expected = evaluate(magnet_reference, x, clusters, classes, means)
+    torch.testing.assert_close(held["grad x"], expected["grad x"])
+
+
+# --- the formula
+
+
+@on_backends
+def test_the_papers_formula_by_hand(backend):
+    """Two clusters on a line at 0 and 4, two examples each, one off their centre: sigma^2 = 4 / 3."""
+    x = torch.tensor([[-1.0], [1.0], [3.0], [5.0]])
+    found = F.magnet_loss(
+        x, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), alpha=7.0, reduction="none", backend=backend
+    )
+    half = 1 / (2 * 4 / 3)
+    torch.testing.assert_close(
+        found, torch.tensor([7 + half - 25 * half, *[7 + half - 9 * half] * 2, 7 - 24 * half]).relu()
+    )
+
+
+@on_backends
+def test_the_variance_is_not_squared(backend):
+    """Stretching space leaves the loss alone; with sigma^4 in place of sigma^2 it would not."""
+    x, clusters, classes, _ = problem()
+    a, b = (F.magnet_loss(s * x, clusters, classes, backend=backend) for s in (1.0, 7.0))
+    torch.testing.assert_close(a, b)
+
+
+@on_backends
+def test_clusters_of_the_own_class_are_no_impostors(backend):
+    x, clusters, _, _ = problem()
+    far = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    moved = x + 1e3 * (far[clusters.clamp_min(0)] == 1)[:, None]
+    options = {"variance": 0.5, "reduction": "none", "backend": backend}
+    in_class_0 = far[clusters.clamp_min(0)] == 0
+    without = torch.where(far[clusters.clamp_min(0)] == 1, -100, clusters)
+    a = F.magnet_loss(moved, clusters, far, **options)
+    b = F.magnet_loss(x, without, far, **options)
+    torch.testing.assert_close(a[in_class_0], b[in_class_0])
+
+
+@on_backends
+@on_given
+@on_options
+def test_the_order_of_examples_and_the_names_of_clusters_do_not_matter(which, given, backend):
+    x, clusters, classes, centers = problem()
+    function = functools.partial(F.magnet_loss, **OPTIONS[which], backend=backend)
+    expected = function(x, clusters, classes, centers=centers if given else None)
+    rows, names = torch.randperm(31), torch.randperm(9)
+    renamed = torch.where(clusters == -100, -100, names[clusters.clamp_min(0)])
+    shuffled = torch.empty_like(classes).scatter(0, names, classes)
+    moved = torch.empty_like(centers).index_copy(0, names, centers)
+    found = function(x[rows], renamed[rows], shuffled, centers=moved if given else None)
+    torch.testing.assert_close(found, expected)
+
+
+@on_backends
+@pytest.mark.parametrize("ids", ["few", "as many as rows", "global"])
+def test_ids_of_a_large_index_serve_as_they_are(ids, backend):
+    x, clusters, classes, _ = problem()
+    expected = evaluate(F.magnet_loss, x, clusters, classes, backend=backend)
+    size = {"few": 9, "as many as rows": 31, "global": 100_000}[ids]
+    names = torch.randperm(size)[:9]
+    large = torch.full((size,), 77).scatter(0, names, classes)
+    renamed = torch.where(clusters == -100, -100, names[clusters.clamp_min(0)])
+    found = evaluate(F.magnet_loss, x, renamed, large, backend=backend)
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+@on_backends
+def test_far_from_every_cluster_the_loss_grows_and_keeps_its_gradient(backend):
+    """exp, then log with an epsilon, would cap it and leave no gradient."""
+    x = torch.tensor([[0.0, 0], [1000, 0], [2.0, 0], [2.0, 1]], requires_grad=True)
+    rows = F.magnet_loss(
+        x, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), centers=torch.tensor([[0.0, 0], [2, 0]]), variance=1.0,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(rows[1], torch.tensor(1 + (1000.0**2 - 998.0**2) / 2))
+    rows.sum().backward()
+    torch.testing.assert_close(x.grad[1], torch.tensor([2.0, 0]))
+
+
+# --- degenerate batches
+
+ONE_CLASS = torch.zeros(9, dtype=torch.int64)
+DEGENERATE = {
+    "one example a cluster": lambda x, k, c: (x[:9], torch.arange(9), torch.arange(9) // 2),
+    "one cluster": lambda x, k, c: (x, k * 0, c),
+    "all clusters of one class": lambda x, k, c: (x, k.clamp_min(0), ONE_CLASS),
+    "all clusters of one class but an absent one": lambda x, k, c: (
+        x,
+        k.clamp_min(0).clamp_max(7),
+        torch.arange(9) // 8,
+    ),
+    "no spread": lambda x, k, c: (torch.arange(9.0).double()[k.clamp_min(0), None].expand(31, 24), k, c),
+    "no spread, all at one place": lambda x, k, c: (torch.ones_like(x), k, c),
+    "one example": lambda x, k, c: (x[:1], k[:1], c),
+    "two examples": lambda x, k, c: (x[:2], torch.tensor([0, 8]), c),
+    "no examples": lambda x, k, c: (x[:0], k[:0], c),
+    "all ignored": lambda x, k, c: (x, torch.full_like(k, -100), c),
+    "all classes ignored": lambda x, k, c: (x, k, torch.full_like(c, -100)),
+    "a zero embedding": lambda x, k, c: (torch.cat((x[:1] * 0, x[1:])), k, c),
+}
+
+
+@on_backends
+@on_given
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 50.0])
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_batches_match_the_reference(kind, alpha, given, backend):
+    *batch, centers = problem()
+    x, clusters, classes = DEGENERATE[kind](*batch)
+    centers = centers if given else None
+    found, expected = (
+        evaluate(f, x, clusters, classes, centers, alpha=alpha, **o)
+        for f, o in ((F.magnet_loss, {"backend": backend}), (magnet_reference, {}))
+    )
+    for key, value in found.items():
+        unit = max(1.0, expected[key].abs().max().item() if value.numel() else 1.0)
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9 * unit)
+    if kind in ("one cluster", "all clusters of one class", "no examples", "all ignored") and not given:
+        assert found["value"] == 0
+        assert found["grad x"].count_nonzero() == 0
+
+
+@on_backends
+def test_at_its_floor_the_variance_is_a_constant(backend):
+    x, clusters, classes, _ = problem()
+    floored = evaluate(F.magnet_loss, x, clusters, classes, min_variance=9.0, alpha=5.0, backend=backend)
+    given = evaluate(F.magnet_loss, x, clusters, classes, variance=9.0, alpha=5.0, backend=backend)
+    torch.testing.assert_close(floored["grad x"], given["grad x"])
+    variance = torch.tensor(1e-9, requires_grad=True)
+    F.magnet_loss(x, clusters, classes, variance=variance, backend=backend).backward()
+    assert variance.grad == 0
+
+
+@on_backends
+def test_an_inactive_example_has_no_gradient(backend):
+    x, clusters, classes, _ = problem()
+    out = evaluate(F.magnet_loss, x, clusters, classes, variance=1e-3, alpha=-1e6, reduction="none", backend=backend)
+    assert out["value"].count_nonzero() == 0
+    assert out["grad x"].count_nonzero() == 0
+
+
+@on_backends
+@on_given
+def test_an_ignored_example_is_as_if_it_were_not_there(given, backend):
+    x, clusters, classes, centers = problem()
+    keep = (clusters != -100) & (classes[clusters.clamp_min(0)] != -100)
+    assert 0 < keep.sum() < 30
+    x[~keep] = 1e6
+    centers = centers if given else None
+    every = evaluate(F.magnet_loss, x, clusters, classes, centers, backend=backend)
+    kept = evaluate(F.magnet_loss, x[keep], clusters[keep], classes, centers, backend=backend)
+    torch.testing.assert_close(every["value"], kept["value"])
+    torch.testing.assert_close(every["grad x"][keep], kept["grad x"])
+    assert every["grad x"][~keep].count_nonzero() == 0
+
+
+@on_backends
+def test_nan_is_never_hidden(backend):
+    x, clusters, classes, _ = problem()
+    x[0, 0] = math.nan
+    assert F.magnet_loss(x, clusters, classes, backend=backend).isnan()
+    rows = F.magnet_loss(x, clusters, classes, variance=0.5, reduction="none", backend=backend)
+    assert rows[0].isnan()
+
+
+# --- the same numbers however it is called
+
+
+@on_backends
+def test_reductions_agree(backend):
+    x, clusters, classes, _ = problem()
+    rows, total, mean = (
+        F.magnet_loss(x, clusters, classes, alpha=4.0, reduction=r, backend=backend) for r in ("none", "sum", "mean")
+    )
+    counted = (clusters != -100) & (classes[clusters.clamp_min(0)] != -100)
+    assert rows[~counted].count_nonzero() == 0
+    torch.testing.assert_close(rows.sum(), total)
+    torch.testing.assert_close(total / counted.sum(), mean)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("shape", [(48, 12, 64), (500, 300, 33), (2000, 40, 16)], ids=str)
+@on_given
+def test_the_same_bits_at_any_number_of_threads(given, shape, any_threads):
+    x, clusters, classes, centers = (t.float() if t.is_floating_point() else t for t in problem(*shape))
+    found = []
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        found.append(evaluate(F.magnet_loss, x, clusters, classes, centers if given else None, normalize=True))
+    for other in found[1:]:
+        assert all(torch.equal(other[key], value) for key, value in found[0].items())
+
+
+@on_backends
+def test_compiled_whole_equals_eager(backend):
+    torch._dynamo.reset()
+    x, clusters, classes, _ = problem()
+    function = functools.partial(F.magnet_loss, normalize=True, backend=backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    found, expected = (evaluate(f, x.float(), clusters, classes) for f in (compiled, function))
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+@on_backends
+def test_functional_transforms(backend):
+    x, clusters, classes, _ = problem(9, 5, 3)
+
+    def function(x):
+        return F.magnet_loss(x, clusters, classes, alpha=2.0, backend=backend)
+
+    expected = evaluate(F.magnet_loss, x, clusters, classes, alpha=2.0, backend=backend)["grad x"]
+    torch.testing.assert_close(torch.func.grad(function)(x), expected)
+    direction = randn(9, 3, seed=8)
+    product = torch.func.grad(lambda x: (torch.func.grad(function)(x) * direction).sum())(x)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first, leaf, direction)
+    torch.testing.assert_close(product, second)
+    both = torch.func.vmap(function)(torch.stack((x, 2 * x)))
+    torch.testing.assert_close(both, torch.stack((function(x), function(2 * x))))
+
+
+@on_backends
+def test_autocast_multiplies_in_bf16_and_keeps_the_rest(backend):
+    x, clusters, classes, _ = (t.float() if t.is_floating_point() else t for t in problem())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = evaluate(F.magnet_loss, x, clusters, classes, backend=backend)
+    assert [t.dtype for t in out.values()] == [torch.float32] * 2
+    expected = evaluate(F.magnet_loss, x, clusters, classes, backend=backend)
+    assert not torch.equal(out["value"], expected["value"])
+    torch.testing.assert_close(out["value"], expected["value"], rtol=0.02, atol=0.02)
+
+
+def test_the_reference_backend_is_the_reference():
+    x, clusters, classes, centers = problem()
+    with use_backend("reference"):
+        found = F.magnet_loss(x, clusters, classes, centers=centers)
+    assert torch.equal(found, magnet_reference(x, clusters, classes, centers=centers))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_ids_of_any_integer_dtype(dtype):
+    x, clusters, classes, _ = problem()
+    clusters, classes = clusters.clamp_min(0), classes.clamp_min(0)
+    found = F.magnet_loss(x, clusters.to(dtype), classes.to(dtype))
+    assert torch.equal(found, F.magnet_loss(x, clusters, classes))
+
+
+# --- the Module
+
+
+def test_the_module_is_the_function():
+    x, clusters, classes, centers = problem()
+    for options in OPTIONS:
+        if "variance" in options:
+            continue
+        for given in (None, centers):
+            expected = F.magnet_loss(x, clusters, classes, centers=given, **options)
+            assert torch.equal(losses.MagnetLoss(**options)(x, clusters, classes, given), expected)
+
+
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_the_running_variance_is_an_average_of_training_batches(mode):
+    loss = losses.MagnetLoss(variance=mode, momentum=0.25, normalize=True)
+    batches = [problem(seed=seed)[:3] for seed in (0, 10, 20)]
+    measured = [batch_variance(*b, normalize=True).float() for b in batches]
+    expected = measured[0]
+    for i, batch in enumerate(batches):
+        expected = measured[0] if i == 0 else torch.lerp(expected, measured[i], 0.25)
+        value = loss(*batch)
+        torch.testing.assert_close(loss.running_variance, expected)
+        given = None if mode == "batch" else loss.running_variance
+        torch.testing.assert_close(value, F.magnet_loss(*batch, variance=given, normalize=True))
+    loss.eval()
+    loss(*batches[0])
+    torch.testing.assert_close(loss.running_variance, expected)
+    assert loss.batches_seen == 3
+    restored = losses.MagnetLoss(variance=mode)
+    restored.load_state_dict(loss.state_dict())
+    assert restored.running_variance == loss.running_variance
+
+
+def test_the_batchs_variance_is_that_of_the_formula():
+    x, clusters, classes, centers = problem(9, 5, 3)
+    for given in (None, centers):
+        leaf = x.clone()
+        found = batch_variance(leaf, clusters, classes, centers=given)
+        mu = {k: x[(clusters == k)].mean(0) if given is None else centers[k] for k in range(5)}
+        kept = [i for i in range(9) if clusters[i] != -100 and classes[clusters[i]] != -100]
+        total = sum((x[i] - mu[int(clusters[i])]).square().sum() for i in kept)
+        torch.testing.assert_close(found, total / (len(kept) - 1))
+
+
+def test_training_pulls_a_class_of_two_modes_into_clusters():
+    """XOR: each class is two blobs, so that no single proxy a class could hold it. The clusters end pure."""
+    corners = torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]])
+    clusters = torch.arange(80) % 4
+    inputs = corners[clusters] + 0.3 * randn(80, 2, seed=1).float()
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    optimiser, loss = torch.optim.Adam(net.parameters(), lr=0.01), losses.MagnetLoss(alpha=2.0)
+    classes = torch.tensor([0, 0, 1, 1])
+    before = loss(net(inputs), clusters, classes).item()
+    for _ in range(150):
+        optimiser.zero_grad()
+        value = loss(net(inputs), clusters, classes)
+        value.backward()
+        optimiser.step()
+    assert value < 0.2 * before
+    with torch.no_grad():
+        r = net(inputs)
+    means = torch.stack([r[clusters == k].mean(0) for k in range(4)])
+    assert (classes[torch.cdist(r, means).argmin(1)] == classes[clusters]).all()
+
+
+# --- bad input
+
+X, K, C = torch.randn(4, 3), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1])
+BAD = {
+    "embeddings must": ((X[0], K, C), {}),
+    "clusters must be integers": ((X, K.float(), C), {}),
+    r"clusters must have shape \(4,\)": ((X, K[:3], C), {}),
+    "clusters must be a torch.Tensor": ((X, [0, 1, 0, 1], C), {}),
+    r"clusters must be in \[0, 2\).*got 2": ((X, K + 1, C), {}),
+    r"clusters must be in \[0, 2\).*got -1": ((X, K - 1, C), {}),
+    "cluster_classes must be integers": ((X, K, C.float()), {}),
+    r"cluster_classes must have shape \(K,\)": ((X, K, C[:0]), {}),
+    "centers must have a row for each of the 2": ((X, K, C), {"centers": torch.randn(3, 3)}),
+    "embeddings and centers must have the same embedding size": ((X, K, C), {"centers": torch.randn(2, 4)}),
+    "variance must not be negative": ((X, K, C), {"variance": -1.0}),
+    "variance must not be negative; got -2": ((X, K, C), {"variance": torch.tensor(-2.0)}),
+    "variance must be finite": ((X, K, C), {"variance": math.nan}),
+    "variance must be a number or a floating": ((X, K, C), {"variance": torch.ones(2)}),
+    "min_variance must be positive": ((X, K, C), {"min_variance": 0.0}),
+    "alpha must be finite": ((X, K, C), {"alpha": math.inf}),
+    "alpha must be a number": ((X, K, C), {"alpha": "7"[:0]}),
+    "eps must be positive": ((X, K, C), {"eps": 0.0}),
+    "reduction must be one of": ((X, K, C), {"reduction": "median"}),
+    "ignore_index must be an integer": ((X, K, C), {"ignore_index": 1.5}),
+    "unknown backend": ((X, K, C), {"backend": "abacus"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_with_the_fix(message):
+    args, options = BAD[message]
+    with pytest.raises((TypeError, ValueError), match=message):
+        F.magnet_loss(*args, **options)
+
+
+@pytest.mark.parametrize("options", [{"variance": "mine"}, {"momentum": 0}, {"min_variance": 0}, {"reduction": "max"}])
+def test_a_bad_option_of_the_module_is_refused_at_once(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        losses.MagnetLoss(**options)
