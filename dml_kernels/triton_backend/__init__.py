@@ -1,0 +1,111 @@
+"""The ``triton`` backend: streaming kernels for GPUs, and in Triton's interpreter (TRITON_INTERPRET=1) for CPU tensors.
+
+| file | what is there |
+|---|---|
+| ``tiles.py`` | device functions: products, scores, memberships of one tile |
+| ``row_kernels.py`` | norms, normalisation, projection of gradients |
+| ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
+| ``distance.py`` | kernels of normalized_distance |
+| ``logsumexp.py``, ``matrices.py`` | the ops: what is launched, in which order |
+| ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices as kernels take them; launching |
+| ``configs.py``, ``precision.py`` | tile shapes by architecture; arithmetic of fp32 products |
+| ``aot.py``, ``report.py`` | compiling with no GPU at hand, and the report of what came out |
+| ``interpreter.py`` | corrections to Triton's interpreter |
+
+Importing this package does not import Triton: what runs does, once a device is known to be served.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.contract import Bank, Spec
+
+name = "triton"
+OPS = ("normalize", "normalized_distance", "masked_logsumexp")
+INSTALL = "pip install -r requirements/triton.txt"
+OLDEST = (8, 0)  # compute capability: bf16 tensor cores
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # a folder of that name on the path is no installation
+        return f"Triton is not installed: {INSTALL}"
+    try:
+        importlib.import_module("triton")
+        if interpreted():
+            importlib.import_module(".interpreter", __name__).mend()
+    except Exception as error:  # a broken installation, or one that this NumPy does not suit
+        return f"Triton cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
+    return None
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
+    if op not in OPS:
+        return f"{op} is not implemented here"
+    if policy != "linear":
+        return f"logit policy {policy!r} is not implemented here"
+    if device.type == "cpu" and not interpreted():
+        return "runs on GPUs; CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
+    if device.type not in ("cpu", "cuda"):
+        return f"runs on GPUs; the tensors are on {device.type}"
+    if device.type == "cuda" and (refusal := _refuse_device(device)):
+        return refusal
+    return _missing()
+
+
+def _refuse_device(device: torch.device) -> str | None:
+    if interpreted():
+        return "TRITON_INTERPRET=1 is set: the interpreter takes CPU tensors"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+        return "needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def describe() -> str:
+    import triton
+
+    return f"streaming kernels, Triton {triton.__version__}" + (", interpreted on the CPU" if interpreted() else "")
+
+
+def _host(module: str) -> Any:
+    return importlib.import_module("." + module, __name__)
+
+
+def normalize_fwd(x: Tensor, eps: float) -> Tensor:
+    return _host("matrices").normalize_fwd(x, eps)
+
+
+def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    return _host("matrices").normalize_bwd(grad, x, eps)
+
+
+def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
+    return _host("matrices").normalized_distance_fwd(x, w, metric, normalize, eps, dtype)
+
+
+def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor | None, ...]:
+    return _host("matrices").normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
+
+
+def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+    return _host("logsumexp").masked_logsumexp_fwd(bank, spec)
+
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+    return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec)

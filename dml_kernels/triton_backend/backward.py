@@ -1,0 +1,191 @@
+"""masked_logsumexp, backward: one kernel writes dS for a block of rows x a chunk of the bank, ready for two products.
+
+The vendor's library then multiplies: grad_x += E w, grad_w = E^T x. E holds dS with the norms folded in
+(E_ij = dS_ij r_i r_j), so that no normalised copy of either matrix is needed. What concerns rows or columns alone
+comes as one partial sum a tile, added in order by the host's torch.sum: no atomics.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    INF,
+    LOG2E,
+    NEAR,
+    any_same,
+    clamped,
+    column,
+    column_bias,
+    columns,
+    distances_to_scores,
+    load_tile,
+    products,
+    row_scale,
+    same_label,
+    squared_distances,
+    used_pairs,
+)
+
+
+@triton.jit
+def closed(lse_ptr, offs_n, counts):
+    """A log-sum-exp to subtract: +inf, so that every weight is 0, for an empty set and for rows that do not count."""
+    lse = tl.load(lse_ptr + offs_n)
+    return tl.where((lse == -INF) | (counts == 0), INF, lse)
+
+
+@triton.jit
+def incoming(ptr, offs_n, counts):
+    return tl.where(counts, tl.load(ptr + offs_n), 0.0)
+
+
+@triton.jit
+def store_gradient(
+    ds, s, e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, lift_ptr, rx, sqx, rw_ptr, sqw_ptr,
+    N, M, offs_n, mask_n, m0, left, n_tile, m_tile, n_tiles, stride_e,
+    METRIC: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dS on the scores of a tile -> E on the raw products; near pairs of a distance apart, in ``near`` and flagged.
+
+    Distances: dS on |u - p|^2; E = 2 dS, and its sums over rows and columns, as -(sum dS) u is the points' own part.
+    A near pair's gradient -2 dS (u - p) would cancel in that: ``near_kernel`` takes it from the difference.
+    """
+    index = tl.arange(0, BLOCK_M)
+    mask = mask_n[:, None] & (index < left)[None, :]
+    at = (offs_n * stride_e + m0)[:, None] + index[None, :]
+    if METRIC != "dot":
+        d2 = -s
+        if METRIC == "euclidean":
+            ds = ds * tl.where(s == 0, 0.0, -0.5 / s)
+            d2 = s * s
+        near = d2 < (sqx[:, None] + column(sqw_ptr, m0, left, BLOCK_M)[None, :]) * NEAR
+        some = tl.max((near & mask).to(tl.int32))
+        tl.store(flag_ptr + m_tile.to(tl.int64) * n_tiles + n_tile, some)
+        if some > 0:
+            tl.store(near_ptr + at, tl.where(near, ds, 0.0), mask=mask)
+        ds = tl.where(near, 0.0, ds)
+        tl.store(own_rows_ptr + m_tile.to(tl.int64) * N + offs_n, tl.sum(ds, 1), mask=mask_n)
+        own = tl.sum(tl.where(mask_n[:, None], ds, 0.0), 0)
+        tl.store(own_cols_ptr + n_tile.to(tl.int64) * M + m0 + index, own, mask=index < left)
+        ds = 2 * ds
+    if e_ptr is not None:
+        if FOLD:
+            ds = ds * rx[:, None] * column(rw_ptr, m0, left, BLOCK_M)[None, :]
+        if lift_ptr is not None:
+            ds = ds * tl.load(lift_ptr)
+        tl.store(e_ptr + at, ds.to(e_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr,
+    same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, lift_ptr,
+    e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, t_rows_ptr, q_cols_ptr, b_cols_ptr,
+    N, M, first, n_tiles, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, stride_e, ignore_index,
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64",
+    D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x (N, D), chunk w (M, D) of a bank from entry ``first`` -> E (N, M), and partial sums by tile.
+
+    With p_ij = exp(z_ij - lse_i) of the pair's set and dz = g_i p_ij + h_i (g, h: gradients of the log-sum-exp and of
+    the plain sum): dS_ij = dz k t_i q_j. Partial sums, wanted where the pointer is not None: t_rows (m_tiles, N) the
+    scale's gradient dz k (q_j s_ij - o), q_cols (n_tiles, M) dz k t_i s_ij, b_cols (n_tiles, M) dz, and own_rows,
+    own_cols as in ``store_gradient``. Parallel over tiles, rows fastest: programs that run together share the bank.
+    """
+    n_tile, m_tile = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)
+    m0 = m_tile.to(tl.int64) * BLOCK_M
+    local, left = columns(m0, M, BLOCK_M)
+    EXCLUDE: tl.constexpr = exclude_ptr is not None
+    UNIT: tl.constexpr = NORMALIZE and METRIC == "dot"
+
+    x_tile = offs_n
+    if D <= BLOCK_D:
+        x_tile = load_tile(x_ptr, offs_n, stride_xn, stride_xd, 0, D, BLOCK_D).to(PRODUCT)
+    s = products(
+        x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd,
+        D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
+    )  # fmt: skip
+    t = row_scale(scale_ptr, offs_n, stride_scale, ACC)
+    rx, sqx = t, t
+    if NORMALIZE:
+        rx = tl.load(rx_ptr + offs_n)
+    if METRIC != "dot":
+        sqx = tl.load(sqx_ptr + offs_n)
+        s = squared_distances(
+            s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,
+            rx, sqx, rw_ptr, sqw_ptr, D, NORMALIZE, BLOCK_M, ACC,
+        )  # fmt: skip
+        s = distances_to_scores(s, METRIC)
+    if UNIT:
+        s = s * column(rw_ptr, m0, left, BLOCK_M)[None, :]
+
+    y = tl.load(y_ptr + offs_n)
+    counts = mask_n & (y != ignore_index)
+    place = y
+    if c_ptr is None:
+        place = y - first
+    exclude = y
+    if EXCLUDE:
+        exclude = tl.load(exclude_ptr + offs_n) - first
+    # The forward's own steps in its own order: z - lse keeps no rounding error that it did not have.
+    k_s, k_d = tl.cast(k_same, ACC), tl.cast(k_different, ACC)
+    slope_same, slope_different = k_s * t, k_d * t
+    base_same, base_different = slope_same * tl.cast(o_same, ACC), slope_different * tl.cast(o_different, ACC)
+    if UNIT:
+        slope_same, slope_different = slope_same * rx, slope_different * rx
+    qs = s
+    if q_ptr is not None:
+        qs = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+
+    z = qs * slope_different[:, None] - base_different[:, None]
+    if bias_ptr is not None:
+        z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+    counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
+    counted = counted & (same_label(place, c_ptr, m0, left, BLOCK_M) == 0)
+    dz = tl.exp2((z - closed(different_ptr, offs_n, counts)[:, None]) * LOG2E)
+    dz = dz * incoming(g_different_ptr, offs_n, counts)[:, None]
+    if h_different_ptr is not None:
+        dz += incoming(h_different_ptr, offs_n, counts)[:, None]
+    dz = tl.where(counted, dz, 0.0)
+    ds = dz * k_d
+    t_row = tl.zeros((BLOCK_N,), ACC)
+    if t_rows_ptr is not None:
+        t_row += tl.sum(ds * qs, 1) * (rx if UNIT else 1.0) - tl.sum(ds, 1) * tl.cast(o_different, ACC)
+
+    if any_same(place, c_ptr, m0, left, BLOCK_M):
+        counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
+        counted = counted & same_label(place, c_ptr, m0, left, BLOCK_M)
+        z = qs * slope_same[:, None] - base_same[:, None]
+        if bias_ptr is not None:
+            z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+        more = tl.exp2((z - closed(same_ptr, offs_n, counts)[:, None]) * LOG2E)
+        more = more * incoming(g_same_ptr, offs_n, counts)[:, None]
+        if h_same_ptr is not None:
+            more += incoming(h_same_ptr, offs_n, counts)[:, None]
+        more = tl.where(counted, more, 0.0)
+        dz += more
+        more = more * k_s
+        ds += more
+        if t_rows_ptr is not None:
+            t_row += tl.sum(more * qs, 1) * (rx if UNIT else 1.0) - tl.sum(more, 1) * tl.cast(o_same, ACC)
+
+    index = tl.arange(0, BLOCK_M)
+    if t_rows_ptr is not None:
+        tl.store(t_rows_ptr + m_tile.to(tl.int64) * N + offs_n, t_row, mask=mask_n)
+    if b_cols_ptr is not None:
+        tl.store(b_cols_ptr + n_tile.to(tl.int64) * M + m0 + index, tl.sum(dz, 0), mask=index < left)
+    ds = ds * t[:, None]
+    if q_cols_ptr is not None:
+        along = ds * s
+        if UNIT:
+            along = along * rx[:, None]
+        tl.store(q_cols_ptr + n_tile.to(tl.int64) * M + m0 + index, tl.sum(along, 0), mask=index < left)
+    if q_ptr is not None:
+        ds = ds * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+    store_gradient(
+        ds, s, e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, lift_ptr, rx, sqx, rw_ptr, sqw_ptr,
+        N, M, offs_n, mask_n, m0, left, n_tile, m_tile, n_tiles, stride_e, METRIC, FOLD, BLOCK_M, ACC,
+    )  # fmt: skip

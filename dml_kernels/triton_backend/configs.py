@@ -1,0 +1,154 @@
+"""The one table of tile shapes, by architecture, kernel, product dtype and width: no search at import or first call.
+
+``python -m dml_kernels.triton_backend.report`` compiles every entry ahead of time and prints registers, spills,
+shared memory and instructions; the tests hold the entries to no spills in bf16 and to the chip's shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """A tile of block_n rows by block_m bank entries, block_d columns at a time."""
+
+    block_n: int
+    block_m: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+class Chip(NamedTuple):
+    """What an architecture offers: ``target`` as Triton names it, shared memory in bytes a block may use."""
+
+    target: tuple[str, int | str, int]
+    shared: int
+    cores: int  # streaming multiprocessors or compute units of the usual part
+
+
+CHIPS = {
+    "sm_80": Chip(("cuda", 80, 32), 166912, 108),
+    "sm_90": Chip(("cuda", 90, 32), 232448, 132),
+    "sm_100": Chip(("cuda", 100, 32), 232448, 148),
+    "gfx942": Chip(("hip", "gfx942", 64), 65536, 304),
+    "interpreter": Chip(("cpu", 0, 1), 1 << 40, 2),
+}
+
+BF16, FP32, FP64 = "half", "fp32", "fp64"
+KINDS = {torch.bfloat16: BF16, torch.float16: BF16, torch.float32: FP32, torch.float64: FP64}
+# A width class holds every D up to it; None is any D beyond.
+WIDTHS = (64, 128, 256, None)
+
+# (kernel, dtype kind): one Config per width class. Distances keep a second tile for near pairs: smaller tiles.
+_HOPPER = {
+    ("forward", BF16): (
+        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4),
+    ),
+    ("gradient", BF16): (
+        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4),
+    ),
+    ("forward", FP32): (Config(64, 64, 32, 8, 3),) * 4,
+    ("gradient", FP32): (Config(64, 64, 32, 8, 3),) * 4,
+    ("forward", FP64): (Config(32, 32, 32, 4, 2),) * 4,
+    ("gradient", FP64): (Config(32, 32, 32, 4, 2),) * 4,
+}  # fmt: skip
+_AMPERE = {
+    **_HOPPER,
+    ("forward", BF16): (
+        Config(128, 64, 64, 4, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 4),
+    ),
+    ("gradient", BF16): (
+        Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 4),
+    ),
+}  # fmt: skip
+_CDNA3 = {
+    **_HOPPER,
+    ("forward", BF16): (Config(128, 64, 64, 8, 2),) * 4,
+    ("gradient", BF16): (Config(128, 64, 64, 8, 2),) * 4,
+}
+_INTERPRETER = {
+    (kernel, kind): tuple(Config(32, 64, block_d, 1, 1) for block_d in (64, 128, 64, 64))
+    for kernel in ("forward", "gradient")
+    for kind in (BF16, FP32, FP64)
+}
+TABLE = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+
+# Rows and columns at a time in the kernels over single matrices.
+ROWS = Config(16, 0, 128, 4, 2)
+# The near pairs' gradients: owned rows, pairs' tile side, columns.
+NEAR = Config(32, 32, 64, 4, 2)
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def compile_for(arch: str) -> Iterator[None]:
+    """Take the table of another architecture, to compile for it without having one."""
+    _forced.append(arch)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+@functools.cache
+def _of_device(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_80" if properties.major < 9 else "sm_90" if properties.major == 9 else "sm_100"
+
+
+@functools.cache
+def _cores_of_device(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def arch_of(device: torch.device) -> str:
+    if _forced:
+        return _forced[-1]
+    if device.type == "cpu":
+        return "interpreter"
+    return _of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def cores_of(device: torch.device) -> int:
+    if _forced or device.type == "cpu":
+        return CHIPS[arch_of(device)].cores
+    return _cores_of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def pick(kernel: str, arch: str, dtype: torch.dtype, d: int, metric: str, bank: torch.dtype) -> Config:
+    """The tile for one kernel ("forward" or "gradient") on products of ``dtype`` over width ``d``."""
+    width = next(i for i, limit in enumerate(WIDTHS) if limit is None or d <= limit)
+    config = TABLE[arch][kernel, KINDS[dtype]][width]
+    smallest = 32 if dtype == torch.float32 else 16
+    if d <= config.block_d:
+        config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
+    if arch == "interpreter":
+        return config
+    if metric != "dot" and KINDS[dtype] == BF16:
+        config = config._replace(block_m=config.block_m // 2)
+    if bank.itemsize > dtype.itemsize:  # the bank is cast in the tile: each stage holds it in its own dtype
+        config = config._replace(num_stages=min(config.num_stages, 2))
+    return config
+
+
+def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
+    """In how many ranges the bank is cut, so that a few rows fill the chip and many leave no half-empty last wave."""
+    slots = 2 * cores
+    if n_tiles * m_tiles <= slots:
+        return m_tiles
+    best, best_use = 1, 0.0
+    for candidate in range(1, min(m_tiles, max(16, slots // n_tiles)) + 1):
+        programs = n_tiles * candidate
+        use = programs / (-(-programs // slots) * slots)
+        if use > best_use + 0.03:
+            best, best_use = candidate, use
+    return best

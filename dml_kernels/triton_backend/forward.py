@@ -1,0 +1,183 @@
+"""masked_logsumexp, forward: the bank streams past a tile of rows; both log-sum-exps come out of one pass.
+
+A program owns BLOCK_N rows and one range of the bank. What it keeps per row: for each set the running maximum m and
+the sum l of exp(z - m) (m of `different` in units of log 2: one fused multiply-add before its exp2), and the plain sums
+if asked for. The ranges' results, O(N x splits), are merged in order by ``merge_kernel``: the same bits every run.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    INF,
+    LN2,
+    LOG2E,
+    any_same,
+    clamped,
+    column,
+    column_bias,
+    columns,
+    distances_to_scores,
+    load_tile,
+    products,
+    row_scale,
+    same_label,
+    squared_distances,
+    used_pairs,
+)
+
+
+@triton.jit
+def finite(m):
+    """A maximum to subtract: 0 in place of -inf, as exp(-inf - -inf) is NaN."""
+    return tl.where(m == -INF, 0.0, m)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
+    N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64",
+    D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x (N, D), w (M, D) -> out (6 or 4, splits, N): m, l of `same`; m, l of `different`; with SUMS both plain sums.
+
+    z_ij = k t_i (q_j s_ij - o) + b_j with the factor k and offset o of the pair's set. Grid (row tiles, splits): each
+    program walks ``span`` bank entries. rx, rw (inverse norms) with NORMALIZE; sqx, sqw (squared norms) for
+    distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
+    """
+    offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
+    split = tl.program_id(1)
+    start = split.to(tl.int64) * span
+    tiles = tl.cdiv(tl.minimum(M - start, span), BLOCK_M).to(tl.int32)
+
+    FOLD: tl.constexpr = NORMALIZE and METRIC == "dot"
+    EXCLUDE: tl.constexpr = exclude_ptr is not None
+    y = tl.load(y_ptr + offs_n)
+    exclude = y
+    if EXCLUDE:
+        exclude = tl.load(exclude_ptr + offs_n)
+    t = row_scale(scale_ptr, offs_n, stride_scale, ACC)
+    slope_same, slope_different = tl.cast(k_same, ACC) * t, tl.cast(k_different, ACC) * t
+    base_same, base_different = slope_same * tl.cast(o_same, ACC), slope_different * tl.cast(o_different, ACC)
+    rx, sqx = t, t
+    if NORMALIZE:
+        rx = tl.load(rx_ptr + offs_n)
+    if METRIC != "dot":
+        sqx = tl.load(sqx_ptr + offs_n)
+    if FOLD:
+        slope_same, slope_different = slope_same * rx, slope_different * rx
+    x_tile = offs_n
+    if D <= BLOCK_D:
+        x_tile = load_tile(x_ptr, offs_n, stride_xn, stride_xd, 0, D, BLOCK_D).to(PRODUCT)
+
+    m_same = tl.full((BLOCK_N,), -INF, ACC)
+    l_same = tl.zeros((BLOCK_N,), ACC)
+    m_different = tl.full((BLOCK_N,), -INF, ACC)
+    l_different = tl.zeros((BLOCK_N,), ACC)
+    sum_same = tl.zeros((BLOCK_N,), ACC)
+    sum_different = tl.zeros((BLOCK_N,), ACC)
+    for i in range(tiles):
+        m0 = start + tl.cast(i, tl.int64) * BLOCK_M
+        local, left = columns(m0, M, BLOCK_M)
+        s = products(
+            x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd,
+            D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
+        )  # fmt: skip
+        if METRIC != "dot":
+            s = squared_distances(
+                s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,
+                rx, sqx, rw_ptr, sqw_ptr, D, NORMALIZE, BLOCK_M, ACC,
+            )  # fmt: skip
+            s = distances_to_scores(s, METRIC)
+        if FOLD:
+            s = s * column(rw_ptr, m0, left, BLOCK_M)[None, :]
+        if q_ptr is not None:
+            s = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+        # First, so that the scores need not outlive their turn to `different`, which every tile takes.
+        if any_same(y, c_ptr, m0, left, BLOCK_M):
+            # In natural units: a row's only positive comes out as its own logit, to the bit.
+            counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
+            counted = counted & same_label(y, c_ptr, m0, left, BLOCK_M)
+            z = s * slope_same[:, None] - base_same[:, None]
+            if bias_ptr is not None:
+                z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+            if SUMS:
+                sum_same += tl.sum(tl.where(counted, z, 0.0), 1)
+            z = tl.where(counted, z, -INF)
+            m_new = tl.maximum(m_same, tl.max(z, 1))
+            shift = finite(m_new)
+            added = tl.sum(tl.exp2((z - shift[:, None]) * LOG2E), 1)
+            l_same = l_same * tl.exp2((m_same - shift) * LOG2E) + added
+            m_same = m_new
+
+        counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
+        counted = counted & (same_label(y, c_ptr, m0, left, BLOCK_M) == 0)
+        z = s * slope_different[:, None] - base_different[:, None]
+        if bias_ptr is not None:
+            z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+        if SUMS:
+            sum_different += tl.sum(tl.where(counted, z, 0.0), 1)
+        z = tl.where(counted, z, -INF)
+        if FIXED:
+            l_different += tl.sum(tl.exp2(z * LOG2E - tl.cast(peak, ACC)), 1)
+        else:
+            m_new = tl.maximum(m_different, tl.max(z, 1) * LOG2E)
+            shift = finite(m_new)
+            added = tl.sum(tl.exp2(z * LOG2E - shift[:, None]), 1)
+            l_different = l_different * tl.exp2(m_different - shift) + added
+            m_different = m_new
+
+    if FIXED:
+        m_different = tl.full((BLOCK_N,), 0.0, ACC) + tl.cast(peak, ACC)
+    at = out_ptr + split.to(tl.int64) * N + offs_n
+    step = tl.cast(splits, tl.int64) * N
+    tl.store(at, m_same, mask=mask_n)
+    tl.store(at + step, l_same, mask=mask_n)
+    tl.store(at + 2 * step, m_different, mask=mask_n)
+    tl.store(at + 3 * step, l_different, mask=mask_n)
+    if SUMS:
+        tl.store(at + 4 * step, sum_same, mask=mask_n)
+        tl.store(at + 5 * step, sum_different, mask=mask_n)
+
+
+@triton.jit
+def merge_kernel(
+    part_ptr, y_ptr, same_ptr, different_ptr, sum_same_ptr, sum_different_ptr, N, splits, ignore_index,
+    SUMS: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The forward's partial results (6 or 4, splits, N) -> both log-sum-exps and, with SUMS, both sums, (N,) each.
+
+    Parallel over rows; the ranges are merged in their order. An ignored row gives -inf and 0.
+    """
+    offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
+    counts = tl.load(y_ptr + offs) != ignore_index
+    step = tl.cast(splits, tl.int64) * N
+    m_same = tl.full((BLOCK_N,), -INF, ACC)
+    l_same = tl.zeros((BLOCK_N,), ACC)
+    m_different = tl.full((BLOCK_N,), -INF, ACC)
+    l_different = tl.zeros((BLOCK_N,), ACC)
+    sum_same = tl.zeros((BLOCK_N,), ACC)
+    sum_different = tl.zeros((BLOCK_N,), ACC)
+    for split in range(splits):
+        at = part_ptr + tl.cast(split, tl.int64) * N + offs
+        m, l = tl.load(at), tl.load(at + step)
+        m_new = tl.maximum(m_same, m)
+        shift = finite(m_new)
+        l_same = l_same * tl.exp2((m_same - shift) * LOG2E) + l * tl.exp2((m - shift) * LOG2E)
+        m_same = m_new
+        m, l = tl.load(at + 2 * step), tl.load(at + 3 * step)
+        m_new = tl.maximum(m_different, m)
+        shift = finite(m_new)
+        l_different = l_different * tl.exp2(m_different - shift) + l * tl.exp2(m - shift)
+        m_different = m_new
+        if SUMS:
+            sum_same += tl.load(at + 4 * step)
+            sum_different += tl.load(at + 5 * step)
+    tl.store(same_ptr + offs, tl.where(counts, m_same + tl.log2(l_same) * LN2, -INF), mask=mask)
+    tl.store(different_ptr + offs, tl.where(counts, (m_different + tl.log2(l_different)) * LN2, -INF), mask=mask)
+    if SUMS:
+        tl.store(sum_same_ptr + offs, tl.where(counts, sum_same, 0.0), mask=mask)
+        tl.store(sum_different_ptr + offs, tl.where(counts, sum_different, 0.0), mask=mask)

@@ -1,0 +1,59 @@
+"""Kernel launches, on the tensors' device and its current stream; and a recorder, for compiling ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
+PRODUCTS = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+_recorders: list[Callable[..., None]] = []
+
+
+@contextlib.contextmanager
+def recorded(recorder: Callable[..., None]) -> Iterator[None]:
+    """Hand every launch to ``recorder(kernel, arguments, options)`` in place of running it."""
+    _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int,
+    exact: bool = False,
+) -> None:
+    """Run ``kernel`` over ``grid``; ``exact`` compiles it without fused multiply-adds."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
+    if _recorders:
+        _recorders[-1](kernel, arguments, options)
+        return
+    if 0 in grid:
+        return
+    kernel[grid](**arguments, **options)
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,165 @@
+"""masked_logsumexp on the GPU: what to launch, in which order, in which memory. No host synchronisation anywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.contract import Bank, Spec, accumulate_dtype
+from ..torch_backend import scale_grad
+from . import backward, configs, forward
+from .collect import Block, Gradients, lift, slope_bound
+from .launch import ACCUMULATE, cdiv, launch, on_device
+from .operand import Operand, tile_arguments
+
+# A fixed offset replaces the running maximum while the logit's whole span stays under this, in natural units.
+SPAN_LIMIT = 80.0
+
+
+def fixed_peak(bank: Bank, spec: Spec) -> float | None:
+    """The largest logit `different` can have, in units of log 2, where it may stand for the running maximum.
+
+    That is where the scale is a plain number, no column has a bias or a scale of its own, and vectors are unit
+    vectors whose logits span little; else None.
+    """
+    if not spec.normalize or any(t is not None for t in (bank.scale, bank.col_scale, bank.col_bias)):
+        return None
+    k, o = spec.logit[2:]
+    low, high = {"dot": (-1.0, 1.0), "sqeuclidean": (-4.0, 0.0), "euclidean": (-2.0, 0.0)}[spec.metric]
+    if abs(k) * (high - low) >= SPAN_LIMIT:
+        return None
+    return max(k * (low - o), k * (high - o)) * math.log2(math.e)
+
+
+def logit_arguments(bank: Bank, spec: Spec) -> dict[str, Any]:
+    """The arguments by which a score becomes a logit, and a pair a member of a set."""
+    c, exclude, q, bias = (
+        None if t is None else t.contiguous() for t in (bank.c, bank.exclude, bank.col_scale, bank.col_bias)
+    )
+    stride = 0 if bank.scale is None or bank.scale.dim() == 0 else bank.scale.stride(0)
+    return {
+        "y_ptr": bank.y.contiguous(), "c_ptr": c, "exclude_ptr": exclude, "scale_ptr": bank.scale, "q_ptr": q,
+        "bias_ptr": bias, "stride_scale": stride, "ignore_index": spec.ignore_index,
+        **dict(zip(("k_same", "o_same", "k_different", "o_different"), spec.logit, strict=True)),
+    }  # fmt: skip
+
+
+def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
+    kind = (spec.metric, spec.normalize, spec.eps, spec.dtype)
+    return Operand.of(bank.x, *kind), Operand.of(bank.w, *kind)
+
+
+def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+    n, m = bank.x.size(0), bank.w.size(0)
+    acc = accumulate_dtype(spec.dtype)
+    out = [bank.x.new_empty(n, dtype=acc) for _ in range(2)]
+    out += [bank.x.new_empty(n if spec.sums else 0, dtype=acc) for _ in range(2)]
+    if n == 0:
+        return tuple(out)
+    with on_device(bank.x):
+        x, w = operands(bank, spec)
+        device = bank.x.device
+        tile = configs.pick("forward", configs.arch_of(device), spec.dtype, x.t.size(1), spec.metric, w.t.dtype)
+        n_tiles, m_tiles = cdiv(n, tile.block_n), cdiv(m, tile.block_m)
+        per_split = cdiv(m_tiles, configs.splits(n_tiles, m_tiles, configs.cores_of(device)))
+        splits = cdiv(m_tiles, per_split)
+        parts = bank.x.new_empty((6 if spec.sums else 4, splits, n), dtype=acc)
+        peak = fixed_peak(bank, spec)
+        logit = logit_arguments(bank, spec)
+        arguments = {
+            **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit, "out_ptr": parts, "N": n, "M": m,
+            "span": per_split * tile.block_m, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
+            "peak": peak or 0.0,
+        }  # fmt: skip
+        launch(forward.forward_kernel, (n_tiles, splits), arguments, num_warps=tile.num_warps,
+               num_stages=tile.num_stages)  # fmt: skip
+        arguments = {
+            "part_ptr": parts, "y_ptr": logit["y_ptr"], "same_ptr": out[0], "different_ptr": out[1],
+            "sum_same_ptr": out[2], "sum_different_ptr": out[3], "N": n, "splits": splits,
+            "ignore_index": spec.ignore_index, "SUMS": spec.sums, "BLOCK_N": 128, "ACC": ACCUMULATE[acc],
+        }  # fmt: skip
+        launch(forward.merge_kernel, (cdiv(n, 128),), arguments, num_warps=4, num_stages=2)
+    return tuple(out)
+
+
+class Backward:
+    """One backward call: the vectors every chunk shares, and what the chunks add up to."""
+
+    def __init__(self, grads: tuple[Tensor, ...], lse: tuple[Tensor, ...], needs: list[bool], bank: Bank, spec: Spec):
+        self.bank, self.spec, self.needs = bank, spec, needs
+        self.x, self.w = operands(bank, spec)
+        self.acc = accumulate_dtype(spec.dtype)
+        self.logit = logit_arguments(bank, spec)
+        g = [t.to(self.acc).contiguous() for t in grads]
+        names = ("g_same_ptr", "g_different_ptr", "h_same_ptr", "h_different_ptr")
+        self.rows = dict(zip(names, (*g[:2], *(g[2:] if spec.sums else (None, None))), strict=True))
+        self.rows |= {"same_ptr": lse[0].contiguous(), "different_ptr": lse[1].contiguous()}
+        n, m = bank.x.size(0), bank.w.size(0)
+        self.of_scale = bank.x.new_zeros(n, dtype=self.acc) if needs[2] else None
+        self.of_q, self.of_bias = (bank.x.new_zeros(m, dtype=self.acc) if need else None for need in needs[3:])
+        self.lift = self._lift() if spec.dtype == torch.float16 else None
+        device = bank.x.device
+        self.tile = configs.pick(
+            "gradient", configs.arch_of(device), spec.dtype, bank.x.size(1), spec.metric, bank.w.dtype
+        )
+
+    def _lift(self) -> Tensor:
+        """From a bound on |E| = |dz k t q s'|, with p at most 1."""
+        parts = []
+        for g, h, k in (("g_same_ptr", "h_same_ptr", 0), ("g_different_ptr", "h_different_ptr", 2)):
+            size = self.rows[g].abs() if self.rows[h] is None else self.rows[g].abs() + self.rows[h].abs()
+            parts.append(size * abs(self.spec.logit[k]))
+        bound = torch.maximum(*parts)
+        if self.bank.scale is not None:
+            bound = bound * self.bank.scale.to(self.acc).abs()
+        bound = bound.nan_to_num(nan=0.0, posinf=0.0).amax()
+        if self.bank.col_scale is not None:
+            bound = bound * self.bank.col_scale.to(self.acc).abs().amax()
+        return lift(bound * slope_bound(self.x, self.w, self.spec.metric))
+
+    def fill(self, block: Block) -> None:
+        n, m = block.x.t.size(0), block.w.t.size(0)
+        new = self.bank.x.new_empty
+        t_rows = new((block.grid[1], n), dtype=self.acc) if self.needs[2] else None
+        q_cols, b_cols = (new((block.grid[0], m), dtype=self.acc) if need else None for need in self.needs[3:])
+        logit = dict(self.logit)
+        for name in ("y_ptr", "exclude_ptr"):
+            logit[name] = None if logit[name] is None else logit[name][block.rows]
+        for name in ("c_ptr", "q_ptr", "bias_ptr"):
+            logit[name] = None if logit[name] is None else logit[name][block.cols]
+        if logit["scale_ptr"] is not None and logit["scale_ptr"].dim() == 1:
+            logit["scale_ptr"] = logit["scale_ptr"][block.rows]
+        arguments = {
+            **tile_arguments(block.x, block.w, self.spec.metric, self.spec.dtype, self.tile), **logit, **block.arguments(),
+            **{name: None if t is None else t[block.rows] for name, t in self.rows.items()}, "lift_ptr": self.lift,
+            "t_rows_ptr": t_rows, "q_cols_ptr": q_cols, "b_cols_ptr": b_cols, "N": n, "M": m,
+            "first": block.cols.start, "FOLD": self.spec.normalize and self.spec.dtype != torch.float16,
+        }  # fmt: skip
+        launch(backward.gradient_kernel, (block.grid[0] * block.grid[1],), arguments, num_warps=self.tile.num_warps,
+               num_stages=self.tile.num_stages)  # fmt: skip
+        if t_rows is not None:
+            self.of_scale[block.rows] += t_rows.sum(0)
+        if q_cols is not None:
+            self.of_q[block.cols] += q_cols.sum(0)
+        if b_cols is not None:
+            self.of_bias[block.cols] += b_cols.sum(0)
+
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+    if bank.x.size(0) == 0:
+        wanted = (bank.x, bank.w, *bank[5:])
+        return [torch.zeros_like(t) if need else None for t, need in zip(wanted, needs, strict=True)]
+    with on_device(bank.x):
+        call = Backward(grads, lse, needs, bank, spec)
+        chunks = Gradients(call.x, call.w, spec.metric, spec.dtype, needs[:2], call.tile, call.lift)
+        grad_x, grad_w = chunks.run(call.fill)
+        return [
+            grad_x,
+            grad_w,
+            scale_grad(call.of_scale, bank) if needs[2] else None,
+            call.of_q.to(bank.col_scale.dtype) if needs[3] else None,
+            call.of_bias.to(bank.col_bias.dtype) if needs[4] else None,
+        ]
