@@ -1,0 +1,5 @@
+"""Clusters within each class: the index (``index.py``), one refresh of it (``reclustering.py``), faiss (``kmeans.py``)."""
+
+from .index import ClusterIndex, RefreshReport
+
+__all__ = ["ClusterIndex", "RefreshReport"]

@@ -1,0 +1,358 @@
+"""Clusters within each class, kept up to date while the embedding trains.
+
+Magnet (Rippel, Paluri, Dollar, Bourdev, "Metric Learning with Adaptive Density Discrimination", ICLR 2016,
+arXiv 1511.05939) models each class as several clusters: k-means of its examples' current embeddings, refreshed from
+time to time. `ClusterIndex` holds them:
+
+    index = ClusterIndex(labels, clusters_per_class=3, every=500)
+    for step, batch in enumerate(batches):
+        if index.due(step):
+            index.refresh(embed)        # embed(indices) -> (len(indices), D), called on bounded blocks
+        ...
+    share = (index.seconds - seconds_before) / seconds_of_the_epoch
+
+Cluster ids are fixed at construction: class by class in ascending order of the labels, id = first id of the class +
+number within it. A refresh starts from the last clusters (their examples' means in the new embeddings, so that it does
+not matter how far the space has moved or turned in between), and an id keeps its meaning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kmeans import load_faiss
+from .reclustering import Embeddings, Progress, Reclustering, Source, reporter
+
+__all__ = ["ClusterIndex", "RefreshReport"]
+
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What a refresh did: seconds in all, of them in getting the embeddings and in k-means (faiss and its calls).
+
+    examples and classes: how many it went over. moved: the share of these examples whose cluster changed, 1 the first
+    time. filled: clusters that came out empty and were given the example farthest from its centre. empty: clusters of
+    the whole index without examples. variance: `ClusterIndex.variance` after it.
+    """
+
+    seconds: float
+    embed_seconds: float
+    kmeans_seconds: float
+    examples: int
+    classes: int
+    moved: float
+    filled: int
+    empty: int
+    variance: float
+
+
+class ClusterIndex:
+    """Clusters of each class, by k-means++ of its examples' embeddings (faiss; Arthur and Vassilvitskii 2007).
+
+    labels                (n,) integers, any values in any order; `ignore_index` puts an example in no cluster
+    clusters_per_class    K, or as many as the class has examples where that is fewer
+    examples_per_cluster  in place of K: a class of c examples has ceil(c / examples_per_cluster) clusters
+    normalize             cluster unit vectors r / |r|. The centres are the means of unit vectors, not unit themselves;
+                          a zero vector stays 0
+    iterations            Lloyd's iterations of a refresh at most; k-means++ only where there are no clusters yet
+    every                 steps (or epochs: the unit is the caller's) between refreshes, see `due`; None: only a first
+    slices                a refresh goes over 1/slices of the examples (whole classes), the next one over the next: it
+                          holds training up for 1/slices as long. The first refresh is whole
+    block_examples        embeddings held at a time. A larger class is clustered on a sample of so many of its examples
+                          (seeded, the same each time); then all are assigned, block by block, and centres, sizes and
+                          variance are those of all
+    seed                  of k-means++ and of the samples. The same seed and embeddings give the same bits, at any
+                          number of threads
+
+    Attributes, tensors on the CPU, replaced (never changed in place) by a refresh:
+    clusters (n,) int64 the cluster of each example, -1 before the first refresh and for ignored ones;
+    cluster_classes (K,) int64 the label of each cluster's class, fixed; centers (K, D) fp32 the mean of each cluster's
+    examples, the class's mean for an empty cluster; sizes (K,) int64; variance, the float
+    sum |r - mu_own|^2 / max(n - 1, 1) over the n clustered examples; seconds spent in refreshes so far.
+
+    Empty clusters: an empty cluster is given the example of its class farthest from its own centre. It stays empty only
+    where the class has fewer different vectors than clusters (or in a class above block_examples), and is left out
+    wherever clusters are drawn.
+
+    Memory beside the attributes: some 50 bytes an example and three fp32 blocks of block_examples x D.
+
+    Raises ValueError or TypeError for labels that are not a vector of integers, no labels to cluster, settings that are
+    not positive integers, a class with more clusters than block_examples; ImportError without faiss.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        *,
+        clusters_per_class: int = 3,
+        examples_per_cluster: int | None = None,
+        normalize: bool = False,
+        iterations: int = 10,
+        every: float | None = None,
+        slices: int = 1,
+        block_examples: int = 8192,
+        ignore_index: int = -100,
+        seed: int = 0,
+    ) -> None:
+        positive = {"clusters_per_class": clusters_per_class, "iterations": iterations, "slices": slices}
+        positive |= {"block_examples": block_examples}
+        if examples_per_cluster is not None:
+            positive["examples_per_cluster"] = examples_per_cluster
+        for name, value in positive.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        if every is not None and not every > 0:
+            raise ValueError(f"every must be a positive number of steps, or None; got {every!r}")
+        load_faiss()  # missing: said now, not an epoch later
+        labels = _check_labels(labels)
+        kept = (labels != ignore_index).nonzero().squeeze(1)
+        if not len(kept):
+            raise ValueError(
+                f"no example to cluster: of {len(labels)} labels none differs from ignore_index {ignore_index}"
+            )
+        self._order = kept[torch.argsort(labels[kept], stable=True)]  # clustered examples, class by class
+        classes, class_sizes = torch.unique_consecutive(labels[self._order], return_counts=True)
+        if examples_per_cluster is None:
+            counts = class_sizes.clamp(max=clusters_per_class)
+        else:
+            counts = (class_sizes + examples_per_cluster - 1) // examples_per_cluster
+        if int(counts.max()) > block_examples:
+            raise ValueError(
+                f"a class has {int(counts.max())} clusters, more than block_examples={block_examples} examples that "
+                "are held to find them: give fewer clusters or a larger block"
+            )
+        self._class_sizes, self._class_counts = class_sizes, counts
+        self._first_example, self._first_cluster = _offsets(class_sizes), _offsets(counts)
+        self.cluster_classes = classes.repeat_interleave(counts)
+        self.clusters = torch.full((len(labels),), -1)
+        self.sizes = torch.zeros(len(self.cluster_classes), dtype=torch.int64)
+        self.normalize, self.iterations, self.every, self.seed = bool(normalize), iterations, every, seed
+        self.block_examples = block_examples
+        self.seconds = 0.0
+        self.refreshes = 0  # finished ones; whoever keeps something derived from the clusters compares it
+        self._slices = self._cut(slices)
+        self._next_slice = 0
+        self._centers: Tensor | None = None
+        self._scatter = torch.zeros(len(self.cluster_classes), dtype=torch.float64)
+        self._grouped: tuple[Tensor, Tensor, Tensor] | None = None
+        self._asked_at: float | None = None
+        self._refreshed_at: float | None = None
+        self._labels_digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        """The number of clusters K, empty ones included."""
+        return len(self.cluster_classes)
+
+    @property
+    def count(self) -> int:
+        """The number of clustered examples: all but the ignored ones."""
+        return len(self._order)
+
+    @property
+    def centers(self) -> Tensor:
+        """(K, D) fp32 means of the clusters; RuntimeError before the first refresh."""
+        if self._centers is None:
+            raise RuntimeError("the index has no clusters yet: call refresh(embeddings) first")
+        return self._centers
+
+    @property
+    def variance(self) -> float:
+        """sum |r - mu_own|^2 / max(n - 1, 1), squared units of the embedding; RuntimeError before the first refresh."""
+        _ = self.centers
+        return float(self._scatter.sum()) / max(self.count - 1, 1)
+
+    def due(self, step: float) -> bool:
+        """Whether a refresh is due at this step: none was made yet, or `every` steps ago or more.
+
+        A refresh counts from the step last asked about, so ask before each and no more is to be told.
+        """
+        self._asked_at = step
+        if self._centers is None:
+            return True
+        return self.every is not None and (self._refreshed_at is None or step - self._refreshed_at >= self.every)
+
+    def refresh(self, embeddings: Embeddings, *, whole: bool = False, progress: Progress = None) -> RefreshReport:
+        """Cluster anew the next slice of the classes, or all of them (the first time, or with `whole`).
+
+        embeddings  (n, D) of a floating dtype, on the CPU (memory-mapped too) or CUDA, read in blocks; or a function
+                    that is given (b,) int64 indices, b <= block_examples, and returns their (b, D) embeddings. It is
+                    called without gradients, on whole classes in the order of their labels; whether the model is in
+                    eval mode is the caller's
+        progress    called with the number of examples just finished; True: a tqdm bar
+
+        On any error the index stays as it was. Raises TypeError for what is not a floating point tensor; ValueError for
+        a wrong shape, another D than the other slices have, or NaN, infinite or over-large (1e15) values.
+        """
+        started = time.perf_counter()
+        source = Source(embeddings, len(self.clusters), self.normalize)
+        whole = whole or self._centers is None
+        first, last = (0, len(self._class_sizes)) if whole else self._slices[self._next_slice]
+        work = Reclustering(self, source, None if whole else self._centers)
+        mine = self._order[self._first_example[first] : self._first_example[last]]
+        with torch.no_grad(), reporter(progress, len(mine)) as advance:
+            for group in self._groups(first, last):
+                work.cluster(*group, advance)
+        # Nothing was changed so far; from here on nothing can fail.
+        moved = float((work.clusters[mine] != self.clusters[mine]).double().mean())
+        self.clusters, self._centers, self.sizes, self._scatter = work.clusters, work.centers, work.sizes, work.scatter
+        self._next_slice = 0 if whole else (self._next_slice + 1) % len(self._slices)
+        self._refreshed_at = self._asked_at
+        self.refreshes += 1
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        empty = int((self.sizes == 0).sum())
+        return RefreshReport(
+            seconds=seconds,
+            embed_seconds=source.seconds,
+            kmeans_seconds=work.kmeans_seconds,
+            examples=len(mine),
+            classes=last - first,
+            moved=moved,
+            filled=work.filled,
+            empty=empty,
+            variance=self.variance,
+        )
+
+    def members(self, cluster: int) -> Tensor:
+        """Indices of the cluster's examples, ascending, (sizes[cluster],) int64."""
+        rows, starts = self.grouped()
+        return rows[starts[self._check_id(cluster)] : starts[cluster + 1]]
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """All clustered examples by cluster, (n,) int64, and where each cluster's begin, (K + 1,) int64.
+
+        Sorted on the first call after a refresh, then kept.
+        """
+        if self._grouped is None or self._grouped[0] is not self.clusters:
+            _ = self.centers  # refreshed?
+            rows = self._order[torch.argsort(self.clusters[self._order], stable=True)]
+            self._grouped = (self.clusters, rows, _offsets(self.sizes))
+        return self._grouped[1:]
+
+    def nearest_impostors(self, cluster: int, count: int) -> Tensor:
+        """The `count` non-empty clusters of other classes whose centres lie nearest, nearest first, (<= count,) int64.
+
+        Fewer where there are not so many; equal distances in order of the ids. Distances are taken directly, not from
+        products, so that equal centres are equally far. One pass over the centres: O(K D) time, O(K) memory.
+        """
+        self._check_id(cluster)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"count must be an integer of at least 0; got {count!r}")
+        here = self.centers[cluster : cluster + 1]
+        distance = torch.cdist(here, self.centers, compute_mode="donot_use_mm_for_euclid_dist")[0]
+        distance[(self.sizes == 0) | (self.cluster_classes == self.cluster_classes[cluster])] = math.inf
+        count = min(count, int(distance.isfinite().sum()))
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
+        bound = distance.kthvalue(count).values
+        near = (distance <= bound).nonzero().squeeze(1)
+        return near[torch.argsort(distance[near], stable=True)[:count]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a refresh changes, and what tells whether it fits: tensors, numbers and strings."""
+        return {
+            "format": STATE_FORMAT,
+            "labels": self._labels_digest,
+            "normalize": self.normalize,
+            "clusters": self.clusters,
+            "cluster_classes": self.cluster_classes,
+            "centers": self._centers,
+            "sizes": self.sizes,
+            "scatter": self._scatter,
+            "next_slice": self._next_slice,
+            "slices": len(self._slices),
+            "asked_at": self._asked_at,
+            "refreshed_at": self._refreshed_at,
+            "refreshes": self.refreshes,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the `state_dict` of an index with the same labels and settings; ValueError if it does not fit.
+
+        An error leaves the index as it was.
+        """
+        missing = self.state_dict().keys() - state.keys()
+        if missing or state["format"] != STATE_FORMAT:
+            raise ValueError(
+                f"not a state of this version's ClusterIndex: format {state.get('format')}, missing {missing}"
+            )
+        if state["labels"] != self._labels_digest:
+            raise ValueError("the state is of other labels: make the index with the labels it was saved with, in order")
+        if not torch.equal(state["cluster_classes"], self.cluster_classes) or state["normalize"] != self.normalize:
+            raise ValueError(
+                f"the state has {len(state['cluster_classes'])} clusters and normalize={state['normalize']}, the index "
+                f"{len(self)} and {self.normalize}: make it with the settings it was saved with"
+            )
+        clusters, centers = state["clusters"].cpu().clone(), state["centers"]
+        self._check_clusters(clusters, centers, state["sizes"], state["scatter"])
+        self.clusters, self._centers = clusters, None if centers is None else centers.cpu().clone()
+        self.sizes, self._scatter = state["sizes"].cpu().clone(), state["scatter"].cpu().clone()
+        # Slices cut otherwise: begin with the first.
+        self._next_slice = int(state["next_slice"]) if state["slices"] == len(self._slices) else 0
+        self._asked_at, self._refreshed_at = state["asked_at"], state["refreshed_at"]
+        self.refreshes, self.seconds = int(state["refreshes"]), float(state["seconds"])
+
+    def _check_clusters(self, clusters: Tensor, centers: Tensor | None, sizes: Tensor, scatter: Tensor) -> None:
+        """That a saved assignment is one of these labels: each example in a cluster of its class, or all in none."""
+        count, bad = len(self), clusters.shape != self.clusters.shape
+        if centers is None:
+            bad = bad or bool((clusters != -1).any())
+        elif not bad:
+            mine = clusters[self._order]
+            places = torch.arange(len(self._class_sizes)).repeat_interleave(self._class_sizes)
+            bad = bool(((mine < self._first_cluster[places]) | (mine >= self._first_cluster[places + 1])).any())
+            bad = bad or not torch.equal(torch.bincount(mine, minlength=count), sizes.cpu())
+            bad = bad or centers.dim() != 2 or len(centers) != count or not bool(centers.isfinite().all())
+        if bad or scatter.shape != (count,):
+            raise ValueError("the state is damaged: its clusters, sizes and centers do not belong together")
+
+    def _check_id(self, cluster: int) -> int:
+        if not 0 <= cluster < len(self):
+            raise ValueError(f"cluster {cluster} is out of range: there are {len(self)}")
+        return int(cluster)
+
+    def _cut(self, slices: int) -> list[tuple[int, int]]:
+        """The classes in up to `slices` runs [first, last) of about equally many examples."""
+        middle = (self._first_example[:-1] + self._first_example[1:]) // 2
+        owner = middle * slices // len(self._order)
+        _, runs = torch.unique_consecutive(owner, return_counts=True)
+        ends = runs.cumsum(0).tolist()
+        return list(zip([0, *ends], ends))
+
+    def _groups(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Runs [first, last) of whole classes with at most block_examples in all; a larger class alone."""
+        while first < last:
+            limit = self._first_example[first] + self.block_examples
+            end = int(torch.searchsorted(self._first_example, limit, right=True)) - 1
+            end = min(max(end, first + 1), last)
+            yield first, end
+            first = end
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Where each run begins, and the end: (len + 1,)."""
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _check_labels(labels: Tensor) -> Tensor:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise TypeError(f"labels must be an integer tensor; got {getattr(labels, 'dtype', type(labels))}")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (n,), one for each example; got {tuple(labels.shape)}")
+    return labels.detach().to("cpu", torch.int64)

@@ -1,0 +1,171 @@
+"""k-means within many small sets at once: faiss, one class after another, on one thread.
+
+faiss does the clustering (k-means++ and Lloyd's iterations). Here is what it leaves to its caller: coordinates in
+which single precision is enough, a start from an earlier partition, clusters that ended up empty, silence.
+
+Sets of some dozens of vectors are far too small for faiss's threads, which cost more than they give (and spin where
+a machine is busy). One thread each, so that the result has the same bits at any number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["KMeans", "load_faiss", "segment_sums"]
+
+# Distances under this fraction of the coordinates' size are rounding: the vectors are equal.
+ROUNDING = 1e-6
+# Rows whose double precision copy is made at a time.
+ROWS = 2048
+
+
+def load_faiss() -> Any:
+    """The faiss module, imported when it is first needed; ImportError tells how to install it."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            f"clustering needs faiss, which cannot be imported ({error}): pip install faiss-cpu, "
+            "or pip install 'dml_kernels[demo]'"
+        ) from error
+    return faiss
+
+
+def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """Sums of the rows of values (n, D) by owner (n,) int64 in [0, count): (count, D) fp64."""
+    sums = torch.zeros(count, values.shape[1], dtype=torch.float64)
+    for start in range(0, len(values), ROWS):
+        part = slice(start, start + ROWS)
+        sums.index_add_(0, owner[part], values[part].double())
+    return sums
+
+
+class KMeans:
+    """k-means of sets of D-dimensional vectors, `iterations` of Lloyd's at most; Arthur and Vassilvitskii 2007."""
+
+    def __init__(self, dimensions: int, iterations: int) -> None:
+        self._faiss = faiss = load_faiss()
+        self._dimensions = dimensions
+        self._index = faiss.IndexFlatL2(dimensions)
+        self._settings = settings = faiss.ClusteringParameters()
+        settings.niter = iterations
+        settings.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
+        # No warning of few examples a cluster, no subsampling: the sets are small and wanted whole.
+        settings.min_points_per_centroid = 1
+        settings.max_points_per_centroid = 1 << 30
+        settings.check_input_data_for_NaNs = False  # checked where embeddings come in
+
+    @contextlib.contextmanager
+    def on_one_thread(self) -> Iterator[None]:
+        """faiss's calls of this thread run on it alone; put back as it was afterwards."""
+        threads = self._faiss.omp_get_max_threads()
+        self._faiss.omp_set_num_threads(1)
+        try:
+            yield
+        finally:
+            self._faiss.omp_set_num_threads(threads)
+
+    def train(
+        self, x: Tensor, sizes: list[int], counts: list[int], seeds: list[int], initial: Tensor | None, reach: Tensor
+    ) -> tuple[Tensor, Tensor, int]:
+        """Clusters of consecutive sets of rows, each set on its own.
+
+        x (n, D) fp32 contiguous, about its sets' means; sizes and counts: rows and clusters of each set, at least
+        one and at most as many clusters as rows; seeds: one each, for k-means++; initial (sum of counts, D) fp32:
+        start there instead; reach (sets,): the largest coordinate of each set's mean.
+
+        Returns centroids (sum of counts, D) fp32, the row of it nearest to each row of x, (n,) int64, and how many
+        clusters had to be filled (`_fill`).
+        """
+        centroids = np.zeros((sum(counts), self._dimensions), dtype=np.float32)
+        nearest = np.zeros(len(x), dtype=np.int64)
+        distance = np.empty(len(x), dtype=np.float32)
+        vectors = x.numpy()
+        starts = None if initial is None else initial.numpy()
+        spans = list(zip(_spans(sizes), _spans(counts)))
+        for place, (rows, clusters) in enumerate(spans):
+            if counts[place] > 1:  # one cluster: its centre is the mean, which is 0 here
+                start = None if starts is None else starts[clusters]
+                self._train_one(vectors[rows], seeds[place], start, centroids[clusters], nearest[rows], distance[rows])
+            nearest[rows] += clusters.start
+        filled = 0
+        owner = np.repeat(np.arange(len(counts)), counts)
+        for place in np.unique(owner[np.bincount(nearest, minlength=len(centroids)) == 0]):
+            rows, clusters = spans[place]
+            local = nearest[rows] - clusters.start
+            filled += _fill(
+                vectors[rows],
+                centroids[clusters],
+                local,
+                ROUNDING * (float(reach[place]) + np.abs(vectors[rows]).max()),
+            )
+            nearest[rows] = local + clusters.start
+        return torch.from_numpy(centroids), torch.from_numpy(nearest), filled
+
+    def assign(self, x: Tensor, centroids: Tensor) -> Tensor:
+        """The nearest centroid of each row, (n,) int64; the lowest of equals."""
+        vectors, nearest = x.numpy(), np.empty(len(x), dtype=np.int64)
+        self._index.reset()
+        self._index.add(centroids.numpy())
+        self._search(vectors, np.empty(len(x), dtype=np.float32), nearest)
+        return torch.from_numpy(nearest)
+
+    def _train_one(
+        self,
+        x: np.ndarray[Any, Any],
+        seed: int,
+        start: np.ndarray[Any, Any] | None,
+        centroids: np.ndarray[Any, Any],
+        nearest: np.ndarray[Any, Any],
+        distance: np.ndarray[Any, Any],
+    ) -> None:
+        """One set: writes centroids and nearest (counted from 0)."""
+        faiss = self._faiss
+        self._settings.seed = seed
+        clustering = faiss.Clustering(self._dimensions, len(centroids), self._settings)
+        if start is not None:
+            faiss.copy_array_to_vector(start.ravel(), clustering.centroids)
+        # The calls behind Clustering.train and Index.search, without their checks and copies: microseconds count here.
+        clustering.train_c(len(x), faiss.swig_ptr(x), self._index)
+        self._search(x, distance, nearest)
+        faiss.memcpy(faiss.swig_ptr(centroids), clustering.centroids.data(), centroids.nbytes)
+
+    def _search(self, x: np.ndarray[Any, Any], distance: np.ndarray[Any, Any], nearest: np.ndarray[Any, Any]) -> None:
+        pointer = self._faiss.swig_ptr
+        self._index.search_c(len(x), pointer(x), 1, pointer(distance), pointer(nearest))
+
+
+def _spans(lengths: list[int]) -> list[slice]:
+    """Consecutive runs of these lengths."""
+    ends = list(itertools.accumulate(lengths))
+    return [slice(first, end) for first, end in zip([0, *ends], ends)]
+
+
+def _fill(x: np.ndarray[Any, Any], centroids: np.ndarray[Any, Any], nearest: np.ndarray[Any, Any], noise: float) -> int:
+    """Give each empty cluster the example farthest from its cluster's mean, in place; how many were filled.
+
+    Never the only example of a cluster, which is the mean itself, so that none is emptied in turn. A cluster stays
+    empty where every other's examples are equal up to `noise`: the set has fewer different vectors than clusters.
+
+    Means and not faiss's centroids, which it may have moved off equal vectors to split them.
+    """
+    members, filled = np.bincount(nearest, minlength=len(centroids)), 0
+    sums = segment_sums(torch.from_numpy(x), torch.from_numpy(nearest), len(centroids)).numpy()
+    apart = np.linalg.norm(x - (sums / np.maximum(members, 1)[:, None])[nearest], axis=1)
+    for empty in np.flatnonzero(members == 0):
+        farthest = int(apart.argmax())
+        if apart[farthest] <= noise:
+            break
+        donor = nearest[farthest]
+        nearest[farthest], centroids[empty], apart[farthest] = empty, x[farthest], 0.0
+        left = nearest == donor
+        apart[left] = np.linalg.norm(x[left] - x[left].mean(axis=0, dtype=np.float64), axis=1)
+        filled += 1
+    return filled

@@ -1,0 +1,239 @@
+"""Batches for Magnet: a cluster that does badly, the clusters of other classes around it, some examples of each.
+
+Rippel, Paluri, Dollar, Bourdev, "Metric Learning with Adaptive Density Discrimination", ICLR 2016, arXiv 1511.05939,
+section 3: draw a seed cluster with probability proportional to its loss, take its M-1 nearest impostor clusters, and D
+examples from each, uniformly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .clustering import ClusterIndex
+
+__all__ = ["MagnetBatchSampler"]
+
+STATE_FORMAT = 1
+
+
+class MagnetBatchSampler(Sampler[list[int]]):
+    """Batches of M clusters x D examples, for `DataLoader(dataset, batch_sampler=...)` with any number of workers.
+
+    index                 ClusterIndex, refreshed at least once before the first batch; refreshed again at any time, the
+                          next batch is of the new clusters
+    clusters_per_batch    M (12 in the paper)
+    examples_per_cluster  D (4 in the paper)
+    batches               of an epoch, len(sampler); None: clustered examples / (M D), rounded up
+    momentum              weight of the newest loss in a cluster's running mean, in (0, 1]; the first one counts whole.
+                          None: the plain mean of all its examples' losses so far
+    seed                  of the draws
+
+    A batch: a seed cluster, drawn with probability proportional to its tracked loss; its M-1 nearest clusters of other
+    classes (`ClusterIndex.nearest_impostors`); D examples of each without replacement, the seed cluster's first. A
+    cluster of fewer than D examples gives all it has, and then some of them again, drawn with replacement: every batch
+    has M D indices. It has fewer where there are fewer than M-1 clusters of other classes: those there are, and with a
+    single class the seed cluster alone. Empty clusters and ignored examples are never drawn.
+
+    Tracked losses: `update` after each step. A cluster without a loss yet is drawn as one of the mean loss of those
+    that have one, so neither never nor always; uniformly while none has, or where all are 0. A cluster of loss 0 is no
+    seed while others have one; it still comes as an impostor, and its loss with it. Cluster ids keep their meaning when
+    the index is refreshed, and so do the losses.
+
+    Each iteration is a new epoch, with new draws; the first after `load_state_dict` goes on where the state was taken.
+    `update` steers the draws that come later: a DataLoader with workers draws ahead, num_workers x prefetch_factor
+    batches. One iterator at a time.
+
+    Raises ValueError or TypeError for wrong arguments; RuntimeError on iterating before the index's first refresh.
+    """
+
+    # Batches kept, so that a state can begin before them: more than a DataLoader is ever ahead.
+    HISTORY = 1024
+
+    def __init__(
+        self,
+        index: ClusterIndex,
+        clusters_per_batch: int = 12,
+        examples_per_cluster: int = 4,
+        *,
+        batches: int | None = None,
+        momentum: float | None = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(index, ClusterIndex):
+            raise TypeError(f"index must be a ClusterIndex; got {type(index).__name__}")
+        positive = {"clusters_per_batch": clusters_per_batch, "examples_per_cluster": examples_per_cluster}
+        if batches is not None:
+            positive["batches"] = batches
+        for name, value in positive.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], or None for the plain mean; got {momentum!r}")
+        self.index, self.momentum = index, momentum
+        self.clusters_per_batch, self.examples_per_cluster = clusters_per_batch, examples_per_cluster
+        self._batches = (
+            batches if batches is not None else -(-index.count // (clusters_per_batch * examples_per_cluster))
+        )
+        self._losses = torch.zeros(len(index), dtype=torch.float64)
+        self._counts = torch.zeros(len(index), dtype=torch.int64)  # losses seen of each cluster
+        self._generator = np.random.default_rng(seed)
+        self._position = 0  # batches handed out in this epoch
+        self._history: deque[list[int]] = deque(maxlen=self.HISTORY)  # the last of them
+        self._replay: deque[list[int]] = deque()  # handed out before the state was taken, used by nobody
+        self._resumed = False
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Nothing happens before the first batch is asked for: a DataLoader with workers makes two iterators and uses
+        # the second, which would else begin a new epoch in place of the resumed one.
+        if not (self._resumed and self._position < self._batches):
+            self._position = 0
+            self._replay.clear()
+        self._resumed = False
+        self._history.clear()
+        while self._position < self._batches:
+            batch = self._replay.popleft() if self._replay else self._draw()
+            self._position += 1
+            self._history.append(batch)
+            yield list(batch)
+
+    @property
+    def losses(self) -> Tensor:
+        """(K,) fp64 mean loss of each cluster as tracked, NaN for one without a loss yet."""
+        return torch.where(self._counts > 0, self._losses, torch.nan)
+
+    def update(self, clusters: Tensor, losses: Tensor) -> None:
+        """Losses (N,) of a step's examples and the clusters (N,) they were in, on any device; -1 is left out.
+
+        Raises TypeError or ValueError, with nothing changed, for wrong shapes or dtypes, ids outside the index, or
+        losses that are NaN, infinite or negative.
+        """
+        if not isinstance(clusters, Tensor) or clusters.is_floating_point() or clusters.dtype == torch.bool:
+            raise TypeError(f"clusters must be an integer tensor; got {getattr(clusters, 'dtype', type(clusters))}")
+        if not isinstance(losses, Tensor) or not losses.is_floating_point():
+            raise TypeError(f"losses must be a floating point tensor; got {getattr(losses, 'dtype', type(losses))}")
+        if clusters.dim() != 1 or clusters.shape != losses.shape:
+            raise ValueError(
+                "clusters and losses must both have shape (N,), one for each example: take the loss with "
+                f"reduction='none'; got {tuple(clusters.shape)} and {tuple(losses.shape)}"
+            )
+        ids, values = clusters.detach().to("cpu", torch.int64), losses.detach().to("cpu", torch.float64)
+        ids, values = ids[ids != -1], values[ids != -1]
+        if bool(((ids < 0) | (ids >= len(self.index))).any()):
+            raise ValueError(
+                f"clusters must be -1 or ids under {len(self.index)}; got {int(ids.min())} to {int(ids.max())}"
+            )
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError("losses hold NaN, infinity or negative values: Magnet's are finite and at least 0")
+        ids, place, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+        newest = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, place, values) / counts
+        seen = self._counts[ids]
+        if self.momentum is None:
+            weight = counts.double() / (seen + counts)
+        else:
+            weight = torch.ones_like(newest).masked_fill(seen > 0, self.momentum)
+        self._losses[ids] += weight * (newest - self._losses[ids])
+        self._counts[ids] += counts
+
+    def probabilities(self) -> Tensor:
+        """(K,) fp64 probability of each cluster to be the next seed."""
+        present = self.index.sizes > 0
+        seen = present & (self._counts > 0)
+        largest = self._losses[seen].max() if bool(seen.any()) else torch.tensor(0.0)
+        if largest == 0:
+            weights = present.double()
+        else:
+            # Divided first: sums of huge losses would overflow.
+            weights = self._losses / largest
+            weights = torch.where(seen, weights, weights[seen].mean()).masked_fill(~present, 0.0)
+        return weights / weights.sum()
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """The generator, the tracked losses and the position: tensors, numbers and strings.
+
+        consumed  batches of the epoch last begun that were trained on. None: all that were handed out, as they are
+                  without workers. With workers a DataLoader is ahead of the training loop: the batches between are
+                  kept in the state and handed out again first. A DataLoader with as many workers then draws every later
+                  batch after the same updates as the first would have, so that the run goes on with the same batches.
+
+        Save the index's state beside it.
+        """
+        known = [*self._history, *self._replay]
+        oldest = self._position - len(self._history)
+        consumed = self._position if consumed is None else consumed
+        if not oldest <= consumed <= self._position:
+            raise ValueError(
+                f"consumed must be from {oldest} to {self._position}, batches handed out in this epoch; got {consumed}"
+            )
+        return {
+            "format": STATE_FORMAT,
+            "shape": [self.clusters_per_batch, self.examples_per_cluster, self._batches, len(self.index)],
+            "losses": self._losses.clone(),
+            "counts": self._counts.clone(),
+            "generator": json.dumps(self._generator.bit_generator.state),
+            "position": consumed,
+            "outstanding": known[consumed - oldest :],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`: the next iteration continues its epoch, or begins one where that was complete.
+
+        Raises ValueError, with nothing changed, where the state is of another M, D, epoch or number of clusters.
+        """
+        shape = [self.clusters_per_batch, self.examples_per_cluster, self._batches, len(self.index)]
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(f"not a state of this version's MagnetBatchSampler: format {state.get('format')!r}")
+        if list(state["shape"]) != shape:
+            raise ValueError(
+                "the state has [clusters per batch, examples per cluster, batches, clusters of the index] "
+                f"{list(state['shape'])}, the sampler {shape}: make it as it was when the state was saved"
+            )
+        generator = np.random.default_rng()
+        generator.bit_generator.state = json.loads(state["generator"])
+        self._losses, self._counts = state["losses"].cpu().clone(), state["counts"].cpu().clone()
+        self._generator, self._position = generator, int(state["position"])
+        self._replay = deque(list(batch) for batch in state["outstanding"])
+        self._history.clear()
+        self._resumed = True
+
+    def _draw(self) -> list[int]:
+        """One batch, of the clusters and losses as they are now."""
+        if self.index.refreshes == 0:
+            raise RuntimeError("the index has no clusters yet: call index.refresh(embeddings) before the first batch")
+        cumulative = self.probabilities().cumsum(0).numpy()
+        # The first place whose sum passes the draw: never one of weight 0, also at the end, where rounding could.
+        drawn = self._generator.random() * cumulative[-1]
+        seed = int(np.searchsorted(cumulative, min(drawn, np.nextafter(cumulative[-1], 0)), side="right"))
+        impostors = self.index.nearest_impostors(seed, self.clusters_per_batch - 1)
+        rows, starts = self.index.grouped()
+        chosen = torch.cat((torch.tensor([seed]), impostors))
+        places = _places(self._generator, self.index.sizes[chosen].numpy(), self.examples_per_cluster)
+        batch: list[int] = rows[starts[chosen][:, None] + torch.from_numpy(places)].flatten().tolist()
+        return batch
+
+
+def _places(generator: np.random.Generator, sizes: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
+    """`count` places in [0, size) for each of the sizes (M,), (M, count): different ones, every set of them as likely.
+
+    Where size < count: all places, and then again drawn ones. R. W. Floyd's way, for all sizes at once: at step i draw
+    from the first size - count + i + 1 places; what is taken already is replaced by the last of these.
+    """
+    places = np.empty((len(sizes), count), dtype=np.int64)
+    small = sizes < count
+    for i in range(count):
+        last = sizes - count + i
+        drawn = generator.integers(0, np.where(small, sizes, last + 1))
+        taken = (places[:, :i] == drawn[:, None]).any(axis=1)
+        places[:, i] = np.where(small, np.where(i < sizes, i, drawn), np.where(taken, last, drawn))
+    return places
