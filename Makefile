@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all bench lint format sanitize clean distclean FORCE
+.PHONY: help build demo test test-all bench bench-refresh lint format sanitize clean distclean FORCE
 
 VENV ?= .venv
 TORCH_REQUIREMENT ?= -r requirements/torch.txt
@@ -21,7 +21,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 SETTINGS := $(CURDIR) | $(TORCH_REQUIREMENT) | CUDA $(DML_BUILD_CUDA) | $(CXX)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: $(VENV)/.stamp-build ## the environment and the extension, in place
 
@@ -36,6 +36,9 @@ test-all: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, with the slow o
 
 bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory beside other losses, a table and a plot
 	$(PY) -m bench $(BENCH_ARGS)
+
+bench-refresh: $(VENV)/.stamp-build $(VENV)/.stamp-test ## seconds of a refresh of the cluster index, beside faiss alone
+	$(PY) -m bench.refresh $(BENCH_ARGS)
 
 lint: $(VENV)/.stamp-build $(VENV)/.stamp-dev $(VENV)/.stamp-test ## ruff, clang-format and mypy, changing nothing
 	$(PY) -m ruff check .

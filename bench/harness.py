@@ -16,7 +16,8 @@ import torch
 
 from dml_kernels.profiling import interleaved_times
 
-from . import losses, ops, peak
+from . import magnet, ops, peak
+from . import losses as proxy_losses
 from . import problem as problems
 from .busy import Usage, share_of_others
 from .case import Case, Contender, Outputs, Step, check, compare, tolerance, truth_of
@@ -26,6 +27,8 @@ SHORTEST_ROUND = 0.02  # seconds: a faster step is repeated within its round
 SLOW_STEP = 3.0  # seconds
 SPARE_MEMORY = 1 << 30
 OPS = "ops"
+SUITES = (*proxy_losses.SUITES, *magnet.SUITES, OPS)
+SIZES_OF = {OPS: problems.OP_SIZES, magnet.BATCH: problems.CLUSTER_SIZES, magnet.GIVEN: problems.GIVEN_SIZES}
 
 
 class Group(NamedTuple):
@@ -43,13 +46,12 @@ class Group(NamedTuple):
 class Options:
     """What to measure, and how long.
 
-    only: parts of contenders' names; the floor always runs. budget: seconds of timing for one contender of
+    sizes: none for each suite's own. only: parts of contenders' names; the floor always runs. budget: seconds of timing for one contender of
     one group; a slow one gets fewer rounds, at least one. threads: 0 for PyTorch's own number.
     """
 
-    suites: tuple[str, ...] = (*losses.REGISTRY, OPS)
-    sizes: tuple[Size, ...] = problems.SIZES
-    op_sizes: tuple[Size, ...] = problems.OP_SIZES
+    suites: tuple[str, ...] = SUITES
+    sizes: tuple[Size, ...] = ()
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     only: tuple[str, ...] = ()
     rounds: int = 7
@@ -61,7 +63,7 @@ class Options:
         return [
             Group(suite, size, dtype)
             for suite in self.suites
-            for size in (self.op_sizes if suite == OPS else self.sizes)
+            for size in self.sizes or SIZES_OF.get(suite, problems.SIZES)
             for dtype in self.dtypes
         ]
 
@@ -74,7 +76,10 @@ class Options:
 
 
 def contenders(suite: str) -> list[Contender]:
-    return ops.contenders() if suite == OPS else losses.contenders(suite)
+    """Who takes part in a suite, in the order of the table."""
+    if suite == OPS:
+        return ops.contenders()
+    return (magnet if suite in magnet.SUITES else proxy_losses).contenders(suite)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The losses beside what people use today: forward, and backward to embeddings and proxies.
+"""The losses on proxies beside what people use today: forward, and backward to embeddings and proxies.
 
-Walks `dml_kernels.losses.REGISTRY`: every loss meets the floor and runs on each of our backends. Peers are
+Walks the registry of `dml_kernels.losses`: every loss meets the floor and runs on each of our backends. Peers are
 optional.
 """
 
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dml_kernels.losses import REGISTRY, LossEntry
+from dml_kernels.losses import LossEntry, family
 
 from . import floor
 from .case import Case, Contender, Outputs, Step, training_step
 from .problem import Problem
 
 BACKENDS = ("cpu", "torch")
+SUITES = tuple(family("proxies"))
 
 
 def dense_proxy_nca(embeddings: Tensor, proxies: Tensor, labels: Tensor, softmax_scale: float) -> Tensor:
@@ -69,7 +70,7 @@ def _case(entry: LossEntry, options: Mapping[str, Any]) -> Case:
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled(dense: Callable[..., Tensor], size, dtype) -> Callable[..., Tensor]:
+def compiled(dense: Callable[..., Tensor], size, dtype) -> Callable[..., Tensor]:
     torch.compiler.reset()
     return torch.compile(dense, fullgraph=True, dynamic=False)
 
@@ -108,7 +109,7 @@ def _peers(name: str, case: Case, peers: Peers) -> list[Contender]:
             Contender(
                 "torch.compile",
                 case,
-                lambda p: _loss_step(_compiled(dense, p.size, p.dtype), p, **options),
+                lambda p: _loss_step(compiled(dense, p.size, p.dtype), p, **options),
                 kind="peer",
                 slow_first=True,
                 dense=3.5,
@@ -125,7 +126,7 @@ def _peers(name: str, case: Case, peers: Peers) -> list[Contender]:
 
 def contenders(name: str) -> list[Contender]:
     """The floor, ours and the peers of one loss of the registry, in the order of the table."""
-    entry, peers = REGISTRY[name], PEERS.get(name, Peers())
+    entry, peers = family("proxies")[name], PEERS.get(name, Peers())
     case = _case(entry, peers.options)
     ours = [_ours(entry, case, backend, peers.options) for backend in BACKENDS]
     return [floor.four_contender(), *ours, *_peers(name, case, peers)]

@@ -6,19 +6,19 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import losses, problem
-from .harness import OPS, Options
+from . import problem
+from .harness import SIZES_OF, SUITES, Options
 from .problem import DTYPES, Size
 
-SUITES = (*losses.REGISTRY, OPS)
 MEMORY = ("losses", "all", "none")
 DEFAULTS = Options()
 
 
 def add_options(add: Callable[..., Any]) -> None:
     """Declare them through argparse's add_argument or pytest's addoption."""
-    sizes, op_sizes, quick = map(_joined, (problem.SIZES, problem.OP_SIZES, problem.QUICK_SIZES))
-    size_help = f"sizes of every suite, such as 512x100kx128; default {sizes}; ops {op_sizes}"
+    quick, default = _joined(problem.QUICK_SIZES), f"default {_joined(problem.SIZES)}"
+    own = "; ".join(f"{suite} {_joined(sizes)}" for suite, sizes in SIZES_OF.items())
+    size_help = f"sizes of every suite, such as 512x100kx128; {default}; {own}"
     budget_help = "timing of one contender in one group; slow ones get fewer rounds; default %(default)g"
     memory_help = "whose peak memory to take, in a process for each contender; default %(default)s"
     add("--sizes", metavar="NxMxD,...", help=size_help)
@@ -41,8 +41,7 @@ def read_options(found: argparse.Namespace) -> Options:
         raise ValueError(f"--rounds must be at least 1; got {rounds}")
     return Options(
         suites=_known("--suites", found.suites, SUITES, SUITES),
-        sizes=sizes or problem.SIZES,
-        op_sizes=sizes or problem.OP_SIZES,
+        sizes=sizes or (),
         dtypes=_known("--dtypes", found.dtypes, tuple(DTYPES), DEFAULTS.dtypes),
         only=_split(found.only),
         rounds=rounds,

@@ -45,6 +45,9 @@ def _short(count: int) -> str:
 SIZES = tuple(Size.parse(s) for s in ("512x100kx128", "256x1Mx128", "1024x20kx512", "128x100x128"))
 QUICK_SIZES = tuple(Size.parse(s) for s in ("128x2kx64", "128x100x128"))
 OP_SIZES = tuple(Size.parse(s) for s in ("512x20kx128", "128x100x128"))
+# Examples x clusters x D: batches of 12 x 4 (the paper's), 64 x 16 and 512 x 8; and 4,096 clusters given.
+CLUSTER_SIZES = tuple(Size.parse(s) for s in ("48x12x64", "48x12x512", "1024x64x128", "4096x512x128", "4096x512x512"))
+GIVEN_SIZES = tuple(Size.parse(s) for s in ("512x4096x64", "512x4096x512"))
 
 
 @dataclass(frozen=True)

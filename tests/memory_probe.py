@@ -36,6 +36,22 @@ def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") 
     return {"peak": peak, "gradients": gradients}
 
 
+def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
+    """As step, of the Magnet loss of n rows in k clusters, with centres of their own where `given`."""
+
+    def problem(n, k):
+        x, w = torch.randn(n, d, requires_grad=True), torch.randn(k, d, requires_grad=True)
+        return x, w if given else None, torch.randint(0, k, (n,)), torch.arange(k) // 3
+
+    def run(x, w, clusters, classes):
+        F.magnet_loss(x, clusters, classes, centers=w, backend=backend).backward()
+        return x.grad, None if w is None else w.grad
+
+    small, large = problem(8, 6), problem(n, k)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": (n + k * given) * d * 4}
+
+
 def windows(backend: str, m: int, d: int) -> dict:
     """M x D past 2^31 from a buffer of M + D values: row j is the window that starts at j. Forward and x's gradient."""
     buffer = torch.randn(m + d, dtype=torch.bfloat16)

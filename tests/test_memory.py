@@ -116,3 +116,12 @@ def test_points_that_have_collapsed_take_no_more_memory(backend):
     found = probe("step", backend, 256, 20_000, 64, "fp32", "collapsed")
     extra = (found["peak"] - found["gradients"]) / MB
     assert extra <= 64, f"{extra:.0f} MB beside the gradients"
+
+
+@on_backends
+@pytest.mark.parametrize("given", [0, 1], ids=["batch means", "given centres"])
+def test_magnet_builds_no_matrix_of_examples_and_clusters(given, backend):
+    """8,192 x 4,096 fp32 would be 134 MB, once."""
+    found = probe("magnet", backend, 8192, 4096, 16, given)
+    extra = (found["peak"] - found["gradients"]) / MB
+    assert extra <= 64, f"{extra:.0f} MB beside the gradients"
