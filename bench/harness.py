@@ -16,8 +16,8 @@ import torch
 
 from dml_kernels.profiling import interleaved_times
 
-from . import magnet, ops, peak
 from . import losses as proxy_losses
+from . import magnet, ops, peak
 from . import problem as problems
 from .busy import Usage, share_of_others
 from .case import Case, Contender, Outputs, Step, check, compare, tolerance, truth_of
@@ -46,8 +46,8 @@ class Group(NamedTuple):
 class Options:
     """What to measure, and how long.
 
-    sizes: none for each suite's own. only: parts of contenders' names; the floor always runs. budget: seconds of timing for one contender of
-    one group; a slow one gets fewer rounds, at least one. threads: 0 for PyTorch's own number.
+    sizes: none for each suite's own. only: parts of contenders' names; the floor always runs. budget: seconds of timing
+    for one contender of one group; a slow one gets fewer rounds, at least one. threads: 0 for PyTorch's own number.
     """
 
     suites: tuple[str, ...] = SUITES

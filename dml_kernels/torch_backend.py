@@ -94,7 +94,7 @@ class Side(NamedTuple):
 
 
 def _chunks(n: int, m: int, d: int) -> Iterator[slice]:
-    step = max(128, CHUNK_ELEMENTS // max(n, d))
+    step = max(32, CHUNK_ELEMENTS // max(n, d))
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 

@@ -8,8 +8,7 @@ import torch
 from cluster_helpers import assert_consistent, blobs, same_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dml_kernels.clustering import kmeans
-from dml_kernels.clustering import ClusterIndex
+from dml_kernels.clustering import ClusterIndex, kmeans
 
 
 @pytest.mark.parametrize("normalize", [False, True])

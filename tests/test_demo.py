@@ -1,37 +1,25 @@
-"""The demo: a tiny training, resuming bit for bit, whole-or-nothing files, cost against plain PyTorch."""
+"""The demo: tiny trainings, resuming bit for bit, whole-or-nothing files, plots."""
 
 from __future__ import annotations
 
-import gc
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from dml_kernels import losses, profiling
-from dml_kernels.demo import checkpoint, plots, report, step_cost, train
+from dml_kernels.demo import checkpoint, cluster_plot, judging, options, plots, step_cost, train
 from dml_kernels.demo.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from dml_kernels.demo.data import ImageSet
+from dml_kernels.demo.data import ImageSet, hold_out
 from dml_kernels.demo.model import EmbeddingNet, embed
-from dml_kernels.demo.trainer import Recipe, Trainer
-from dml_kernels.losses.proxy_nca import proxy_nca_reference
+from dml_kernels.demo.objectives import MagnetRecipe, ProxyNCARecipe
+from dml_kernels.demo.trainer import Trainer
 
 for extra in train.EXTRAS:
     pytest.importorskip(extra)
 
-TINY = [
-    "--train-classes",
-    "12",
-    "--unseen-classes",
-    "6",
-    "--batch-size",
-    "32",
-    "--cost-classes",
-    "0",
-    "--threads",
-    "1",
-]
+TINY = ["--train-classes", "12", "--unseen-classes", "6", "--batch-size", "32", "--cost-classes", "0", "--threads", "1"]
+RECIPES = [ProxyNCARecipe, MagnetRecipe]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -57,9 +45,9 @@ def drawings(classes=6, each=8):
     return images, labels
 
 
-def small_trainer(seed=0):
-    recipe = Recipe(batch_size=16, embedding_size=8, train_classes=6, epochs=3, seed=seed)
-    return Trainer(recipe, *drawings())
+def small_trainer(recipe=ProxyNCARecipe, seed=0, **changes):
+    settings = {"batch_size": 16, "embedding_size": 8, "train_classes": 6, "epochs": 3, "seed": seed} | changes
+    return Trainer(recipe(**settings), *drawings())
 
 
 def assert_same_state(left, right):
@@ -74,64 +62,138 @@ def assert_same_state(left, right):
             assert left[key] == right[key], key
 
 
-def test_a_tiny_run_lowers_the_loss_and_writes_every_file(tmp_path, capsys):
-    assert train.main([*TINY, "--epochs", "2", "--out", str(tmp_path)]) == 0
-    step_losses = load_checkpoint(tmp_path / "checkpoint.pt")["step_losses"]
-    assert len(step_losses) == 2 * 6
-    assert np.mean(step_losses[-3:]) < 0.7 * np.mean(step_losses[:3])
-    for name in ("loss.png", "neighbours.png", "map.png"):
+def test_a_tiny_run_lowers_both_losses_and_writes_every_file(tmp_path, capsys):
+    assert train.main([*TINY, "--epochs", "4", "--out", str(tmp_path)]) == 0
+    steps = 12 * 14 // 32
+    for name in ("proxy-nca", "magnet"):
+        step_losses = load_checkpoint(tmp_path / f"{name}.pt")["step_losses"]
+        assert len(step_losses) == 4 * steps
+        assert np.mean(step_losses[-steps:]) < 0.75 * np.mean(step_losses[:steps])
+    for name in ("loss.png", "neighbours.png", "map.png", "clusters.png"):
         content = (tmp_path / name).read_bytes()
         assert content.startswith(PNG)
         assert len(content) > 10_000
     written = json.loads((tmp_path / "metrics.json").read_text())
-    raw, trained = written["unseen"].values()
-    assert raw["queries"] == trained["queries"] == 6 * 16
-    assert 0 < raw["map_at_r"] <= raw["recall"]["1"] <= raw["recall"]["10"] <= 1
-    assert len(trained["recall_at_1_by_face"]) == 16
-    assert np.mean(list(raw["recall_at_1_by_face"].values())) == pytest.approx(raw["recall"]["1"])
-    assert written["machine"]["torch"] == torch.__version__
     shown = capsys.readouterr().out
-    assert f"{trained['map_at_r']:.3f}" in shown
+    assert_unseen_is_judged(written["unseen"], shown)
+    seen = written["seen_held_out"]
+    assert list(seen) == ["Proxy-NCA, 64-d", "Magnet, 64-d"]
+    for one in seen.values():
+        assert (one["drawings"], one["references"]) == (12 * 2, 12 * 14)
+        assert 0 <= one["knn_error"] < 0.9
+    assert seen["Proxy-NCA, 64-d"]["knc_error"] is None
+    magnet = seen["Magnet, 64-d"]
+    assert 12 < magnet["clusters"] <= 36
+    assert f"{magnet['knc_error']:.3f}" in shown
+    training = written["training"]
+    assert training["Proxy-NCA"]["refresh_share"] == 0
+    assert 0 < training["Magnet"]["refresh_share"] < 1
+    assert f"{training['Magnet']['refresh_share']:.0%}" in shown
+    assert written["machine"]["torch"] == torch.__version__
+
+
+def assert_unseen_is_judged(unseen, shown):
+    assert list(unseen) == ["raw pixels, 1024-d", "Proxy-NCA, 64-d", "Magnet, 64-d"]
+    for one in unseen.values():
+        assert one["queries"] == 6 * 16
+        assert 0 < one["map_at_r"] <= one["recall"]["1"] <= one["recall"]["10"] <= 1
+        assert len(one["recall_at_1_by_face"]) == 16
+        assert np.mean(list(one["recall_at_1_by_face"].values())) == pytest.approx(one["recall"]["1"])
+        assert f"{one['map_at_r']:.3f}" in shown
+    assert len({one["map_at_r"] for one in unseen.values()}) == 3
     assert "Recall@10" in shown
 
 
-def test_the_same_recipe_gives_the_same_bits():
-    first, second = small_trainer(), small_trainer()
+def test_one_loss_alone_is_trained_where_asked(tmp_path, capsys, no_plots):
+    arguments = [*TINY, "--epochs", "1", "--cost-classes", "1000", "--loss", "magnet", "--out", str(tmp_path)]
+    assert train.main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["magnet.pt", "metrics.json"]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(written["training"]) == ["Magnet"]
+    assert list(written["unseen"]) == ["raw pixels, 1024-d", "Magnet, 64-d"]
+    assert written["step_cost"] is None  # Proxy-NCA's
+    assert "Proxy-NCA" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_same_recipe_gives_the_same_bits(recipe):
+    first, second = small_trainer(recipe), small_trainer(recipe)
     assert first.run_epoch() == second.run_epoch()
     assert_same_state(first.state(), second.state())
-    other = small_trainer(seed=1)
+    other = small_trainer(recipe, seed=1)
     other.run_epoch()
     assert other.step_losses != first.step_losses
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys, no_plots):
-    """Ctrl-C in the middle of the second epoch; the resumed run ends with the very bits of one left alone."""
-    arguments = [*TINY, "--epochs", "3", "--out"]
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_state_holds_all_that_the_next_epoch_depends_on(recipe, tmp_path):
+    """Through a file; Magnet's clusters, tracked losses, draws and running variance are in it."""
+    whole = small_trainer(recipe)
+    whole.run_epoch()
+    save_checkpoint(tmp_path / "state.pt", whole.state())
+    whole.run_epoch()
+    resumed = small_trainer(recipe)
+    torch.manual_seed(12345)
+    resumed.load_state(load_checkpoint(tmp_path / "state.pt"))
+    resumed.run_epoch()
+    assert_same_state(whole.state(), resumed.state())
+
+
+def test_magnet_tells_the_sampler_the_losses_of_each_step(monkeypatch):
+    trainer = small_trainer(MagnetRecipe, examples_per_cluster=4)
+    told = []
+    monkeypatch.setattr(trainer.objective.sampler, "update", lambda *step: told.append(step))
+    trainer.run_epoch()
+    assert [float(each.mean()) for _, each in told] == pytest.approx(trainer.step_losses)
+    for clusters, each in told:
+        # Four examples of each of four clusters.
+        assert torch.unique(clusters, return_counts=True)[1].tolist() == [4] * 4
+        assert len(trainer.objective.index.cluster_classes[clusters].unique()) > 1
+        assert not each.requires_grad
+    index = trainer.objective.index
+    assert index.refreshes == 1
+    assert len(index) == 6 * 3
+    assert 0 < trainer.refresh_seconds < trainer.seconds
+    refreshed = []
+    trainer.run_epoch(on_refresh=refreshed.append)
+    assert index.refreshes == 2
+    assert sum(refreshed) == 48
+
+
+@pytest.mark.parametrize("first", ["proxy-nca", "magnet"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys, no_plots, first):
+    """Ctrl-C in the second epoch of one of the losses; the resumed run ends with the very bits of one left alone."""
+    arguments = [*TINY, "--epochs", "2", "--out"]
     assert train.main([*arguments, str(tmp_path / "whole")]) == 0
     run_epoch = Trainer.run_epoch
 
     def interrupt(_loss):
         raise KeyboardInterrupt
 
-    def interrupted_epoch(self, on_step=None):
-        return run_epoch(self, on_step if self.epoch == 0 else interrupt)
+    def interrupted_epoch(self, on_step=None, on_refresh=None):
+        now = self.epoch == 1 and self.recipe.key == first
+        return run_epoch(self, interrupt if now else on_step, on_refresh)
 
     monkeypatch.setattr(Trainer, "run_epoch", interrupted_epoch)
+    capsys.readouterr()
     assert train.main([*arguments, str(tmp_path / "cut")]) == train.INTERRUPTED
-    shown = capsys.readouterr().out
-    assert "holds the state after epoch 1 of 3" in " ".join(shown.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{first}.pt holds {'Magnet' if first == 'magnet' else 'Proxy-NCA'} after epoch 1 of 2" in shown
+    assert f"magnet.pt holds Magnet after epoch {1 if first == 'magnet' else 0} of 2" in shown
     assert "--resume" in shown
-    assert load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "cut" / f"{first}.pt")["epoch"] == 1
 
     monkeypatch.setattr(Trainer, "run_epoch", run_epoch)
     torch.manual_seed(12345)
     assert train.main([*arguments, str(tmp_path / "cut"), "--resume"]) == 0
-    whole, resumed = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
-    assert whole["epoch"] == 3
-    assert_same_state(whole, resumed)
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["unseen"] for name in ("whole", "cut")]
-    assert [m.pop("seconds") > 0 for run in metrics for m in run.values()] == [True] * 4
-    assert metrics[0] == metrics[1]
+    for name in ("proxy-nca.pt", "magnet.pt"):
+        whole, resumed = (load_checkpoint(tmp_path / run / name) for run in ("whole", "cut"))
+        assert whole["epoch"] == 2
+        assert_same_state(whole, resumed)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "cut")]
+    for part, entries in (("unseen", 3), ("seen_held_out", 2)):
+        assert [one.pop("seconds") > 0 for run in metrics for one in run[part].values()] == [True] * (2 * entries)
+        assert metrics[0][part] == metrics[1][part]
 
 
 def test_resuming_another_recipe_is_refused(tmp_path, capsys, no_plots):
@@ -139,6 +201,11 @@ def test_resuming_another_recipe_is_refused(tmp_path, capsys, no_plots):
     assert train.main(arguments) == 0
     assert train.main([*arguments, "--resume", "--softmax-scale", "3"]) == 1
     assert "softmax_scale 1.0 there, 3.0 asked for" in capsys.readouterr().err
+    assert train.main([*arguments, "--resume", "--loss", "magnet", "--alpha", "2"]) == 1
+    assert "alpha 4.0 there, 2.0 asked for" in capsys.readouterr().err
+    (tmp_path / "magnet.pt").write_bytes((tmp_path / "proxy-nca.pt").read_bytes())
+    assert train.main([*arguments, "--resume", "--loss", "magnet"]) == 1
+    assert "loss proxy-nca there, magnet asked for" in capsys.readouterr().err
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path, capsys):
@@ -202,9 +269,15 @@ def test_too_few_drawings_for_a_batch_are_refused(tmp_path, capsys):
     assert "do not fill one batch of 1000" in capsys.readouterr().err
 
 
-def test_a_diverging_run_stops(tmp_path, capsys):
+def test_a_batch_that_clusters_do_not_make_up_is_refused(tmp_path, capsys):
+    assert train.main([*TINY, "--loss", "magnet", "--examples-per-cluster", "5", "--out", str(tmp_path)]) == 1
+    assert "not made up of two or more clusters of 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["proxy-nca", "magnet"])
+def test_a_diverging_run_stops(tmp_path, capsys, loss):
     """Not on a NaN recall many seconds later."""
-    assert train.main([*TINY, "--epochs", "2", "--lr", "nan", "--out", str(tmp_path)]) == 1
+    assert train.main([*TINY, "--loss", loss, "--epochs", "2", "--lr", "nan", "--out", str(tmp_path)]) == 1
     assert "lower --lr" in capsys.readouterr().err
 
 
@@ -221,51 +294,6 @@ def test_embed_in_batches_equals_embed_at_once_and_keeps_the_mode():
     torch.testing.assert_close(in_batches, embed(model, images), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="shape"):
         model(images[:, None])
-
-
-@pytest.mark.parametrize("exclude_positive", [False, True])
-def test_plain_pytorch_is_the_papers_loss(exclude_positive):
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (9, 14))
-    y = torch.randint(14, (9,), generator=generator)
-    options = {"softmax_scale": 3.0, "exclude_positive": exclude_positive}
-    plain = step_cost.plain_proxy_nca(x, w, y, **options)
-    torch.testing.assert_close(plain, proxy_nca_reference(x, w, y, **options))
-    torch.testing.assert_close(plain, losses.proxy_nca.proxy_nca_loss(x, w, y, **options))
-
-
-def test_step_cost_sees_the_dense_buffers():
-    """10 MB a dense buffer here, of which plain PyTorch holds several; the fused loss none."""
-    cost = step_cost.measure(256, 10_000, 32, rounds=1)
-    dense = 4 * 256 * 10_000
-    fused, plain = cost.variants["fused"], cost.variants["plain"]
-    assert plain.peak_bytes > 3 * dense
-    assert cost.gradient_bytes <= fused.peak_bytes < cost.gradient_bytes + dense
-    assert len(fused.samples) == len(plain.samples) == 1
-    assert fused.seconds > 0
-
-
-def test_each_step_has_gradients_of_its_own():
-    """Left to add up, fused and plain would be compared with their own sum."""
-    problem = step_cost._Problem(8, 20, 4, 8.0, False)
-    first, second = problem.step("fused"), problem.step("fused")
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-    assert first[1].data_ptr() != second[1].data_ptr()
-
-
-@pytest.mark.parametrize("bug", ["loss", "gradient", "nan"])
-def test_different_numbers_are_not_timed(monkeypatch, bug):
-    right = step_cost.VARIANTS["fused"]
-
-    def wrong(embeddings, proxies, labels, **options):
-        loss = right(embeddings, proxies, labels, **options)
-        if bug == "nan":
-            return loss * float("nan")
-        return loss * 1.001 if bug == "loss" else loss + (1.001 * loss - (1.001 * loss).detach())
-
-    monkeypatch.setitem(step_cost.VARIANTS, "fused", wrong)
-    with pytest.raises(step_cost.ComparisonError, match="not timed"):
-        step_cost.measure(16, 100, 8, rounds=1)
 
 
 def test_cost_bars_are_drawn(tmp_path):
@@ -291,7 +319,7 @@ def test_recall_by_face_counts_that_faces_queries():
     """Face 0 draws classes 0 and 1 far apart; face 1 draws them alike, each nearest to the other class."""
     embeddings = torch.tensor([[1, 0.01, 0], [1, 0, 0], [0, 1, 0.01], [0, 1, 0], [1, 1, 5], [1, 1, 5.1]])
     labels, faces = torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1])
-    judged = report.judge("made by hand", lambda: embeddings, labels, faces)
+    judged = judging.judge("made by hand", lambda: embeddings, labels, faces)
     assert judged.face_recall == [1.0, 0.0]
     assert judged.result.recall == {1: pytest.approx(4 / 6)}
     assert judged.neighbours[:, 0].tolist() == [1, 0, 3, 2, 5, 4]
@@ -311,31 +339,53 @@ def test_first_classes_keeps_whole_classes():
     assert train._first_classes(images, 0) is images
 
 
-def test_peak_sees_memory_that_is_not_pytorchs_and_is_freed_again():
-    """A numpy temporary of 64 MB, gone when the function returns."""
-    peak = profiling.peak_extra_bytes(lambda: float(np.ones(8_000_000).sum()), gc.collect)
-    assert 63e6 <= peak < 72e6
-    assert profiling.peak_extra_bytes(lambda: None) < 4e6
+def test_held_out_drawings_are_some_of_each_class_and_of_no_training_set():
+    images = ImageSet(np.arange(40 * 4).reshape(40, 2, 2), np.repeat(np.arange(5), 8), np.tile(np.arange(8), 5))
+    kept, held = hold_out(images, 3, seed=1)
+    assert np.bincount(held.labels).tolist() == [3] * 5
+    assert sorted([*kept.images[:, 0, 0], *held.images[:, 0, 0]]) == list(range(0, 160, 4))
+    for one in (kept, held):
+        assert np.array_equal(one.images[:, 0, 0], 32 * one.labels + 4 * one.faces)
+    assert len({tuple(held.faces[held.labels == label]) for label in range(5)}) > 1
+    assert np.array_equal(hold_out(images, 3, seed=1)[1].faces, held.faces)
+    assert not np.array_equal(hold_out(images, 3, seed=2)[1].faces, held.faces)
+    for each in (0, 8):
+        with pytest.raises(ValueError, match=f"cannot hold out {each} of 8"):
+            hold_out(images, each)
 
 
-def test_peak_refuses_to_guess_where_it_cannot_be_reset(monkeypatch, tmp_path):
-    float(np.ones(30_000_000).sum())  # an earlier, higher peak
-    monkeypatch.setattr(profiling, "CLEAR_REFS", tmp_path / "no" / "such")
-    with pytest.raises(RuntimeError, match="fresh process"):
-        profiling.peak_extra_bytes(lambda: np.ones(1000))
+def test_seen_drawings_are_named_by_neighbours_and_clusters():
+    """After some epochs on drawings that are easy to tell apart; labels turned round are all errors."""
+    trainer = small_trainer(MagnetRecipe, epochs=8)
+    for _ in range(8):
+        trainer.run_epoch()
+    images, labels = drawings()
+    held = ImageSet(images.numpy()[::3], labels.numpy()[::3], np.zeros(16, np.int64))
+    counted = []
+    right = judging.judge_seen("Magnet", trainer, held, counted.append)
+    assert (right.drawings, right.references, sum(counted)) == (16, 48, 16)
+    assert right.knn_error == right.knc_error == 0.0
+    wrong = judging.judge_seen("Magnet", trainer, held._replace(labels=(held.labels + 1) % 6))
+    assert wrong.knn_error == wrong.knc_error == 1.0
 
 
-def test_interleaved_times_turn_the_order_and_drop_the_warmup():
-    calls = []
-    times = profiling.interleaved_times({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=3)
-    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
-    assert [len(samples) for samples in times.values()] == [3, 3, 3]
-    assert gc.isenabled()
-    assert profiling.interleaved_medians({"a": lambda: None}, rounds=2, warmup=0)["a"] >= 0
-    with pytest.raises(ValueError, match="round"):
-        profiling.interleaved_times({}, 3)
+def test_the_most_evenly_divided_characters_are_shown():
+    labels = np.repeat(np.arange(5), 6)
+    divided = [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]]
+    clusters = np.concatenate([2 * i + np.array(row) for i, row in enumerate(divided)])
+    generator = np.random.default_rng(0)
+    for count, wanted, least in ((2, [2, 4], 3), (3, [2, 3, 4], 2), (4, [1, 2, 3, 4], 1), (9, [0, 1, 2, 3, 4], 0)):
+        shown, bound = cluster_plot._divided_characters(labels, clusters, count, generator)
+        assert (shown.tolist(), bound) == (wanted, least)
+    groups = cluster_plot._groups(np.flatnonzero(labels == 3), clusters)
+    assert [group.tolist() for group in groups] == [[20, 21, 22, 23], [18, 19]]
 
 
-def test_run_in_child_reports_the_childs_error():
-    with pytest.raises(RuntimeError, match="--peak-of"):
-        profiling.run_in_child("dml_kernels.demo.step_cost", "--peak-of", "nothing")
+def test_a_recipe_for_each_loss_is_made_of_the_options():
+    both = options.recipes_of(options.parse(["--alpha", "2.5", "--softmax-scale", "3", "--seed", "4", "--quick"]))
+    assert [recipe.key for recipe in both] == ["proxy-nca", "magnet"]
+    assert {(recipe.seed, recipe.epochs, recipe.train_classes) for recipe in both} == {(4, 2, 80)}
+    assert (both[0].softmax_scale, both[1].alpha) == (3.0, 2.5)
+    assert both[1].clusters_per_batch * both[1].examples_per_cluster == both[0].batch_size
+    (alone,) = options.recipes_of(options.parse(["--loss", "magnet"]))
+    assert alone == MagnetRecipe()

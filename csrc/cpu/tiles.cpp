@@ -6,12 +6,13 @@ Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t eleme
   constexpr std::int64_t widest = 512, most_slices = 16, tile_bytes = 512 << 10, part_bytes = 48 << 20;
   const auto up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   Plan plan;
-  plan.tile = std::clamp(up(up(m, most_slices), 16) * 16, std::int64_t{64}, widest);
-  plan.row_block = std::clamp<std::int64_t>(tile_bytes / (plan.tile * element_size), 16, std::max<std::int64_t>(n, 16));
-  plan.tiles = up(m, plan.tile);
   // Each slice keeps an N x D part of grad_x in the accumulation type: together at most 48 MB, though never under 4.
   const std::int64_t part = std::max<std::int64_t>(n * d * std::max<std::int64_t>(element_size, 4), 1);
-  plan.slices = std::min(plan.tiles, std::clamp<std::int64_t>(part_bytes / part, 4, most_slices));
+  const std::int64_t slices = std::clamp<std::int64_t>(part_bytes / part, 4, most_slices);
+  plan.tile = std::clamp(up(up(m, slices), 16) * 16, std::int64_t{64}, widest);
+  plan.row_block = std::clamp<std::int64_t>(tile_bytes / (plan.tile * element_size), 16, std::max<std::int64_t>(n, 16));
+  plan.tiles = up(m, plan.tile);
+  plan.slices = std::min(plan.tiles, slices);
   return plan;
 }
 
