@@ -1,0 +1,255 @@
+"""Classification by what lies nearest, streamed: soft k nearest clusters (kNC) and k nearest neighbours (kNN).
+
+kNC is Magnet's own rule (Rippel et al. 2016, arXiv 1511.05939, eq. 8). With mu_1 ... mu_k the k cluster centres nearest
+to an embedding r and sigma^2 the variance of the embeddings about their centres,
+
+    p(c | r) = sum_{l: class(mu_l) = c} exp(-|r - mu_l|^2 / 2 sigma^2) / sum_l exp(-|r - mu_l|^2 / 2 sigma^2)
+
+kNN is the majority vote: p(c | r) is the share of r's k nearest references that are of class c.
+
+Both find the k nearest as retrieval does (`streaming`). The weights of kNC stay in log space and take their distances
+again in fp64 from differences, so that an embedding far from every centre, where each exponential is 0, still has its
+class and finite log-probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import streaming
+from .streaming import Problem
+
+__all__ = ["Classification", "k_nearest_clusters", "k_nearest_neighbours"]
+
+NO_CLASS = -100  # fills `classes` where fewer classes than asked for are among the k nearest
+LARGEST = 1e35  # far beyond it distances overflow fp32, in which they are ranked
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The most probable classes of N embeddings, best first.
+
+    classes (N, top) int64 and log_probabilities (N, top) fp32. An embedding with fewer than `top` classes among its
+    k nearest has -100 and -inf in the places left over.
+    """
+
+    classes: Tensor
+    log_probabilities: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        """The most probable class of each embedding, (N,) int64."""
+        return self.classes[:, 0]
+
+    def error(self, labels: Tensor, top: int = 1) -> float:
+        """Fraction of the embeddings whose label (N,) is not among their `top` most probable classes.
+
+        Raises ValueError for labels of another shape or `top` out of [1, the number of classes kept]; TypeError for
+        labels that are no integers.
+        """
+        count, kept = self.classes.shape
+        labels = streaming.check_integers("labels", labels, count, self.classes.device)
+        if not 1 <= top <= kept:
+            raise ValueError(f"top={top} is out of range: {kept} classes are kept for each embedding")
+        answers = self.log_probabilities[:, :top] > -math.inf
+        right = ((self.classes[:, :top] == labels[:, None]) & answers).any(dim=1)
+        return 1.0 - right.double().mean().item()
+
+
+def k_nearest_clusters(
+    embeddings: Tensor,
+    centers: Tensor,
+    center_classes: Tensor,
+    *,
+    variance: float | Tensor,
+    k: int = 128,
+    top: int = 1,
+    normalize: bool = False,
+    empty: Tensor | None = None,
+    ignore_index: int = -100,
+    tile: tuple[int, int] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Classification:
+    """Soft k-nearest-cluster classification (kNC; formula at the top of the module).
+
+    embeddings      (N, D) floating point, CPU or CUDA
+    centers         (K, D) cluster centres, on the same device; an empty cluster's may hold anything, NaN too
+    center_classes  (K,) integers: the class of each cluster; clusters of class `ignore_index` are left out
+    variance        sigma^2 > 0, a number or a tensor of one: sum |r - mu_own|^2 / (n - 1) of the training set, all
+                    dimensions summed
+    k               how many clusters vote. All do where k is at or above the number of clusters not left out; at the
+                    k-th place equal distances (in fp32) go to the lowest cluster.
+    top             how many classes to keep for each embedding
+    normalize       divide embeddings by their norm first, for centres that are means of unit vectors; the centres
+                    are taken as they are
+    empty           (K,) bool, True for clusters to be left out
+    tile, progress  as `evaluate`
+
+    Returns a Classification. Classes equally probable (in fp32) rank lowest first. Extra memory: O(N + K D), and per
+    tile some 28 bytes an entry (100 where k is larger than the tile is wide).
+
+    Raises ValueError for wrong shapes, an empty set, k or top under 1, NaN, infinity or values over 1e35, a variance
+    that is not a positive number, or when every cluster is left out; TypeError for wrong dtypes.
+    """
+    centers, center_classes = _without_empty(centers, center_classes, empty, ignore_index)
+    sigma2 = _check_variance(variance)
+    names = ("centers", "center_classes")
+    problem = streaming.check(
+        embeddings, None, centers, center_classes, None, "euclidean", tile, names=names, unit_queries=normalize
+    )
+    for name, vectors in (("embeddings", embeddings), ("centers", centers)):
+        if max(abs(end.item()) for end in torch.aminmax(vectors)) > LARGEST:
+            raise ValueError(f"{name} holds values beyond {LARGEST:g}: distances overflow")
+    k = min(_check_count("k", k), len(centers))
+    out = _new_result(problem, _check_count("top", top))
+    for rows, _, found in streaming.stream_all(problem, k):
+        squared = _squared_distances(problem, rows, found)
+        # Less the smallest before the division: the nearest then has weight 1, however small sigma^2 is.
+        logits = (squared.amin(dim=1, keepdim=True) - squared) / (2 * sigma2)
+        groups = _Groups(problem.gallery_labels[found])
+        scores = groups.logsumexp(logits) - torch.logsumexp(logits, dim=1, keepdim=True)
+        groups.keep_best(out, rows, scores.float(), scores.float())
+        if progress:
+            progress(len(rows))
+    return out
+
+
+def k_nearest_neighbours(
+    embeddings: Tensor,
+    ref_embeddings: Tensor,
+    ref_labels: Tensor,
+    *,
+    k: int = 1,
+    top: int = 1,
+    exclude: Tensor | None = None,
+    metric: str = "cosine",
+    tile: tuple[int, int] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Classification:
+    """k-nearest-neighbour classification by majority vote; a tied vote goes to the class with the nearest member.
+
+    embeddings      (N, D) floating point, CPU or CUDA
+    ref_embeddings  (M, D) references with their classes `ref_labels` (M,) integers, on the same device
+    k               how many neighbours vote; all references that an embedding can be given where k is above that
+    top             how many classes to keep for each embedding
+    exclude         (N,) int64 reference left out for each embedding, -1 for none: `arange(N)` leaves each its own copy
+                    out where the references are the embeddings
+    metric          "cosine", "dot" or "euclidean"; equally near references (in fp32) rank by lowest index
+    tile, progress  as `evaluate`
+
+    Returns a Classification; its log_probabilities are the logarithms of the shares of the vote. Memory and errors as
+    `k_nearest_clusters`.
+    """
+    names = ("ref_embeddings", "ref_labels")
+    streaming.check_vectors(names[0], ref_embeddings)
+    problem = streaming.check(embeddings, None, ref_embeddings, ref_labels, exclude, metric, tile, names=names)
+    if problem.reachable < 1:
+        raise ValueError("exclude leaves an embedding without any reference")
+    k = min(_check_count("k", k), problem.reachable)
+    out = _new_result(problem, _check_count("top", top))
+    for rows, _, found in streaming.stream_all(problem, k):
+        groups = _Groups(problem.gallery_labels[found])
+        votes, first = groups.counts(), groups.first_places()
+        groups.keep_best(out, rows, votes * (k + 1) - first, (votes / k).log())
+        if progress:
+            progress(len(rows))
+    return out
+
+
+class _Groups:
+    """The neighbours (n, k) of each row grouped by class; group g of a row is its g-th class in ascending order."""
+
+    def __init__(self, classes: Tensor) -> None:
+        self.order = classes.argsort(dim=1, stable=True)  # by class, and nearest first within one
+        ordered = classes.gather(1, self.order)
+        new = torch.ones_like(ordered)
+        new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
+        self.group = new.cumsum(dim=1) - 1
+        self.classes = torch.full_like(ordered, NO_CLASS).scatter_(1, self.group, ordered)
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """Log-sum-exp of (n, k) finite or -inf logits over each group, -inf where there is no group."""
+        ordered = logits.gather(1, self.order)
+        peak = torch.full_like(ordered, -math.inf).scatter_reduce(1, self.group, ordered, "amax")
+        own_peak = peak.gather(1, self.group)
+        weight = torch.where(own_peak > -math.inf, (ordered - own_peak).exp(), 0.0)
+        return torch.zeros_like(ordered).scatter_add_(1, self.group, weight).log() + peak
+
+    def counts(self) -> Tensor:
+        """How many neighbours each group has."""
+        return torch.zeros_like(self.group).scatter_add_(1, self.group, torch.ones_like(self.group))
+
+    def first_places(self) -> Tensor:
+        """The place of each group's nearest, k where there is no group."""
+        depth = self.group.shape[1]
+        return torch.full_like(self.group, depth).scatter_reduce(1, self.group, self.order, "amin")
+
+    def keep_best(self, out: Classification, rows: Tensor, rank: Tensor, log_probabilities: Tensor) -> None:
+        """Store the groups of largest rank, the lowest class among equals."""
+        # Places without a class rank last, and behind a class whose score underflowed to -inf: the sort is stable.
+        best = rank.argsort(dim=1, descending=True, stable=True)[:, : out.classes.shape[1]]
+        width = best.shape[1]
+        out.classes[rows, :width] = self.classes.gather(1, best)
+        out.log_probabilities[rows, :width] = log_probabilities.gather(1, best).float()
+
+
+def _squared_distances(problem: Problem, rows: Tensor, found: Tensor) -> Tensor:
+    """|r - mu|^2 of each row's found centres, (n, k) fp64, from differences; never more than a tile of entries."""
+    queries = problem.queries_of(rows)
+    squared = torch.empty(found.shape, dtype=torch.float64, device=found.device)
+    width = max(1, problem.tile[0] * problem.tile[1] // queries.numel())
+    for start in range(0, found.shape[1], width):
+        part = found[:, start : start + width]
+        centers = problem.gallery[part].double()
+        squared[:, start : start + width] = (centers - queries[:, None]).square_().sum(dim=2)
+    return squared
+
+
+def _new_result(problem: Problem, top: int) -> Classification:
+    shape, device = (len(problem.queries), top), problem.queries.device
+    return Classification(
+        torch.full(shape, NO_CLASS, dtype=torch.int64, device=device), torch.full(shape, -math.inf, device=device)
+    )
+
+
+def _without_empty(
+    centers: Tensor, center_classes: Tensor, empty: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Centres (finite, by the caller's check) and classes of the clusters that are not left out."""
+    if not isinstance(centers, Tensor) or centers.dim() != 2:
+        raise ValueError(f"centers must be a (clusters, dimensions) tensor; got {_shape_of(centers)}")
+    center_classes = streaming.check_integers("center_classes", center_classes, len(centers), centers.device)
+    keep = center_classes != ignore_index
+    if empty is not None:
+        if not isinstance(empty, Tensor) or empty.dtype != torch.bool:
+            raise TypeError(f"empty must be a bool tensor; got {getattr(empty, 'dtype', type(empty))}")
+        if empty.shape != center_classes.shape:
+            raise ValueError(f"empty must have shape ({len(centers)},), one for each cluster; got {_shape_of(empty)}")
+        keep &= ~empty.to(keep.device)
+    if not bool(keep.any()):
+        raise ValueError("no cluster is left: all are empty or ignored")
+    return (centers, center_classes) if bool(keep.all()) else (centers[keep], center_classes[keep])
+
+
+def _shape_of(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+
+
+def _check_variance(variance: float | Tensor) -> float:
+    if isinstance(variance, Tensor) and variance.numel() != 1:
+        raise ValueError(f"variance must be one number; got {_shape_of(variance)}")
+    value = float(variance)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"variance must be a positive number; got {value}")
+    return value
+
+
+def _check_count(name: str, value: int) -> int:
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value}")
+    return int(value)

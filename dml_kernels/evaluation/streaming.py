@@ -1,0 +1,197 @@
+"""The machinery under every measure here: checked inputs, and the top-K of each query over a streamed gallery.
+
+Chunks of queries meet chunks of the gallery, merged into a running top-K. Scores are formed in fp64 and rounded to
+fp32, then packed with the gallery index into one int64 key, so that equal scores rank by lowest index and the ranking
+does not hang on chunk sizes, thread count or the order in which a vendor's top-k happens to meet equal values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "dot", "euclidean")
+# (queries, gallery entries) of a tile. The scores, their fp32 copy and the keys take about 28 bytes an entry.
+CPU_TILE = (512, 2048)
+CUDA_TILE = (2048, 8192)
+LOWEST_KEY = torch.iinfo(torch.int64).min
+INDEX_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked inputs: queries (N, D), gallery (M, D), their labels, and the index left out for each query.
+
+    unit_queries: the queries alone are divided by their norm (`cosine` divides both).
+    """
+
+    queries: Tensor
+    labels: Tensor
+    gallery: Tensor
+    gallery_labels: Tensor
+    exclude: Tensor
+    metric: str
+    tile: tuple[int, int]
+    unit_queries: bool = False
+
+    @property
+    def reachable(self) -> int:
+        """Gallery entries that every query can be given."""
+        return len(self.gallery) - int(bool((self.exclude >= 0).any()))
+
+    def queries_of(self, rows: Tensor) -> Tensor:
+        """Queries as they are scored, fp64."""
+        return _prepare(self.queries[rows], self.unit_queries or self.metric == "cosine")
+
+    def gallery_of(self, start: int) -> Tensor:
+        """A tile's gallery entries as they are scored, fp64."""
+        return _prepare(self.gallery[start : start + self.tile[1]], self.metric == "cosine")
+
+
+def _prepare(vectors: Tensor, unit: bool) -> Tensor:
+    vectors = vectors.double()
+    if not unit:
+        return vectors
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (rows, scores, indices) for chunks of the queries in `order`, nearest first.
+
+    wanted (N,): how many neighbours each query needs; a chunk gets the most that one of its rows needs.
+    """
+    query_chunk, ref_chunk = problem.tile
+    start = 0
+    while start < len(order):
+        rows = order[start : start + query_chunk]
+        # Running top-K beside the tile: fewer rows where K is large, so that the memory keeps its bound.
+        depth = int(wanted[rows].max())
+        rows = rows[: max(1, query_chunk * ref_chunk // (ref_chunk + depth))]
+        keys = _top_keys(problem, rows, int(wanted[rows].max()))
+        yield rows, _score_of(keys), INDEX_MASK - (keys & INDEX_MASK)
+        start += len(rows)
+
+
+def stream_all(problem: Problem, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`stream` over every query in order, each with its `depth` nearest."""
+    everyone = torch.arange(len(problem.queries), device=problem.queries.device)
+    return stream(problem, everyone, torch.full_like(everyone, depth))
+
+
+def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
+    """The `depth` largest keys of each row over the whole gallery, (len(rows), depth) int64, largest first."""
+    queries = problem.queries_of(rows)
+    exclude = problem.exclude[rows]
+    best: Tensor | None = None
+    for start in range(0, len(problem.gallery), problem.tile[1]):
+        refs = problem.gallery_of(start)
+        if problem.metric == "euclidean":
+            scores = -torch.cdist(queries, refs, compute_mode="donot_use_mm_for_euclid_dist")
+        else:
+            scores = queries @ refs.T
+        keys = key_of(scores.float(), start)
+        (mine,) = torch.nonzero((exclude >= start) & (exclude < start + len(refs)), as_tuple=True)
+        keys[mine, exclude[mine] - start] = LOWEST_KEY | (INDEX_MASK - exclude[mine])
+        if best is not None:
+            keys = torch.cat([best, keys], dim=1)
+        best = keys.topk(min(depth, keys.shape[1]), dim=1).values
+    assert best is not None
+    return best
+
+
+def key_of(scores: Tensor, start: int) -> Tensor:
+    """One int64 per entry that sorts by score (high 32 bits), then by lowest index (low 32 bits)."""
+    # Adding 0 turns -0 into +0. A float's bits sort as an integer's once a negative one's magnitude is flipped.
+    bits = (scores + 0.0).view(torch.int32)
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+    index = torch.arange(start, start + scores.shape[1], device=scores.device)
+    return bits.long().bitwise_left_shift_(32).bitwise_or_(INDEX_MASK - index)
+
+
+def _score_of(keys: Tensor) -> Tensor:
+    ordered = (keys >> 32).int()
+    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
+
+
+def check(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    exclude: Tensor | None,
+    metric: str,
+    tile: tuple[int, int] | None,
+    *,
+    names: tuple[str, str] = ("ref_embeddings", "ref_labels"),
+    unit_queries: bool = False,
+) -> Problem:
+    """Check all inputs; without a gallery the queries are it, and each is left out for itself.
+
+    names: what the caller calls the gallery and its labels. Errors as the public functions state them.
+    """
+    same_set = ref_embeddings is None
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    check_vectors("embeddings", embeddings)
+    gallery = embeddings if ref_embeddings is None else ref_embeddings
+    if not same_set:
+        check_vectors(names[0], gallery)
+    if gallery.shape[1] != embeddings.shape[1] or gallery.device != embeddings.device:
+        raise ValueError(
+            f"{names[0]} {tuple(gallery.shape)} on {gallery.device} does not match "
+            f"embeddings {tuple(embeddings.shape)} on {embeddings.device}"
+        )
+    device = embeddings.device
+    tile = _check_tile(tile, device)
+    exclude = _check_exclude(exclude, same_set, embeddings, gallery)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    if labels is not None:
+        labels = check_integers("labels", labels, len(embeddings), device)
+    if ref_labels is not None:
+        ref_labels = check_integers(names[1], ref_labels, len(gallery), device)
+    elif same_set:
+        ref_labels = labels
+    labels, ref_labels = (none if given is None else given for given in (labels, ref_labels))
+    return Problem(embeddings.detach(), labels, gallery.detach(), ref_labels, exclude, metric, tile, unit_queries)
+
+
+def _check_tile(tile: tuple[int, int] | None, device: torch.device) -> tuple[int, int]:
+    if tile is None:
+        return CUDA_TILE if device.type == "cuda" else CPU_TILE
+    if len(tile) != 2 or min(tile) < 1:
+        raise ValueError(f"tile must be two positive sizes (queries, gallery entries); got {tile}")
+    return tile
+
+
+def _check_exclude(exclude: Tensor | None, same_set: bool, embeddings: Tensor, gallery: Tensor) -> Tensor:
+    device = embeddings.device
+    if exclude is not None:
+        exclude = check_integers("exclude", exclude, len(embeddings), device)
+        if bool(((exclude < -1) | (exclude >= len(gallery))).any()):
+            raise ValueError(f"exclude must hold -1 or an index under {len(gallery)}, the gallery's size")
+        return exclude
+    if same_set:
+        return torch.arange(len(embeddings), device=device)
+    return torch.full((len(embeddings),), -1, device=device)
+
+
+def check_vectors(name: str, vectors: Tensor) -> None:
+    """A finite, non-empty floating (count, dimensions) tensor, or an error that names it."""
+    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor; got {getattr(vectors, 'dtype', type(vectors))}")
+    if vectors.dim() != 2 or 0 in vectors.shape:
+        raise ValueError(f"{name} must be a non-empty (count, dimensions) tensor; got shape {tuple(vectors.shape)}")
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(vectors)):
+        raise ValueError(f"{name} holds NaN or infinity: no ranking is defined")
+
+
+def check_integers(name: str, values: Tensor, count: int, device: torch.device) -> Tensor:
+    """An integer (count,) tensor as int64 on `device`, or an error that names it."""
+    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"{name} must be an integer tensor; got {getattr(values, 'dtype', type(values))}")
+    if values.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one for each vector; got {tuple(values.shape)}")
+    return values.to(device=device, dtype=torch.int64)
