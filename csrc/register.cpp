@@ -165,6 +165,53 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
   });
 }
 
+ProxyArgs proxy_args(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& scale,
+                     const OptionalTensor& weight, double factor, bool exclude_positive, double label_smoothing,
+                     double eps, std::int64_t ignore_index, std::int64_t reduction) {
+  const std::int64_t n = x.size(0);
+  return {matrix(x, "x"),
+          matrix(w, "w"),
+          integers(y, n, "y"),
+          ignore_index,
+          vector(scale, n, "scale"),
+          vector(weight, n, "weight"),
+          factor,
+          label_smoothing,
+          eps,
+          exclude_positive,
+          Reduction(reduction)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> proxy_nca_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor scale,
+                                                     OptionalTensor weight, double factor, bool exclude_positive,
+                                                     double label_smoothing, double eps, std::int64_t ignore_index,
+                                                     std::int64_t reduction) {
+  const std::int64_t n = x.size(0);
+  const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor value = reduction ? torch::stable::new_empty(x, {}, acc) : torch::stable::new_empty(x, {n}, acc);
+  Tensor same = torch::stable::new_empty(x, {n}, acc), different = torch::stable::new_empty(x, {n}, acc);
+  const ProxyArgs args =
+      proxy_args(x, w, y, scale, weight, factor, exclude_positive, label_smoothing, eps, ignore_index, reduction);
+  const ProxyOut out{value.mutable_data_ptr(), same.mutable_data_ptr(), different.mutable_data_ptr()};
+  with_product_type(kind.scalar_type(), [&](auto zero) { proxy_nca_fwd<decltype(zero)>(args, out); });
+  return {value, same, different};
+}
+
+void proxy_nca_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad, Tensor same, Tensor different,
+                        Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor scale, OptionalTensor weight,
+                        double factor, bool exclude_positive, double label_smoothing, double eps,
+                        std::int64_t ignore_index, std::int64_t reduction) {
+  const std::int64_t n = x.size(0);
+  const ProxyArgs args =
+      proxy_args(x, w, y, scale, weight, factor, exclude_positive, label_smoothing, eps, ignore_index, reduction);
+  const ProxyTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
+                             target(grad_scale, n, "grad_scale")};
+  const Vector incoming = vector(grad, n, "grad"), own = vector(same, n, "same"),
+               others = vector(different, n, "different");
+  with_product_type(kind.scalar_type(),
+                    [&](auto zero) { proxy_nca_bwd<decltype(zero)>(args, incoming, own, others, targets); });
+}
+
 MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,
                        const OptionalTensor& variance, double alpha, bool normalize, double min_variance, double eps,
                        std::int64_t ignore_index, std::int64_t reduction) {
@@ -180,7 +227,7 @@ MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& cl
           min_variance,
           eps,
           normalize,
-          MagnetArgs::Reduction(reduction)};
+          Reduction(reduction)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> magnet_forward(Tensor kind, Tensor x, Tensor clusters, Tensor classes,
@@ -234,6 +281,14 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
       "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
       "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
   m.def(
+      "proxy_nca_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
+      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "proxy_nca_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor grad, Tensor same, "
+      "Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
+      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) -> ()");
+  m.def(
       "magnet_fwd(Tensor kind, Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, "
       "float alpha, bool normalize, float min_variance, float eps, int ignore_index, int reduction) "
       "-> (Tensor, Tensor, Tensor)");
@@ -251,6 +306,8 @@ STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cpu, CPU, m) {
   m.impl("distance_bwd", TORCH_BOX(&distance_backward));
   m.impl("mlse_fwd", TORCH_BOX(&mlse_forward));
   m.impl("mlse_bwd", TORCH_BOX(&mlse_backward));
+  m.impl("proxy_nca_fwd", TORCH_BOX(&proxy_nca_forward));
+  m.impl("proxy_nca_bwd", TORCH_BOX(&proxy_nca_backward));
   m.impl("magnet_fwd", TORCH_BOX(&magnet_forward));
   m.impl("magnet_bwd", TORCH_BOX(&magnet_backward));
 }

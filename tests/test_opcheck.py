@@ -9,7 +9,7 @@ import torch
 from helpers import on_backends, randint, randn
 from torch.library import opcheck
 
-from dml_kernels.ops import magnet, normalize, normalized_distance
+from dml_kernels.ops import magnet, normalize, normalized_distance, proxy_nca
 from dml_kernels.ops import masked_logsumexp as lse
 
 N, M, D = 5, 40, 3
@@ -105,6 +105,21 @@ def test_normalize(dtype, backend):
 
 @on_backends
 @ON_DTYPES
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_proxy_nca(smoothing, dtype, backend):
+    x, w, *_ = bank(dtype, "strided")
+    scale, weight = (randn(N, seed=4).to(acc(dtype)), torch.rand(N).to(acc(dtype))) if smoothing else (None, None)
+    for reduction in ("mean", "none"):
+        spec = (2.0, not smoothing, smoothing, 1e-12, -100, reduction, dtype, backend)
+        inputs = (x, w, torch.tensor([0, 2, -100, 2, 7]), scale, weight)
+        check(proxy_nca.fwd, (*inputs, *spec))
+        value, same, different = proxy_nca.fwd(*inputs, *spec)
+        for needs in ([True, True, scale is not None], [True, False, False]):
+            check(proxy_nca.bwd, (torch.ones_like(value), same, different, needs, *inputs, *spec))
+
+
+@on_backends
+@ON_DTYPES
 @pytest.mark.parametrize("given", [False, True])
 def test_magnet(given, dtype, backend):
     x, centers, *_ = bank(dtype, "strided")
@@ -124,5 +139,5 @@ def test_every_registered_op_is_checked_here():
         f"{op}_{kind}"
         for op in ("normalize", "normalized_distance", "masked_logsumexp")
         for kind in ("fwd", "bwd", "dbl")
-    } | {"magnet_fwd", "magnet_bwd"}
+    } | {"proxy_nca_fwd", "proxy_nca_bwd", "magnet_fwd", "magnet_bwd"}
     assert names == checked

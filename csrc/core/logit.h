@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "portable.h"
+
 namespace dml {
 
 enum class Metric : std::int64_t { dot = 0, sqeuclidean = 1, euclidean = 2 };
@@ -20,13 +22,13 @@ struct SetLogit {
 };
 
 template <class A>
-inline A logit(A s, A kt, A o, A q, A b) {
+DML_PORTABLE inline A logit(A s, A kt, A o, A q, A b) {
   return kt * (q * s - o) + b;
 }
 
 // d(-sqrt(d2)) / d(-d2) = 1 / (2 sqrt(d2)), and 0 at zero distance.
 template <class A>
-inline A root_slope(A s) {
+DML_PORTABLE inline A root_slope(A s) {
   return s == A(0) ? A(0) : A(-0.5) / s;
 }
 

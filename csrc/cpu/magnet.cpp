@@ -57,7 +57,6 @@ class Magnet {
   }
 
   void forward(const MagnetOut& out) {
-    using Reduction = MagnetArgs::Reduction;
     std::vector<A> same(n_);
     A* different = static_cast<A*>(out.different);
     std::fill_n(different, n_, -std::numeric_limits<A>::infinity());
@@ -111,7 +110,7 @@ class Magnet {
   bool floored() const { return !(measured_ > args_.min_variance) && measured_ == measured_; }
   double degrees() const { return std::max<double>(double(groups_.rows.size()) - 1, 1); }
   double weight() const {
-    return args_.reduction == MagnetArgs::Reduction::mean ? 1 / std::max<double>(double(groups_.rows.size()), 1) : 1;
+    return args_.reduction == Reduction::mean ? 1 / std::max<double>(double(groups_.rows.size()), 1) : 1;
   }
 
   A hinge(std::int64_t i, A different) const { return A(args_.alpha) + scale_ * own_[i] + different; }

@@ -50,6 +50,34 @@ void masked_logsumexp_fwd(const Problem<P>&, const Labels&, const LogitArgs&, co
 template <class P>
 void masked_logsumexp_bwd(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
 
+enum class Reduction : std::int64_t { none = 0, sum = 1, mean = 2 };
+
+// The Proxy-NCA loss of rows x with proxies w; see dml_kernels/losses/proxy_nca.py for the formula.
+struct ProxyArgs {
+  Source x, w;
+  const std::int64_t* y;
+  std::int64_t ignore;
+  Vector scale, weight;  // null for 1; weight: of the rows
+  double factor, label_smoothing, eps;
+  bool exclude_positive;
+  Reduction reduction;
+};
+
+struct ProxyOut {
+  void *value, *same, *different;  // of the accumulation type: (n,) or (), (n,), (n,)
+};
+
+struct ProxyTargets {
+  Target x, w, scale;  // scale: (n,), one for each row, even of a scalar
+};
+
+template <class P>
+void proxy_nca_fwd(const ProxyArgs&, const ProxyOut&);
+// grad: of the value, stride 0 for a scalar; same and different: the forward's.
+template <class P>
+void proxy_nca_bwd(const ProxyArgs&, const Vector& grad, const Vector& same, const Vector& different,
+                   const ProxyTargets&);
+
 // The Magnet loss of rows x in clusters; see dml_kernels/losses/magnet.py for the formula.
 struct MagnetArgs {
   Source x, centers;                       // centers.data is null where the batch's own means are the centres
@@ -58,7 +86,7 @@ struct MagnetArgs {
   Vector variance;  // null where the batch's own is meant
   double alpha, min_variance, eps;
   bool normalize;
-  enum class Reduction : std::int64_t { none = 0, sum = 1, mean = 2 } reduction;
+  Reduction reduction;
 };
 
 struct MagnetOut {

@@ -56,6 +56,8 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
         raise TypeError(f"class_weight must be a torch.Tensor; got {type(class_weight).__name__}")
     if class_weight.shape != (num_classes,):
         raise ValueError(f"class_weight must have shape ({num_classes},); got {tuple(class_weight.shape)}")
+    if class_weight.requires_grad:
+        raise ValueError("class_weight gets no gradient; use class_weight.detach()")
     if values_can_be_read(class_weight) and not class_weight.isfinite().all():
         raise ValueError("class_weight must be finite")
 
@@ -69,21 +71,3 @@ def check_reduction(reduction: str) -> None:
     """Refuses a reduction that no loss knows."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-
-
-def reduce(per_row: Tensor, counted: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """Mean over the counted rows (weighted mean with ``weight``), sum, or the rows themselves.
-
-    Rows that are not counted are 0; with none counted the mean is 0, still connected to the graph.
-    """
-    if weight is not None:
-        per_row = per_row * weight
-    if reduction == "none":
-        return per_row
-    total = per_row.sum()
-    if reduction == "sum":
-        return total
-    if weight is None:
-        return total / counted.sum().clamp_min(1)
-    mass = torch.where(counted, weight, 0).sum()
-    return total / torch.where(mass == 0, 1, mass)

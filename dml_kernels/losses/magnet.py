@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import torch_magnet
+from ..composed.magnet import measure
 from ..ops import backend as backends
 from ..ops.contract import (
     accumulate_dtype,
@@ -158,7 +158,7 @@ def batch_variance(
     chosen = backends.choose("normalize", embeddings.device, accumulate_dtype(dtype))
     chosen = "torch" if chosen == backends.REFERENCE else chosen
     spec = MagnetSpec(0.0, normalize, 0.0, check_eps(eps), ignore_index, "mean", dtype, chosen)
-    return torch_magnet.measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
+    return measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
 
 
 def magnet_reference(

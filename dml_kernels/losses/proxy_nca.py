@@ -8,14 +8,14 @@ With unit vectors x^, p^ and z_ij = -softmax_scale |x^_i - p^_j|^2, the loss of 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .. import functional, logspace
-from ..ops.contract import check_integer, check_matrix, check_pair
-from .base import LossEntry, check_class_weight, check_labels, check_reduction, reduce, values_can_be_read
+from .. import functional
+from ..ops import backend as backends
+from ..ops.contract import check_eps, check_integer, check_matrix, check_number, check_pair, check_vector, product_dtype
+from ..ops.proxy_nca import Proxied, ProxySpec, proxy_nca
+from .base import LossEntry, check_class_weight, check_labels, check_reduction, values_can_be_read
 
 
 def _check_map(label_to_proxy: Tensor, num_proxies: int) -> None:
@@ -105,32 +105,24 @@ def proxy_nca_loss(
         _check_map(label_to_proxy, proxies.size(0))
     check_class_weight(class_weight, proxies.size(0) if label_to_proxy is None else label_to_proxy.numel())
     y = _map_labels(labels, label_to_proxy, ignore_index)
-    lse = functional.masked_logsumexp(
-        embeddings,
-        proxies,
-        y,
-        metric="sqeuclidean",
-        normalize=True,
-        scale=softmax_scale,
-        ignore_index=ignore_index,
-        eps=eps,
-        sums=label_smoothing > 0,
-        backend=backend,
-    )
-    counted = y != ignore_index
-    # An ignored row has both sets empty; a row without negatives only the second. Neither may reach the graph as
-    # -inf - -inf: masked here, such a row contributes 0 with a zero gradient.
-    if exclude_positive:
-        contributes = counted & (lse.different != -math.inf)  # NaN contributes
-        per_row = (lse.different - lse.same).masked_fill(~contributes, 0)
-    else:
-        contributes = counted
-        per_row = logspace.log1pexp((lse.different - lse.same).masked_fill(~counted, -math.inf))
-    if lse.sum_same is not None and lse.sum_different is not None:
-        mean = (lse.sum_same + lse.sum_different) / proxies.size(0)
-        per_row = per_row + label_smoothing * (lse.same - mean).masked_fill(~counted, 0)
-    weight = None if class_weight is None else _row_weight(class_weight, labels, per_row)
-    return reduce(per_row, counted, reduction, weight)
+    weight = None if class_weight is None else _row_weight(class_weight, labels, embeddings)
+    dtype = product_dtype(embeddings, proxies)
+    chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend)
+    scale, factor = (softmax_scale, 1.0) if isinstance(softmax_scale, Tensor) else (None, softmax_scale)
+    check_vector("softmax_scale", scale, embeddings.size(0), embeddings, integer=False, scalar=True)
+    if chosen == backends.REFERENCE:
+        return proxy_nca_reference(
+            embeddings, proxies, labels, softmax_scale=softmax_scale, exclude_positive=exclude_positive,
+            label_smoothing=label_smoothing, class_weight=class_weight, ignore_index=ignore_index,
+            label_to_proxy=label_to_proxy, reduction=reduction, eps=eps,
+        )  # fmt: skip
+    spec = ProxySpec(
+        check_number("softmax_scale", factor), exclude_positive, float(label_smoothing), check_eps(eps),
+        check_integer("ignore_index", ignore_index), reduction, dtype, chosen,
+    )  # fmt: skip
+    # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
+    proxies = proxies.view_as(proxies) if proxies is embeddings else proxies
+    return proxy_nca(Proxied(embeddings, proxies, y, scale, weight), spec)
 
 
 def proxy_nca_reference(

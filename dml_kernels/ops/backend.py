@@ -17,7 +17,7 @@ import torch
 from .. import torch_backend, triton_backend
 from . import cpu_backend
 
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "magnet_loss")
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
 REFERENCE = "reference"
 # In order of preference: the first that can run an op runs it.
 BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, triton_backend, torch_backend)}

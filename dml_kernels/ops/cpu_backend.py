@@ -67,6 +67,30 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
     return _wanted(targets, needs)
 
 
+def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *_proxy_numbers(spec))
+
+
+def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
+    targets = [_like(t, need) for t, need in zip((inputs.x, inputs.w, None), needs, strict=True)]
+    if needs[2]:
+        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    _ops().proxy_nca_bwd(*targets, grad, same, different, _kind(spec), *_plain_proxied(inputs), *_proxy_numbers(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], inputs)
+    return _wanted(targets, needs)
+
+
+def _plain_proxied(inputs):
+    x, w, y, *vectors = inputs
+    return x, w, y.contiguous(), *_widened(vectors)
+
+
+def _proxy_numbers(spec) -> tuple:
+    reduction = REDUCTION_CODES[spec.reduction]
+    return spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index, reduction
+
+
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
     return _ops().magnet_fwd(_kind(spec), *_plain_clusters(inputs), *_magnet_numbers(spec))
 
@@ -102,8 +126,12 @@ def _kind(spec: Spec) -> Tensor:
 def _plain(bank: Bank) -> Bank:
     """Label vectors contiguous, the rest as it is; fp16 vectors, which C++ does not read, widened."""
     x, w, y, c, exclude, *vectors = bank
-    vectors = [t.float() if t is not None and t.dtype == torch.float16 else t for t in vectors]
-    return Bank(x, w, y.contiguous(), *(t if t is None else t.contiguous() for t in (c, exclude)), *vectors)
+    c, exclude = (t if t is None else t.contiguous() for t in (c, exclude))
+    return Bank(x, w, y.contiguous(), c, exclude, *_widened(vectors))
+
+
+def _widened(vectors):
+    return [t.float() if t is not None and t.dtype == torch.float16 else t for t in vectors]
 
 
 def _numbers(spec: Spec) -> tuple:

@@ -2,7 +2,7 @@
 
 ``fwd`` gives the reduced loss, each row's log-sum-exp over the clusters of other classes, and the variance before its
 floor; ``bwd`` the gradients of embeddings, centres and variance. A backend fuses both as it can. Where somebody may
-differentiate again, the backward runs as the composition in torch_magnet.py, every piece of which is differentiable.
+differentiate again, the backward runs as the composition in composed/magnet.py, every piece of which is differentiable.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend
 from .contract import Bank, accumulate_dtype, check_clusters
+from .fused import composed, fused_or_composed
 from .library import filled, known_signature, register, without_autocast
 
 
@@ -56,22 +56,11 @@ def _split(args: tuple[Any, ...]) -> tuple[Clustered, MagnetSpec]:
     return Clustered(*args[:N_INPUTS]), MagnetSpec(*args[N_INPUTS:])
 
 
-def _implementation(name: str) -> Any:
-    """The backend's own fused loss, or the composition on its other ops."""
-    chosen = backend.BACKENDS[name]
-    if hasattr(chosen, "magnet_fwd"):
-        return chosen
-    # Imported here: it is written on the ops, and this module is one of them.
-    from .. import torch_magnet
-
-    return torch_magnet
-
-
 def _fwd(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec = _split(args)
     check_clusters(inputs.clusters, inputs.classes, inputs.variance, spec.ignore_index)
     with without_autocast(inputs.x.device.type):
-        return _implementation(spec.backend).magnet_fwd(inputs, spec)
+        return fused_or_composed("magnet", spec.backend).magnet_fwd(inputs, spec)
 
 
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -85,7 +74,9 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     grad, different, needs = args[:3]
     inputs, spec = _split(args[3:])
     with without_autocast(inputs.x.device.type):
-        return filled(_implementation(spec.backend).magnet_bwd(grad, different, needs, inputs, spec), inputs.x)
+        return filled(
+            fused_or_composed("magnet", spec.backend).magnet_bwd(grad, different, needs, inputs, spec), inputs.x
+        )
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -131,9 +122,7 @@ class _Forward(torch.autograd.Function):
         *tensors, different = ctx.saved_tensors
         need = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         if torch.is_grad_enabled():
-            from .. import torch_magnet
-
-            found = torch_magnet.differentiable_backward(grad, need, Clustered(*tensors), MagnetSpec(*ctx.spec))
+            found = composed("magnet").differentiable_backward(grad, need, Clustered(*tensors), MagnetSpec(*ctx.spec))
         else:
             found = bwd(grad, different, need, *tensors, *ctx.spec)
         g_x, g_centers, g_variance = (g if n else None for g, n in zip(found, need, strict=True))

@@ -7,17 +7,16 @@
 | ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
 | ``distance.py`` | kernels of normalized_distance |
 | ``logsumexp.py``, ``matrices.py`` | the ops: what is launched, in which order |
-| ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices as kernels take them; launching |
+| ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
 | ``configs.py``, ``precision.py`` | tile shapes by architecture; arithmetic of fp32 products |
 | ``aot.py``, ``report.py`` | compiling with no GPU at hand, and the report of what came out |
 | ``interpreter.py`` | corrections to Triton's interpreter |
 
-Importing this package does not import Triton: what runs does, once a device is known to be served.
+Importing this package imports Triton only where it could run: with a PyTorch built for GPUs, or interpreted.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -29,28 +28,33 @@ from torch import Tensor
 from ..ops.contract import Bank, Spec
 
 name = "triton"
-OPS = ("normalize", "normalized_distance", "masked_logsumexp")
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
 
 
-@functools.cache
-def _missing() -> str | None:
-    """Why Triton cannot be imported, or None."""
+# Triton reads the variable when a kernel is defined: later changes do nothing.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _load() -> str | None:
+    """Import Triton where there is a use for it; why that cannot be, or None."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:  # a folder of that name on the path is no installation
         return f"Triton is not installed: {INSTALL}"
+    if not (INTERPRETED or torch.version.cuda or torch.version.hip):
+        return "this PyTorch is built without CUDA and ROCm"
     try:
         importlib.import_module("triton")
-        if interpreted():
+        if INTERPRETED:
             importlib.import_module(".interpreter", __name__).mend()
     except Exception as error:  # a broken installation, or one that this NumPy does not suit
         return f"Triton cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
     return None
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Here and not at the first call: Dynamo cannot trace an import.
+MISSING = _load()
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
@@ -58,17 +62,17 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"{op} is not implemented here"
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
-    if device.type == "cpu" and not interpreted():
+    if device.type == "cpu" and not INTERPRETED:
         return "runs on GPUs; CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
     if device.type not in ("cpu", "cuda"):
         return f"runs on GPUs; the tensors are on {device.type}"
     if device.type == "cuda" and (refusal := _refuse_device(device)):
         return refusal
-    return _missing()
+    return MISSING
 
 
 def _refuse_device(device: torch.device) -> str | None:
-    if interpreted():
+    if INTERPRETED:
         return "TRITON_INTERPRET=1 is set: the interpreter takes CPU tensors"
     if not torch.cuda.is_available():
         return "no GPU is visible"
@@ -80,7 +84,7 @@ def _refuse_device(device: torch.device) -> str | None:
 def describe() -> str:
     import triton
 
-    return f"streaming kernels, Triton {triton.__version__}" + (", interpreted on the CPU" if interpreted() else "")
+    return f"streaming kernels, Triton {triton.__version__}" + (", interpreted on the CPU" if INTERPRETED else "")
 
 
 def _host(module: str) -> Any:

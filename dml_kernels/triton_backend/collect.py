@@ -160,7 +160,7 @@ class Gradients:
             "ACC": ACCUMULATE[self.acc],
         }  # fmt: skip
         grid = cdiv(a.t.size(0), side[0]), cdiv(d, block_d)
-        launch(near.near_kernel, grid, arguments, num_warps=configs.NEAR.num_warps, num_stages=1, exact=True)
+        launch(near.near_kernel, grid, arguments, num_warps=configs.NEAR.num_warps, num_stages=1)
 
     def _finish(self, grad: Tensor, operand: Operand, own: Tensor | None, out: Tensor) -> Tensor:
         if operand.r is None and own is None and self.lift is None:

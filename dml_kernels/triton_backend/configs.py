@@ -40,44 +40,58 @@ CHIPS = {
     "interpreter": Chip(("cpu", 0, 1), 1 << 40, 2),
 }
 
-BF16, FP32, FP64 = "half", "fp32", "fp64"
-KINDS = {torch.bfloat16: BF16, torch.float16: BF16, torch.float32: FP32, torch.float64: FP64}
+HALF, FP32, FP64 = "half", "fp32", "fp64"
+KINDS = {torch.bfloat16: HALF, torch.float16: HALF, torch.float32: FP32, torch.float64: FP64}
 # A width class holds every D up to it; None is any D beyond.
 WIDTHS = (64, 128, 256, None)
 
-# (kernel, dtype kind): one Config per width class. Distances keep a second tile for near pairs: smaller tiles.
+
+def _wide(*configs: Config) -> tuple[Config, ...]:
+    """One Config for each width class; the last stands for the rest."""
+    return configs + (configs[-1],) * (len(WIDTHS) - len(configs))
+
+
+# (kernel, dtype kind, whether the scores are distances): one Config per width class. Distances hold a second tile, of
+# the near pairs' direct sums, beside the first: their tiles are smaller.
 _HOPPER = {
-    ("forward", BF16): (
-        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4),
+    ("forward", HALF, False): _wide(
+        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4)
     ),
-    ("gradient", BF16): (
-        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4),
+    ("forward", HALF, True): _wide(Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 4)),
+    ("gradient", HALF, False): _wide(
+        Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4)
     ),
-    ("forward", FP32): (Config(64, 64, 32, 8, 3),) * 4,
-    ("gradient", FP32): (Config(64, 64, 32, 8, 3),) * 4,
-    ("forward", FP64): (Config(32, 32, 32, 4, 2),) * 4,
-    ("gradient", FP64): (Config(32, 32, 32, 4, 2),) * 4,
-}  # fmt: skip
+    ("gradient", HALF, True): _wide(Config(64, 64, 64, 8, 3), Config(64, 64, 128, 8, 3), Config(64, 64, 64, 8, 4)),
+    **{(kernel, FP32, False): _wide(Config(64, 64, 32, 8, 3)) for kernel in ("forward", "gradient")},
+    **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
+    **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
+}
 _AMPERE = {
     **_HOPPER,
-    ("forward", BF16): (
-        Config(128, 64, 64, 4, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 4),
-    ),
-    ("gradient", BF16): (
-        Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 3), Config(128, 64, 64, 8, 4),
-    ),
+    **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 4))
+       for kernel in ("forward", "gradient")},
+    **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 3), Config(64, 64, 128, 8, 3), Config(64, 64, 64, 8, 4))
+       for kernel in ("forward", "gradient")},
 }  # fmt: skip
+_BLACKWELL = {
+    **_HOPPER,
+    ("forward", HALF, True): _wide(Config(64, 64, 64, 8, 3), Config(64, 64, 128, 8, 3), Config(64, 64, 64, 8, 4)),
+    ("gradient", HALF, False): _wide(Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 4)),
+    **{(kernel, FP32, False): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
+    ("gradient", FP64, True): _wide(Config(32, 16, 32, 4, 2)),
+}
 _CDNA3 = {
     **_HOPPER,
-    ("forward", BF16): (Config(128, 64, 64, 8, 2),) * 4,
-    ("gradient", BF16): (Config(128, 64, 64, 8, 2),) * 4,
+    **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
+    **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
 }
 _INTERPRETER = {
-    (kernel, kind): tuple(Config(32, 64, block_d, 1, 1) for block_d in (64, 128, 64, 64))
+    (kernel, kind, distance): _wide(Config(32, 64, 64, 1, 1), Config(32, 64, 128, 1, 1), Config(32, 64, 64, 1, 1))
     for kernel in ("forward", "gradient")
-    for kind in (BF16, FP32, FP64)
+    for kind in (HALF, FP32, FP64)
+    for distance in (False, True)
 }
-TABLE = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+TABLE = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
 
 # Rows and columns at a time in the kernels over single matrices.
 ROWS = Config(16, 0, 128, 4, 2)
@@ -124,17 +138,20 @@ def cores_of(device: torch.device) -> int:
     return _cores_of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def pick(kernel: str, arch: str, dtype: torch.dtype, d: int, metric: str, bank: torch.dtype) -> Config:
-    """The tile for one kernel ("forward" or "gradient") on products of ``dtype`` over width ``d``."""
+def pick(
+    kernel: str, arch: str, dtype: torch.dtype, d: int, metric: str, bank: torch.dtype, extras: bool = False
+) -> Config:
+    """The tile for one kernel ("forward" or "gradient") on products of ``dtype`` over width ``d``.
+
+    ``extras``: bank labels, exclusions, column scales or biases, which take registers for every column of a tile.
+    """
     width = next(i for i, limit in enumerate(WIDTHS) if limit is None or d <= limit)
-    config = TABLE[arch][kernel, KINDS[dtype]][width]
-    smallest = 32 if dtype == torch.float32 else 16
+    config = TABLE[arch][kernel, KINDS[dtype], metric != "dot"][width]
     if d <= config.block_d:
+        smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
-    if arch == "interpreter":
-        return config
-    if metric != "dot" and KINDS[dtype] == BF16:
-        config = config._replace(block_m=config.block_m // 2)
+    if extras and KINDS[dtype] == HALF and arch != "interpreter":
+        config = config._replace(block_n=64, block_m=64)
     if bank.itemsize > dtype.itemsize:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config

@@ -10,7 +10,7 @@ from .tiles import clamped, column, columns, distances_to_scores, load_tile, pro
 @triton.jit
 def score_tile(
     x_ptr, w_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, offs_n, m0, local, left,
-    stride_xn, stride_xd, stride_wm, stride_wd, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr,
+    stride_xn, stride_xd, stride_wm, stride_wd, width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -19,7 +19,7 @@ def score_tile(
     if D <= BLOCK_D:
         x_tile = load_tile(x_ptr, offs_n, stride_xn, stride_xd, 0, D, BLOCK_D).to(PRODUCT)
     s = products(
-        x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd,
+        x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd, width,
         D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
     )  # fmt: skip
     rx = tl.full((BLOCK_N,), 1.0, ACC)
@@ -42,7 +42,7 @@ def score_tile(
 def distance_kernel(
     x_ptr, w_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr, N, M, n_tiles,
     stride_xn, stride_xd, stride_wm, stride_wd,
-    D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr,
+    width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,8 @@ def distance_kernel(
     local, left = columns(m0, M, BLOCK_M)
     s, _, _ = score_tile(
         x_ptr, w_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, offs_n, m0, local, left,
-        stride_xn, stride_xd, stride_wm, stride_wd, D, METRIC, NORMALIZE, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
+        stride_xn, stride_xd, stride_wm, stride_wd, width,
+        D, METRIC, NORMALIZE, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
     )  # fmt: skip
     if METRIC != "dot":
         s = -s
@@ -67,7 +68,7 @@ def distance_gradient_kernel(
     x_ptr, w_ptr, g_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, lift_ptr,
     e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, N, M, n_tiles,
     stride_xn, stride_xd, stride_wm, stride_wd, stride_gn, stride_gm, stride_e,
-    D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
+    width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +93,8 @@ def distance_gradient_kernel(
     else:
         s, rx, sqx = score_tile(
             x_ptr, w_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, offs_n, m0, local, left,
-            stride_xn, stride_xd, stride_wm, stride_wd, D, METRIC, NORMALIZE, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
+            stride_xn, stride_xd, stride_wm, stride_wd, width,
+            D, METRIC, NORMALIZE, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
         )  # fmt: skip
         ds = -tl.load(at, mask=mask, other=0.0).to(ACC)
     store_gradient(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    FP64,
     INF,
     LN2,
     LOG2E,
@@ -37,8 +38,8 @@ def finite(m):
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
     N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
-    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64",
-    D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
+    k_same: FP64, o_same: FP64, k_different: FP64, o_different: FP64, peak: FP64,
+    width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def forward_kernel(
         m0 = start + tl.cast(i, tl.int64) * BLOCK_M
         local, left = columns(m0, M, BLOCK_M)
         s = products(
-            x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd,
+            x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd, width,
             D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
         )  # fmt: skip
         if METRIC != "dot":
@@ -163,15 +164,15 @@ def merge_kernel(
     sum_different = tl.zeros((BLOCK_N,), ACC)
     for split in range(splits):
         at = part_ptr + tl.cast(split, tl.int64) * N + offs
-        m, l = tl.load(at), tl.load(at + step)
+        m, total = tl.load(at), tl.load(at + step)
         m_new = tl.maximum(m_same, m)
         shift = finite(m_new)
-        l_same = l_same * tl.exp2((m_same - shift) * LOG2E) + l * tl.exp2((m - shift) * LOG2E)
+        l_same = l_same * tl.exp2((m_same - shift) * LOG2E) + total * tl.exp2((m - shift) * LOG2E)
         m_same = m_new
-        m, l = tl.load(at + 2 * step), tl.load(at + 3 * step)
+        m, total = tl.load(at + 2 * step), tl.load(at + 3 * step)
         m_new = tl.maximum(m_different, m)
         shift = finite(m_new)
-        l_different = l_different * tl.exp2(m_different - shift) + l * tl.exp2(m - shift)
+        l_different = l_different * tl.exp2(m_different - shift) + total * tl.exp2(m - shift)
         m_different = m_new
         if SUMS:
             sum_same += tl.load(at + 4 * step)

@@ -23,7 +23,7 @@ _recorders: list[Callable[..., None]] = []
 
 @contextlib.contextmanager
 def recorded(recorder: Callable[..., None]) -> Iterator[None]:
-    """Hand every launch to ``recorder(kernel, arguments, options)`` in place of running it."""
+    """Hand every launch to ``recorder(kernel, grid, arguments, options)`` in place of running it."""
     _recorders.append(recorder)
     try:
         yield
@@ -38,12 +38,11 @@ def launch(
     *,
     num_warps: int,
     num_stages: int,
-    exact: bool = False,
 ) -> None:
-    """Run ``kernel`` over ``grid``; ``exact`` compiles it without fused multiply-adds."""
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": not exact}
+    """Run ``kernel`` over ``grid``."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     if _recorders:
-        _recorders[-1](kernel, arguments, options)
+        _recorders[-1](kernel, grid, arguments, options)
         return
     if 0 in grid:
         return

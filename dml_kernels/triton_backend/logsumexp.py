@@ -47,6 +47,12 @@ def logit_arguments(bank: Bank, spec: Spec) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _pick(kernel: str, bank: Bank, spec: Spec) -> configs.Config:
+    extras = any(t is not None for t in (bank.c, bank.exclude, bank.col_scale, bank.col_bias))
+    arch = configs.arch_of(bank.x.device)
+    return configs.pick(kernel, arch, spec.dtype, bank.x.size(1), spec.metric, bank.w.dtype, extras)
+
+
 def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
     kind = (spec.metric, spec.normalize, spec.eps, spec.dtype)
     return Operand.of(bank.x, *kind), Operand.of(bank.w, *kind)
@@ -61,10 +67,9 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         return tuple(out)
     with on_device(bank.x):
         x, w = operands(bank, spec)
-        device = bank.x.device
-        tile = configs.pick("forward", configs.arch_of(device), spec.dtype, x.t.size(1), spec.metric, w.t.dtype)
+        tile = _pick("forward", bank, spec)
         n_tiles, m_tiles = cdiv(n, tile.block_n), cdiv(m, tile.block_m)
-        per_split = cdiv(m_tiles, configs.splits(n_tiles, m_tiles, configs.cores_of(device)))
+        per_split = cdiv(m_tiles, configs.splits(n_tiles, m_tiles, configs.cores_of(bank.x.device)))
         splits = cdiv(m_tiles, per_split)
         parts = bank.x.new_empty((6 if spec.sums else 4, splits, n), dtype=acc)
         peak = fixed_peak(bank, spec)
@@ -101,10 +106,7 @@ class Backward:
         self.of_scale = bank.x.new_zeros(n, dtype=self.acc) if needs[2] else None
         self.of_q, self.of_bias = (bank.x.new_zeros(m, dtype=self.acc) if need else None for need in needs[3:])
         self.lift = self._lift() if spec.dtype == torch.float16 else None
-        device = bank.x.device
-        self.tile = configs.pick(
-            "gradient", configs.arch_of(device), spec.dtype, bank.x.size(1), spec.metric, bank.w.dtype
-        )
+        self.tile = _pick("gradient", bank, spec)
 
     def _lift(self) -> Tensor:
         """From a bound on |E| = |dz k t q s'|, with p at most 1."""
@@ -133,7 +135,8 @@ class Backward:
         if logit["scale_ptr"] is not None and logit["scale_ptr"].dim() == 1:
             logit["scale_ptr"] = logit["scale_ptr"][block.rows]
         arguments = {
-            **tile_arguments(block.x, block.w, self.spec.metric, self.spec.dtype, self.tile), **logit, **block.arguments(),
+            **tile_arguments(block.x, block.w, self.spec.metric, self.spec.dtype, self.tile), **logit,
+            **block.arguments(),
             **{name: None if t is None else t[block.rows] for name, t in self.rows.items()}, "lift_ptr": self.lift,
             "t_rows_ptr": t_rows, "q_cols_ptr": q_cols, "b_cols_ptr": b_cols, "N": n, "M": m,
             "first": block.cols.start, "FOLD": self.spec.normalize and self.spec.dtype != torch.float16,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import clamped, load_tile
+from .tiles import clamped, load_tile, rounded
 
 
 @triton.jit
@@ -25,7 +25,9 @@ def near_kernel(
     r = tl.full((BLOCK_A,), 1.0, ACC)
     if NORMALIZE:
         r = tl.load(ra_ptr + offs)
-    u = load_tile(a_ptr, offs, stride_a, stride_ad, d0, D, BLOCK_D).to(ACC) * r[:, None]
+    u = load_tile(a_ptr, offs, stride_a, stride_ad, d0, D, BLOCK_D).to(ACC)
+    if NORMALIZE:
+        u = rounded(u * r[:, None])
     total = tl.zeros((BLOCK_A, BLOCK_D), ACC)
     marked = 0
     for b_tile in range(b_tiles):
@@ -36,7 +38,7 @@ def near_kernel(
                 b = start + j
                 p = tl.load(b_ptr + b * stride_b + offs_d.to(tl.int64) * stride_bd, mask=offs_d < D, other=0.0).to(ACC)
                 if NORMALIZE:
-                    p = p * tl.load(rb_ptr + b)
+                    p = rounded(p * tl.load(rb_ptr + b))
                 total += tl.load(ds_ptr + offs * stride_dsa + b * stride_dsb)[:, None] * (u - p[None, :])
     if marked > 0:
         total = -2 * total

@@ -12,7 +12,6 @@ from . import configs, row_kernels
 from .launch import ACCUMULATE, PRODUCTS, cdiv, launch
 from .precision import fp32_products
 
-
 # Kernels take a tile's row offsets, up to 128 rows, in 32 bits.
 WIDEST_STRIDE = 1 << 24
 
@@ -38,7 +37,7 @@ class Operand(NamedTuple):
             tile, shared = _row_tile(d, acc)
             arguments = {
                 "t_ptr": t, "r_ptr": r, "unit_ptr": unit, "sq_ptr": sq, "R": rows, "stride": t.stride(0),
-                "stride_d": t.stride(1), "eps": eps, "D": d, "NORMALIZE": normalize, **shared,
+                "stride_d": t.stride(1), "eps": eps, "NORMALIZE": normalize, **shared,
             }  # fmt: skip
             launch(row_kernels.norms_kernel, (cdiv(rows, tile.block_n),), arguments, num_warps=tile.num_warps,
                    num_stages=tile.num_stages)  # fmt: skip
@@ -52,7 +51,7 @@ class Operand(NamedTuple):
         return self.t.stride(0), self.t.stride(1)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        """For the vendor's products: t in the product dtype; in fp16 unit vectors, as no power of two suits all norms."""
+        """For the vendor's products: t in the product dtype; in fp16 unit vectors: no power of two suits all norms."""
         if dtype == torch.float16 and self.r is not None:
             return (self.t * self.r[:, None]).to(dtype)
         return self.t.to(dtype)
@@ -60,7 +59,7 @@ class Operand(NamedTuple):
 
 def _row_tile(d: int, acc: torch.dtype) -> tuple[configs.Config, dict[str, Any]]:
     tile = configs.ROWS._replace(block_d=min(configs.ROWS.block_d, max(16, 1 << (d - 1).bit_length())))
-    return tile, {"BLOCK_R": tile.block_n, "BLOCK_D": tile.block_d, "ACC": ACCUMULATE[acc]}
+    return tile, {"width": d, "D": d, "BLOCK_R": tile.block_n, "BLOCK_D": tile.block_d, "ACC": ACCUMULATE[acc]}
 
 
 def tile_arguments(x: Operand, w: Operand, metric: str, dtype: torch.dtype, tile: configs.Config) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def tile_arguments(x: Operand, w: Operand, metric: str, dtype: torch.dtype, tile
     return {
         "x_ptr": x.t, "w_ptr": w.t, "rx_ptr": x.r, "rw_ptr": w.r, "sqx_ptr": x.sq, "sqw_ptr": w.sq,
         "stride_xn": x.t.stride(0), "stride_xd": x.t.stride(1), "stride_wm": w.t.stride(0), "stride_wd": w.t.stride(1),
-        "D": x.t.size(1), "METRIC": metric, "NORMALIZE": x.r is not None,
+        "width": x.t.size(1), "D": x.t.size(1), "METRIC": metric, "NORMALIZE": x.r is not None,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_D": tile.block_d,
         "PRODUCT": PRODUCTS[dtype], "ACC": ACCUMULATE[accumulate_dtype(dtype)],
         "PRECISION": fp32_products(x.t.device, dtype),
@@ -81,7 +80,7 @@ def normalize_rows(t: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     out = t.new_empty((rows, d), dtype=dtype)
     tile, shared = _row_tile(d, accumulate_dtype(t.dtype))
     arguments = {
-        "t_ptr": t, "out_ptr": out, "R": rows, "stride": t.stride(0), "stride_d": t.stride(1), "eps": eps, "D": d, **shared,
+        "t_ptr": t, "out_ptr": out, "R": rows, "stride": t.stride(0), "stride_d": t.stride(1), "eps": eps, **shared,
     }  # fmt: skip
     launch(row_kernels.normalize_kernel, (cdiv(rows, tile.block_n),), arguments, num_warps=tile.num_warps,
            num_stages=tile.num_stages)  # fmt: skip
@@ -97,7 +96,7 @@ def project(
     arguments = {
         "g_ptr": grad, "t_ptr": operand.t, "out_ptr": out, "r_ptr": operand.r, "unit_ptr": operand.unit,
         "own_ptr": own, "lift_ptr": lift, "R": rows, "stride_g": grad.stride(0), "stride_gd": grad.stride(1),
-        "stride_t": operand.t.stride(0), "stride_td": operand.t.stride(1), "D": d,
+        "stride_t": operand.t.stride(0), "stride_td": operand.t.stride(1),
         "NORMALIZE": operand.r is not None, "FOLDED": folded, **shared,
     }  # fmt: skip
     launch(row_kernels.project_kernel, (cdiv(rows, tile.block_n),), arguments, num_warps=tile.num_warps,

@@ -1,19 +1,22 @@
 """Kernels over single matrices: norms, normalisation, and the projection that ends every gradient.
 
-One program owns BLOCK_R rows and loops over D. Everything is read as it is stored and worked on in ACC.
+One program owns BLOCK_R rows and loops over ``width`` = D, at run time: unrolled, a wide row spills. Everything is
+read as it is stored and worked on in ACC.
 """
 
 import triton
 import triton.language as tl
 
-from .tiles import clamped, load_tile
+from .tiles import FP64, clamped, load_tile
 
 
 @triton.jit
-def inverse_norm(t_ptr, offs, stride, stride_d, eps, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+def inverse_norm(
+    t_ptr, offs, stride, stride_d, eps, width, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """1 / max(|t|, eps) and |t|, both in fp64: squares of fp32 values neither overflow nor vanish there."""
     total = tl.zeros((BLOCK_R,), tl.float64)
-    for d0 in range(0, D, BLOCK_D):
+    for d0 in range(0, width, BLOCK_D):
         t = load_tile(t_ptr, offs, stride, stride_d, d0, D, BLOCK_D).to(tl.float64)
         total += tl.sum(t * t, 1)
     norm = tl.sqrt(total)
@@ -23,15 +26,15 @@ def inverse_norm(t_ptr, offs, stride, stride_d, eps, D: tl.constexpr, BLOCK_R: t
 
 @triton.jit
 def norms_kernel(
-    t_ptr, r_ptr, unit_ptr, sq_ptr, R, stride, stride_d, eps: "fp64",
-    D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    t_ptr, r_ptr, unit_ptr, sq_ptr, R, stride, stride_d, eps: FP64,
+    width, D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """t (R, D) -> r = 1 / max(|t|, eps), unit = |t| >= eps (int8), sq = |t r|^2, each (R,); None: not wanted.
 
     Without NORMALIZE only sq = |t|^2. Parallel over rows; reads t once.
     """
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_R, R, BLOCK_R)
-    r, norm = inverse_norm(t_ptr, offs, stride, stride_d, eps, D, BLOCK_R, BLOCK_D)
+    r, norm = inverse_norm(t_ptr, offs, stride, stride_d, eps, width, D, BLOCK_R, BLOCK_D)
     if NORMALIZE:
         tl.store(r_ptr + offs, r.to(ACC), mask=mask)
         tl.store(unit_ptr + offs, (norm >= eps).to(tl.int8), mask=mask)
@@ -42,14 +45,14 @@ def norms_kernel(
 
 @triton.jit
 def normalize_kernel(
-    t_ptr, out_ptr, R, stride, stride_d, eps: "fp64",
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    t_ptr, out_ptr, R, stride, stride_d, eps: FP64,
+    width, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out (R, D) contiguous = t r, r = 1 / max(|t|, eps). Parallel over rows; the second read of t is from cache."""
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_R, R, BLOCK_R)
-    r, _ = inverse_norm(t_ptr, offs, stride, stride_d, eps, D, BLOCK_R, BLOCK_D)
+    r, _ = inverse_norm(t_ptr, offs, stride, stride_d, eps, width, D, BLOCK_R, BLOCK_D)
     r = r.to(ACC)
-    for d0 in range(0, D, BLOCK_D):
+    for d0 in range(0, width, BLOCK_D):
         offs_d = d0 + tl.arange(0, BLOCK_D)
         t = load_tile(t_ptr, offs, stride, stride_d, d0, D, BLOCK_D).to(ACC) * r[:, None]
         at = out_ptr + (offs * D)[:, None] + offs_d[None, :]
@@ -70,7 +73,7 @@ def gradient_part(
 @triton.jit
 def project_kernel(
     g_ptr, t_ptr, out_ptr, r_ptr, unit_ptr, own_ptr, lift_ptr, R, stride_g, stride_gd, stride_t, stride_td,
-    D: tl.constexpr, NORMALIZE: tl.constexpr, FOLDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    width, D: tl.constexpr, NORMALIZE: tl.constexpr, FOLDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient in t (R, D) from g (R, D), that in the rows as the scores see them; out may be g.
@@ -95,13 +98,13 @@ def project_kernel(
         own = 2 * free * tl.load(own_ptr + offs) * r * r
     along = tl.zeros((BLOCK_R,), ACC)
     if NORMALIZE:
-        for d0 in range(0, D, BLOCK_D):
+        for d0 in range(0, width, BLOCK_D):
             g, t = gradient_part(
                 g_ptr, t_ptr, offs, stride_g, stride_gd, stride_t, stride_td, factor, own, d0, D, BLOCK_D, ACC
             )
             along += tl.sum(g * (t * r[:, None]), 1)
         along = tl.where(free > 0, 0.0, along) * r
-    for d0 in range(0, D, BLOCK_D):
+    for d0 in range(0, width, BLOCK_D):
         g, t = gradient_part(
             g_ptr, t_ptr, offs, stride_g, stride_gd, stride_t, stride_td, factor, own, d0, D, BLOCK_D, ACC
         )

@@ -14,6 +14,8 @@ NEAR = tl.constexpr(1.0 / 16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+# The type of every number a kernel is given: a plain float argument would be fp32.
+FP64 = "fp64"
 
 
 @triton.jit
@@ -54,7 +56,7 @@ def load_tile(ptr, offs, stride, stride_d, d0, D: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def products(
-    x_ptr, w_ptr, x_tile, offs_n, offs_m, stride_xn, stride_xd, stride_wm, stride_wd,
+    x_ptr, w_ptr, x_tile, offs_n, offs_m, stride_xn, stride_xd, stride_wm, stride_wd, width,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,11 +66,20 @@ def products(
         w_tile = load_tile(w_ptr, offs_m, stride_wm, stride_wd, 0, D, BLOCK_D).to(PRODUCT)
         acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
-        for d0 in range(0, D, BLOCK_D):
+        for d0 in range(0, width, BLOCK_D):
             x_part = load_tile(x_ptr, offs_n, stride_xn, stride_xd, d0, D, BLOCK_D).to(PRODUCT)
             w_part = load_tile(w_ptr, offs_m, stride_wm, stride_wd, d0, D, BLOCK_D).to(PRODUCT)
             acc = tl.dot(x_part, tl.trans(w_part), acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
+
+
+@triton.jit
+def rounded(unit):
+    """A component of a unit vector, as a number: a compiler that fused x r - w r would not give 0 for identical rows.
+
+    It keeps one of the two products unrounded, unless something that it cannot see through stands between.
+    """
+    return tl.minimum(tl.maximum(unit, -1e30), 1e30)
 
 
 @triton.jit
@@ -78,8 +89,7 @@ def squared_distances(
 ):  # fmt: skip
     """|u - p|^2 of a tile from its products; of near pairs from differences.
 
-    The tile pays for that only when it holds a near pair. Identical rows give exactly 0: a fused x r - w r would keep
-    the rounding error of one of its products, so equal numbers with equal factors are told apart.
+    The tile pays for that only when it holds a near pair. Identical rows give exactly 0.
     """
     if NORMALIZE:
         acc = acc * rx[:, None] * column(rw_ptr, m0, left, BLOCK_M)[None, :]
@@ -95,11 +105,8 @@ def squared_distances(
             u = tl.load(x_at).to(ACC)
             p = tl.load(w_at + index * stride_wm, mask=index < left, other=0.0).to(ACC)
             if NORMALIZE:
-                rw = column(rw_ptr, m0, left, BLOCK_M)
-                alike = (u[:, None] == p[None, :]) & (rx[:, None] == rw[None, :])
-                gap = tl.where(alike, 0.0, (u * rx)[:, None] - (p * rw)[None, :])
-            else:
-                gap = u[:, None] - p[None, :]
+                u, p = rounded(u * rx), rounded(p * column(rw_ptr, m0, left, BLOCK_M))
+            gap = u[:, None] - p[None, :]
             direct += gap * gap
             x_at += stride_xd
             w_at += stride_wd

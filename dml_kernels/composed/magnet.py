@@ -1,4 +1,4 @@
-"""The Magnet loss composed from the ops: for every backend without a fused one, and the one to differentiate twice.
+"""The Magnet loss from masked_logsumexp and passes over the rows.
 
 With s = 1 / (2 sigma^2), d_i = |r_i - mu_own|^2 and h_i the incoming gradient of an active row (loss over 0)::
 
@@ -11,42 +11,15 @@ L- and its derivatives are masked_logsumexp's. No size depends on the data: no s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .ops import backend as backends
-from .ops import masked_logsumexp as lse_op
-from .ops import normalize as normalize_op
-from .ops.contract import Spec, accumulate_dtype
-from .ops.magnet import Clustered, MagnetSpec, other_classes
-
-
-class Engine(NamedTuple):
-    """Who runs the pieces: kernels, or differentiable Functions around them."""
-
-    normalize: Callable[..., Tensor]
-    normalize_bwd: Callable[..., Tensor]
-    lse: Callable[..., Sequence[Tensor]]
-    lse_bwd: Callable[..., Sequence[Tensor | None]]
-
-
-def _kernels(backend: str) -> Engine:
-    """A backend's own ops; not differentiable."""
-    b = backends.BACKENDS[backend]
-    return Engine(b.normalize_fwd, b.normalize_bwd, b.masked_logsumexp_fwd, b.masked_logsumexp_bwd)
-
-
-def _functions(backend: str) -> Engine:
-    """The same ops, as Functions with derivatives."""
-    return Engine(
-        lambda x, eps: normalize_op.normalize(x, eps, backend),
-        lambda grad, x, eps: normalize_op._Backward.apply(grad, x, eps, backend),
-        lse_op.masked_logsumexp,
-        lambda grads, lse, needs, bank, spec: lse_op._Backward.apply(*grads, *lse, needs, *bank, *spec),
-    )
+from ..ops.contract import Spec, accumulate_dtype
+from ..ops.magnet import Clustered, MagnetSpec, other_classes
+from .engine import Engine
 
 
 class State(NamedTuple):
@@ -100,7 +73,7 @@ def _slots(clusters: Tensor, y: Tensor, counted: Tensor, classes: Tensor, ignore
 
 def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine | None = None) -> State:
     """Means, own distances and the variance; differentiable with the default engine."""
-    engine = engine or _functions(spec.backend)
+    engine = engine or Engine.functions(spec.backend)
     x, clusters, classes, centers, variance = inputs
     acc, ignore = accumulate_dtype(spec.dtype), spec.ignore_index
     r = engine.normalize(x.to(acc), spec.eps) if spec.normalize else x.to(acc)
@@ -142,7 +115,7 @@ def _different(state: State, spec: MagnetSpec, engine: Engine) -> Tensor:
 
 def magnet_fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, L- of each row, variance before its floor)."""
-    engine = _kernels(spec.backend)
+    engine = Engine.kernels(spec.backend)
     state = measure(inputs, spec, engine)
     different = _different(state, spec, engine)
     value = torch.where(state.counted, _hinge(state, different, spec).relu(), 0)
@@ -155,13 +128,13 @@ def magnet_fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor, Ten
 
 def magnet_bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec) -> list[Tensor | None]:
     """The gradients of x, centers and variance, each where wanted."""
-    engine = _kernels(spec.backend)
+    engine = Engine.kernels(spec.backend)
     return _backward(grad, different, needs, inputs, measure(inputs, spec, engine), spec, engine)
 
 
 def differentiable_backward(grad, needs, inputs: Clustered, spec: MagnetSpec) -> list[Tensor | None]:
     """As magnet_bwd, and differentiable in its turn, in grad and in all inputs."""
-    engine = _functions(spec.backend)
+    engine = Engine.functions(spec.backend)
     state = measure(inputs, spec, engine)
     return _backward(grad, _different(state, spec, engine), needs, inputs, state, spec, engine)
 

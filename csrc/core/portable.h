@@ -1,0 +1,8 @@
+// Functions that the CPU and GPU code share.
+#pragma once
+
+#if defined(__CUDACC__)
+#define DML_PORTABLE __host__ __device__
+#else
+#define DML_PORTABLE
+#endif

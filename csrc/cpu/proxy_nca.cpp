@@ -1,0 +1,110 @@
+// The Proxy-NCA loss in one call each way: masked_logsumexp's tiles, and a pass over N-sized vectors.
+#include <cmath>
+#include <limits>
+
+#include "ops.h"
+
+namespace dml::cpu {
+namespace {
+
+template <class P>
+class ProxyNca {
+ public:
+  using A = Acc<P>;
+  static constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+  explicit ProxyNca(const ProxyArgs& args)
+      : args_(args), n_(args.x.rows), problem_(args.x, args.w, Metric::sqeuclidean, true, args.eps), factor_(n_, 0) {
+    std::vector<A> weight(n_, A(1));
+    if (args.weight) args.weight.read(0, n_, weight.data());
+    double mass = 0;
+    for (std::int64_t i = 0; i < n_; ++i)
+      if (counts(i)) mass += factor_[i] = weight[i];
+    if (args.reduction == Reduction::mean && mass != 0)
+      for (double& factor : factor_) factor /= mass;
+  }
+
+  void forward(const ProxyOut& out) {
+    A *same = static_cast<A*>(out.same), *different = static_cast<A*>(out.different);
+    A* value = static_cast<A*>(out.value);
+    const bool smooth = args_.label_smoothing > 0;
+    std::vector<A> sum_same(smooth ? n_ : 0), sum_different(smooth ? n_ : 0);
+    if (n_ > 0)
+      masked_logsumexp_fwd<P>(problem_, labels(), logit(),
+                              {same, different, smooth ? sum_same.data() : nullptr, sum_different.data()});
+    double total = 0;
+    for (std::int64_t i = 0; i < n_; ++i) {
+      double row = counts(i) ? loss(same[i], different[i]) : 0;
+      if (counts(i) && smooth)
+        row += args_.label_smoothing * (same[i] - (double(sum_same[i]) + sum_different[i]) / double(args_.w.rows));
+      if (counts(i)) row *= factor_[i];
+      if (args_.reduction == Reduction::none) value[i] = A(row);
+      total += row;
+    }
+    if (args_.reduction != Reduction::none) *value = A(total);
+  }
+
+  void backward(const Vector& grad, const Vector& same, const Vector& different, const ProxyTargets& targets) {
+    std::vector<A> incoming(n_), own(n_), others(n_), g_same(n_, 0), g_different(n_, 0);
+    std::vector<A> g_sums(args_.label_smoothing > 0 ? n_ : 0);
+    grad.read(0, n_, incoming.data()), same.read(0, n_, own.data()), different.read(0, n_, others.data());
+    for (std::int64_t i = 0; i < n_; ++i) {
+      if (!counts(i)) continue;
+      const double h = incoming[i] * factor_[i], pull = h * slope(own[i], others[i]);
+      g_different[i] = A(pull), g_same[i] = A(h * args_.label_smoothing - pull);
+      if (!g_sums.empty()) g_sums[i] = A(-h * args_.label_smoothing / double(args_.w.rows));
+    }
+    const auto values = [](const std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };
+    const LseIn in{values(g_same), values(g_different), values(g_sums), values(g_sums), values(own), values(others)};
+    masked_logsumexp_bwd<P>(problem_, labels(), logit(), in,
+                            {targets.x, targets.w, targets.scale, {nullptr, type}, {nullptr, type}});
+  }
+
+ private:
+  static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+  bool counts(std::int64_t i) const { return args_.y[i] != args_.ignore; }
+
+  // log(1 + exp(u)) of u = L- - L+; u itself where the positive is left out, 0 without negatives.
+  double loss(A same, A different) const {
+    if (args_.exclude_positive && different == minus_infinity) return 0;
+    const double u = double(different) - same;
+    return args_.exclude_positive || u > 40 ? u : std::log1p(std::exp(u));
+  }
+
+  double slope(A same, A different) const {
+    if (args_.exclude_positive) return different == minus_infinity ? 0 : 1;
+    return 1 / (1 + std::exp(double(same) - different));
+  }
+
+  Labels labels() const { return {args_.y, nullptr, nullptr, args_.ignore}; }
+  LogitArgs logit() const { return {args_.factor, 0, args_.factor, 0, args_.scale, {}, {}}; }
+
+  const ProxyArgs& args_;
+  std::int64_t n_;
+  Problem<P> problem_;
+  std::vector<double> factor_;  // each row's weight over the mean's divisor
+};
+
+}  // namespace
+
+template <class P>
+void proxy_nca_fwd(const ProxyArgs& args, const ProxyOut& out) {
+  ProxyNca<P>(args).forward(out);
+}
+
+template <class P>
+void proxy_nca_bwd(const ProxyArgs& args, const Vector& grad, const Vector& same, const Vector& different,
+                   const ProxyTargets& targets) {
+  ProxyNca<P>(args).backward(grad, same, different, targets);
+}
+
+#define DML_INSTANTIATE(P)                                           \
+  template void proxy_nca_fwd<P>(const ProxyArgs&, const ProxyOut&); \
+  template void proxy_nca_bwd<P>(const ProxyArgs&, const Vector&, const Vector&, const Vector&, const ProxyTargets&);
+DML_INSTANTIATE(float)
+DML_INSTANTIATE(double)
+DML_INSTANTIATE(bf16)
+#undef DML_INSTANTIATE
+
+}  // namespace dml::cpu

@@ -1,0 +1,240 @@
+// What differs between nvcc and the tests' emulator (which compiles the same kernels for the CPU), and launching.
+#pragma once
+#include <math.h>
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "ops.h"
+
+#ifdef DML_CUDA_EMULATOR
+#include "emulator.h"
+#define DML_UNROLL
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define DML_UNROLL _Pragma("unroll")
+#define DML_SHARED(T, name, count) __shared__ T name[count]
+#define DML_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define DML_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#endif
+
+namespace dml::cuda {
+
+constexpr int warp_lanes = 32;
+constexpr int block_threads = 128;  // of every kernel
+constexpr unsigned every_lane = 0xffffffffu;
+
+// --- bits of the halves
+
+#ifdef DML_CUDA_EMULATOR
+inline float float_of_bits(std::uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float widen_bf16(std::uint16_t bits) { return float_of_bits(std::uint32_t(bits) << 16); }
+inline float widen_f16(std::uint16_t bits) {
+  _Float16 value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return float(value);
+}
+inline std::uint16_t narrow_bf16(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return value != value ? 0x7fc0u : std::uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline std::uint16_t narrow_f16(float value) {
+  const _Float16 half = _Float16(value);
+  std::uint16_t bits;
+  __builtin_memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+#else
+__device__ __forceinline__ float widen_bf16(std::uint16_t bits) { return __uint_as_float(std::uint32_t(bits) << 16); }
+__device__ __forceinline__ float widen_f16(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ std::uint16_t narrow_bf16(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+__device__ __forceinline__ std::uint16_t narrow_f16(float value) { return __half_as_ushort(__float2half_rn(value)); }
+#endif
+
+// --- scalars of any dtype
+
+template <class A>
+__device__ __forceinline__ A load(const void* data, Dtype dtype, std::int64_t at) {
+  switch (dtype) {
+    case Dtype::f32:
+      return A(static_cast<const float*>(data)[at]);
+    case Dtype::f64:
+      return A(static_cast<const double*>(data)[at]);
+    case Dtype::bf16:
+      return A(widen_bf16(static_cast<const std::uint16_t*>(data)[at]));
+    default:
+      return A(widen_f16(static_cast<const std::uint16_t*>(data)[at]));
+  }
+}
+
+template <class A>
+__device__ __forceinline__ void store(void* data, Dtype dtype, std::int64_t at, A value) {
+  switch (dtype) {
+    case Dtype::f32:
+      static_cast<float*>(data)[at] = float(value);
+      break;
+    case Dtype::f64:
+      static_cast<double*>(data)[at] = double(value);
+      break;
+    case Dtype::bf16:
+      static_cast<std::uint16_t*>(data)[at] = narrow_bf16(float(value));
+      break;
+    default:
+      static_cast<std::uint16_t*>(data)[at] = narrow_f16(float(value));
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A load(const Vector& v, std::int64_t i, A otherwise) {
+  return v.data ? load<A>(v.data, v.dtype, i * v.stride) : otherwise;
+}
+
+template <class A>
+__device__ __forceinline__ A load(const Matrix& m, std::int64_t i, std::int64_t j) {
+  return load<A>(m.data, m.dtype, i * m.row_stride + j * m.col_stride);
+}
+
+// --- four values
+
+template <class A>
+struct alignas(16) Quad {
+  A v[4];
+};
+
+// Columns [j, j + 4) of row i, in one load of 16 bytes (8 for halves, two of 16 for double); columns from `cols` on are 0.
+template <class A>
+__device__ __forceinline__ Quad<A> load_quad(const Matrix& m, std::int64_t i, std::int64_t j) {
+  Quad<A> out;
+  if (m.quads && j + 4 <= m.cols) {
+    const std::int64_t at = i * m.row_stride + j;
+    if constexpr (std::is_same_v<A, double>) {
+      const double* from = static_cast<const double*>(m.data) + at;
+      const Quad<float>* halves = reinterpret_cast<const Quad<float>*>(from);
+      reinterpret_cast<Quad<float>*>(&out)[0] = halves[0];
+      reinterpret_cast<Quad<float>*>(&out)[1] = halves[1];
+    } else if (m.dtype == Dtype::f32) {
+      out = *reinterpret_cast<const Quad<float>*>(static_cast<const float*>(m.data) + at);
+    } else {
+      const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(m.data) + at);
+      const std::uint32_t words[2] = {bits.x, bits.y};
+      DML_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const std::uint16_t half = std::uint16_t(words[k / 2] >> (16 * (k % 2)));
+        out.v[k] = m.dtype == Dtype::bf16 ? widen_bf16(half) : widen_f16(half);
+      }
+    }
+    return out;
+  }
+  DML_UNROLL
+  for (int k = 0; k < 4; ++k) out.v[k] = j + k < m.cols ? load<A>(m, i, j + k) : A(0);
+  return out;
+}
+
+// --- reductions: the same order every time
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  DML_UNROLL
+  for (int bits = 16; bits; bits /= 2) value += __shfl_xor_sync(every_lane, value, bits);
+  return value;
+}
+
+// The sum over the block, in every thread. `parts`: one value a warp, free again after the next barrier.
+template <class T>
+__device__ __forceinline__ T block_sum(T value, T* parts) {
+  value = warp_sum(value);
+  __syncthreads();  // parts of an earlier sum have been read
+  if (threadIdx.x % warp_lanes == 0) parts[threadIdx.x / warp_lanes] = value;
+  __syncthreads();
+  T total = 0;
+  for (int w = 0; w < block_threads / warp_lanes; ++w) total += parts[w];
+  return total;
+}
+
+// 1 / max(norm, eps); a NaN norm stays NaN.
+template <class A>
+__device__ __forceinline__ A inverse_norm(A square, A eps, bool& unit) {
+  const A norm = sqrt(square);
+  unit = !(norm < eps);
+  return A(1) / (unit ? norm : eps);
+}
+
+// --- the last block
+
+// A ticket counts the blocks of one launch that are through, and is back at 0 when the launch ends. Launches in flight
+// hold different tickets: eager ones take turns, captured ones, which a graph may replay at any time, keep theirs.
+constexpr unsigned eager_tickets = 1u << 14, captured_tickets = 1u << 16;
+static __device__ unsigned tickets[eager_tickets + captured_tickets];
+
+// True in all threads of the block that arrives last; it sees what the others wrote before. `last`: one shared bool.
+__device__ __forceinline__ bool arrive_last(unsigned ticket, unsigned blocks, bool* last) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *last = atomicInc(&tickets[ticket], blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *last;
+}
+
+// --- launching
+
+#ifdef DML_CUDA_EMULATOR
+inline unsigned take_ticket(Stream) { return 0; }
+inline std::int64_t shared_limit() { return 101376; }
+inline std::int64_t processors() { return 8; }
+template <class Kernel>
+Failure allow_shared(Kernel, std::size_t) {
+  return nullptr;
+}
+inline Failure launch_failure() { return nullptr; }
+#else
+inline unsigned take_ticket(Stream stream) {
+  static std::atomic<unsigned> eager{0}, captured{0};
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  if (status == cudaStreamCaptureStatusNone) return eager++ % eager_tickets;
+  return eager_tickets + captured++ % captured_tickets;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+inline std::int64_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline std::int64_t processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+template <class Kernel>
+Failure allow_shared(Kernel kernel, std::size_t bytes) {
+  if (bytes <= 32768) return nullptr;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline Failure launch_failure() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+// Runs function(float{}) or function(double{}).
+template <class Function>
+Failure with_accumulation(bool wide, Function function) {
+  return wide ? function(double{}) : function(float{});
+}
+
+}  // namespace dml::cuda
