@@ -1,6 +1,4 @@
-"""Files that are either whole or not there: checkpoints and JSON, written beside their place and moved into
-it.
-"""
+"""Files that are either whole or not there: checkpoints and JSON, written beside their place and moved into it."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ import torch
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint", "write_json"]
 
-FORMAT = "dml_kernels demo checkpoint 1"
+FORMAT = "dml_kernels demo checkpoint 2"
 
 
 class CheckpointError(RuntimeError):
@@ -26,9 +24,7 @@ class CheckpointError(RuntimeError):
 
 @contextlib.contextmanager
 def _atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that replaces `path` in one step once it is safely on disk; on any error `path` is
-    untouched.
-    """
+    """A file to write that replaces `path` in one step once it is safely on disk; on any error `path` is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -54,8 +50,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote; only plain data is unpickled.
 
-    Raises CheckpointError, with the way out in its message, for a file that is missing, damaged or something
-    else.
+    Raises CheckpointError, with the way out in its message, for a file that is missing, damaged or something else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,9 +77,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some file systems do not allow it, and nothing is lost but
-    durability.
-    """
+    """Make the rename itself durable; some file systems do not allow it, and nothing is lost but durability."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

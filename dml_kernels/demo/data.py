@@ -148,6 +148,23 @@ def split_classes(sample: HanSample, train_classes: int = 600, seed: int = 0) ->
     return _gather(sample, train), _gather(sample, unseen)
 
 
+def hold_out(images: ImageSet, each: int = 2, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Takes `each` drawings of every class out, drawn at random by `seed`: what is kept, and what is held out.
+
+    Raises:
+        ValueError: a class would be left without a drawing, or `each` is not positive.
+    """
+    generator = np.random.default_rng(seed)
+    held = np.zeros(len(images.labels), dtype=np.bool_)
+    for label in np.unique(images.labels):
+        rows = np.flatnonzero(images.labels == label)
+        if not 0 < each < len(rows):
+            raise ValueError(f"cannot hold out {each} of {len(rows)} drawings of a character: 1 to {len(rows) - 1}")
+        held[generator.choice(rows, each, replace=False)] = True
+    kept, taken = (ImageSet(*(values[which] for values in images)) for which in (~held, held))
+    return kept, taken
+
+
 def _gather(sample: HanSample, classes: Int64Array) -> ImageSet:
     count, faces = len(classes), len(sample.faces)
     images = sample.images[classes].reshape(count * faces, *sample.images.shape[2:])

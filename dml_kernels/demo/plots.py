@@ -1,4 +1,6 @@
-"""The demo's four plots, PNG: loss curve, contact sheet of neighbours, 2-D map of unseen classes, cost bars.
+"""The demo's plots, PNG: loss curves, contact sheet of neighbours, 2-D map of unseen classes, cost bars.
+
+`cluster_plot` adds the sheet of clusters.
 
 Colours are those of Okabe and Ito, told apart with any colour vision; right and wrong also differ in the
 frame's line. All text is ASCII, so that no font with Han characters is needed.
@@ -7,7 +9,7 @@ frame's line. All text is ASCII, so that no font with Han characters is needed.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from .data import ImageSet
 from .step_cost import StepCost
 
-__all__ = ["class_map", "contact_sheet", "cost_bars", "loss_curve"]
+__all__ = ["class_map", "contact_sheet", "cost_bars", "draw_glyph", "loss_curves", "save"]
 
 BLUE, YELLOW, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
 ROW_PITCH = 1.24  # of the contact sheet, whose drawings are 0.84 high
 MAP_INKS = (BLUE, RED, GREEN, "black", "#CC79A7", "#8C6D00", "#5E3C99", "#56B4E9")
 MAP_GLYPH = 0.028  # side of a drawing on the map, whose side is 1 before the drawings are pushed apart
+# Frames of drawings: right and wrong differ in the line too.
+PLAIN = {"edgecolor": "black", "linewidth": 0.8}
+RIGHT = {"edgecolor": GREEN, "linewidth": 2.5}
+WRONG = {"edgecolor": RED, "linewidth": 2.5, "linestyle": "--"}
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 13,
@@ -45,21 +52,26 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def loss_curve(path: Path, step_losses: Sequence[float], steps_per_epoch: int) -> None:
-    """Loss of every step, and its mean over each epoch."""
+def loss_curves(path: Path, curves: Sequence[tuple[str, Sequence[float], int]]) -> None:
+    """Loss of every step, and its mean over each epoch; a panel for each (name, step losses, steps an epoch)."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.5, 4.2))
-        axes.plot(np.arange(1, len(step_losses) + 1), step_losses, color=BLUE, linewidth=1, label="each step")
-        means = np.asarray(step_losses).reshape(-1, steps_per_epoch).mean(axis=1)
-        starts = np.arange(len(means)) * steps_per_epoch
-        axes.hlines(means, starts + 1, starts + steps_per_epoch, color=RED, linewidth=2, label="mean of an epoch")
-        for start, mean in zip(starts, means):
-            end = (start + steps_per_epoch, mean)
-            axes.annotate(f"{mean:.2f}", end, (0, 5), textcoords="offset points", ha="right", color=RED)
-        axes.set(title="Proxy-NCA in training", xlabel="step", ylabel="loss (nats)")
-        axes.set_xlim(0, len(step_losses) * 1.01)
-        axes.legend(frameon=False)
-        _save(figure, path)
+        figure, panels = plt.subplots(1, len(curves), figsize=(0.5 + 6 * len(curves), 4.2), squeeze=False)
+        for axes, (name, step_losses, steps_per_epoch) in zip(panels[0], curves):
+            axes.plot(np.arange(1, len(step_losses) + 1), step_losses, color=BLUE, linewidth=1, label="each step")
+            means = np.asarray(step_losses).reshape(-1, steps_per_epoch).mean(axis=1)
+            starts = np.arange(len(means)) * steps_per_epoch
+            axes.hlines(means, starts + 1, starts + steps_per_epoch, color=RED, linewidth=2, label="mean of an epoch")
+            for start, mean in zip(starts, means):
+                end = (start + steps_per_epoch, mean)
+                halo = [withStroke(linewidth=3, foreground="white")]
+                axes.annotate(
+                    f"{mean:.2f}", end, (0, 5), textcoords="offset points", ha="right", color=RED, path_effects=halo
+                )
+            axes.set(title=f"{name} in training", xlabel="step", ylabel="loss (nats)")
+            axes.set_xlim(0, len(step_losses) * 1.01)
+            axes.legend(frameon=False)
+        figure.tight_layout()
+        save(figure, path)
 
 
 def contact_sheet(
@@ -67,16 +79,15 @@ def contact_sheet(
     images: ImageSet,
     faces: Sequence[str],
     neighbours: npt.NDArray[np.int64],
+    trained_with: str,
     *,
     random_rows: int = 5,
     hard_rows: int = 6,
     seed: int = 0,
 ) -> None:
-    """Queries on the left, each with its nearest neighbours: random queries first, then some whose nearest is
-    wrong.
+    """Queries on the left, each with its nearest neighbours: random queries first, then some whose nearest is wrong.
 
-    neighbours (n, k): indices into images. The hard queries are taken from the faces that fail most, one of
-    each.
+    neighbours (n, k): indices into images. The hard queries are taken from the faces that fail most, one of each.
     """
     right = images.labels[neighbours] == images.labels[:, None]
     generator = np.random.default_rng(seed)
@@ -88,11 +99,11 @@ def contact_sheet(
         figure, axes = plt.subplots(figsize=(1.1 * across, 1.35 * down))
         for row, query in enumerate(rows):
             y = ROW_PITCH * row
-            _draw_glyph(axes, (0.0, y), images.images[query], faces[images.faces[query]], None)
+            draw_glyph(axes, (0.0, y), images.images[query], faces[images.faces[query]])
             for place, neighbour in enumerate(neighbours[query]):
-                is_right = bool(right[query, place])
+                frame = RIGHT if right[query, place] else WRONG
                 face = faces[images.faces[neighbour]]
-                _draw_glyph(axes, (place + 1.1, y), images.images[neighbour], face, is_right)
+                draw_glyph(axes, (place + 1.1, y), images.images[neighbour], face, frame)
         for start, count, text in (
             (0, len(chosen), "random queries"),
             (len(chosen), len(hard), "failures, one a face, hardest faces first"),
@@ -104,8 +115,10 @@ def contact_sheet(
         axes.text(0.65, -0.55, "nearest neighbours, the nearest first", ha="left", fontsize=10)
         axes.set(xlim=(-0.85, across - 0.35), ylim=(ROW_PITCH * (down - 1) + 0.75, -0.75))
         axes.axis("off")
-        axes.set_title("Unseen characters (green: same character; dashed orange: another)", fontsize=12)
-        _save(figure, path)
+        axes.set_title(
+            f"Unseen characters, {trained_with} (green: same character; dashed orange: another)", fontsize=12
+        )
+        save(figure, path)
 
 
 def _hard_queries(
@@ -122,30 +135,29 @@ def _hard_queries(
     return picked[:count]
 
 
-def _draw_glyph(
-    axes: Axes, centre: tuple[float, float], image: npt.NDArray[np.uint8], face: str, right: bool | None
+def draw_glyph(
+    axes: Axes,
+    centre: tuple[float, float],
+    image: npt.NDArray[np.uint8],
+    face: str,
+    frame: Mapping[str, Any] = PLAIN,
 ) -> None:
-    """A drawing in a frame: full green for right, dashed orange for wrong, thin for a query; its face
-    below.
-    """
+    """A drawing in a frame (arguments of a line), its face below."""
     (x, y), half = centre, 0.42
     axes.imshow(255 - image, cmap="gray", vmin=0, vmax=255, extent=(x - half, x + half, y + half, y - half))
-    frame = Rectangle(
-        (x - half, y - half),
-        2 * half,
-        2 * half,
-        fill=False,
-        edgecolor="black" if right is None else GREEN if right else RED,
-        linewidth=0.8 if right is None else 2.5,
-        linestyle="--" if right is False else "-",
-    )
-    axes.add_patch(frame)
+    axes.add_patch(Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, **frame))
     name = "\n".join(textwrap.wrap(face, 12)[:2])
     axes.text(x, y + half + 0.03, name, ha="center", va="top", fontsize=7.5, linespacing=1.1)
 
 
 def class_map(
-    path: Path, images: ImageSet, embeddings: npt.NDArray[np.float32], *, classes: int = 20, seed: int = 0
+    path: Path,
+    images: ImageSet,
+    embeddings: npt.NDArray[np.float32],
+    trained_with: str,
+    *,
+    classes: int = 20,
+    seed: int = 0,
 ) -> None:
     """t-SNE of the embeddings of some unseen classes (cosine distance); each drawing stands at its place.
 
@@ -160,8 +172,7 @@ def class_map(
     rows = np.flatnonzero(np.isin(images.labels, shown))
     unit = embeddings[rows] / np.linalg.norm(embeddings[rows], axis=1, keepdims=True).clip(1e-12)
     perplexity = min(12.0, (len(rows) - 1) / 3)
-    # The exact method: for some hundreds of points several times less work than Barnes-Hut, and no threads to
-    # wait for.
+    # The exact method: for some hundreds of points several times less work than Barnes-Hut, and no threads to wait for.
     tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", method="exact", max_iter=600, random_state=seed)
     places = tsne.fit_transform(unit)
     places = (places - places.min(axis=0)) / np.ptp(places, axis=0).clip(1e-9)
@@ -172,11 +183,11 @@ def class_map(
         figure, axes = plt.subplots(figsize=(9.5, 9.5))
         axes.imshow(canvas, interpolation="lanczos")
         axes.set(xticks=[], yticks=[])
-        axes.set_title(f"{len(shown)} characters never seen in training, as the embedding places them (t-SNE)")
+        axes.set_title(f"{len(shown)} characters never seen in training, as {trained_with} places them (t-SNE)")
         axes.set_xlabel("neighbouring characters differ in colour; overlapping drawings are pushed apart")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _part_neighbours(centres: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
@@ -204,9 +215,7 @@ def _paste(
 
 
 def _spread(places: npt.NDArray[np.floating], size: float, rounds: int = 300) -> npt.NDArray[np.floating]:
-    """Push squares of `size` at `places` (n, 2) apart along their lesser overlap until none overlap, or
-    rounds end.
-    """
+    """Push squares of `size` at `places` (n, 2) apart along their lesser overlap until none overlap, or rounds end."""
     places = places + np.random.default_rng(0).normal(0, 1e-4 * size, places.shape)  # part equal places
     for _ in range(rounds):
         apart = places[:, None] - places[None]
@@ -244,7 +253,7 @@ def cost_bars(path: Path, cost: StepCost) -> None:
             x=0.02, ha="left", fontsize=11,
         )  # fmt: skip
         figure.tight_layout()
-        _save(figure, path)
+        save(figure, path)
 
 
 def _bars(
@@ -265,7 +274,8 @@ def _bars(
     axes.margins(y=0.18)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -1,76 +1,40 @@
-"""What the demo says at the end: the judgement of a representation, closing tables, and metrics.json."""
+"""What the demo says at the end: closing tables, and metrics.json."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from .. import __version__, evaluation, profiling
+from .. import __version__, profiling
+from .judging import Judged, JudgedSeen
 from .step_cost import StepCost
 from .trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Judged", "judge", "metrics", "print_tables"]
-
-NEIGHBOURS = 8
-DEPTHS = (1, 10)
+__all__ = ["Findings", "metrics", "print_tables"]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One representation of the unseen drawings, judged: metrics, each query's nearest, seconds for it
-    all.
-    """
+class Findings:
+    """All that a run found out. unseen: raw pixels first, then one of each trainer; seen: one of each trainer."""
 
-    name: str
-    result: evaluation.RetrievalResult
-    neighbours: Tensor  # (n, NEIGHBOURS) int64, nearest first
-    face_recall: list[float]  # Recall@1 of the queries drawn by each face, against drawings by all faces
-    seconds: float
-
-
-def judge(
-    name: str,
-    make: Callable[[], Tensor],
-    labels: Tensor,
-    faces: Tensor,
-    progress: Callable[[int], object] | None = None,
-) -> Judged:
-    """Evaluate the embeddings that make() returns, its time included."""
-    start = time.perf_counter()
-    embeddings = make()
-    depths = tuple(k for k in DEPTHS if k < len(labels))
-    result = evaluation.evaluate(embeddings, labels, depths, progress=progress)
-    _, neighbours = evaluation.nearest(embeddings, min(NEIGHBOURS, len(labels) - 1))
-    hit = (labels[neighbours[:, 0]] == labels).double()
-    face_recall = [hit[faces == face].mean().item() for face in range(int(faces.max()) + 1)]
-    return Judged(name, result, neighbours, face_recall, time.perf_counter() - start)
+    faces: Sequence[str]
+    trainers: Sequence[Trainer]
+    unseen: Sequence[Judged]
+    seen: Sequence[JudgedSeen]
+    cost: StepCost | None
+    seconds: dict[str, float]  # by part
 
 
-def metrics(
-    trainer: Trainer,
-    faces: Sequence[str],
-    judged: Sequence[Judged],
-    cost: StepCost | None,
-    parts: dict[str, float],
-) -> dict[str, Any]:
+def metrics(findings: Findings) -> dict[str, Any]:
     """The content of metrics.json. Fractions in [0, 1], seconds, bytes."""
     return {
         "dml_kernels": __version__,
         "machine": profiling.machine(),
-        "recipe": asdict(trainer.recipe),
-        "training": {
-            "seconds": trainer.seconds,
-            "steps": len(trainer.step_losses),
-            "first_loss": trainer.step_losses[0] if trainer.step_losses else None,
-            "last_epoch_mean_loss": _last_epoch_mean(trainer),
-        },
+        "training": {trainer.recipe.title: _training(trainer) for trainer in findings.trainers},
         "unseen": {
             one.name: {
                 "recall": {str(k): value for k, value in one.result.recall.items()},
@@ -78,32 +42,58 @@ def metrics(
                 "r_precision": one.result.r_precision,
                 "queries": one.result.queries,
                 "skipped": one.result.skipped,
-                "recall_at_1_by_face": dict(zip(faces, one.face_recall)),
+                "recall_at_1_by_face": dict(zip(findings.faces, one.face_recall)),
                 "seconds": one.seconds,
             }
-            for one in judged
+            for one in findings.unseen
         },
-        "step_cost": asdict(cost) if cost else None,
-        "seconds_by_part": parts,
+        "seen_held_out": {one.name: _without(asdict(one), "name") for one in findings.seen},
+        "step_cost": asdict(findings.cost) if findings.cost else None,
+        "seconds_by_part": findings.seconds,
     }
 
 
-def _last_epoch_mean(trainer: Trainer) -> float | None:
+def _training(trainer: Trainer) -> dict[str, Any]:
     last = trainer.step_losses[-trainer.steps_per_epoch :]
-    return sum(last) / len(last) if last else None
+    return {
+        "recipe": asdict(trainer.recipe),
+        "seconds": trainer.seconds,
+        "refresh_seconds": trainer.refresh_seconds,
+        "refresh_share": _refresh_share(trainer),
+        "steps": len(trainer.step_losses),
+        "first_loss": trainer.step_losses[0] if trainer.step_losses else None,
+        "last_epoch_mean_loss": sum(last) / len(last) if last else None,
+    }
 
 
-def print_tables(
-    console: Console,
-    faces: Sequence[str],
-    raw: Judged,
-    trained: Judged,
-    cost: StepCost | None,
-    parts: dict[str, float],
-) -> None:
-    """Retrieval, Recall@1 by face, the loss's cost, and where the time went."""
-    queries = trained.result.queries
-    depths = list(trained.result.recall)
+def _refresh_share(trainer: Trainer) -> float:
+    return trainer.refresh_seconds / trainer.seconds if trainer.seconds else 0.0
+
+
+def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != key}
+
+
+def print_tables(console: Console, findings: Findings) -> None:
+    """Retrieval, classification, Recall@1 by face, the loss's cost, and where the time went."""
+    _print_retrieval(console, findings.unseen)
+    _print_seen(console, findings.seen)
+    _print_faces(console, findings.faces, findings.unseen)
+    if findings.cost:
+        _print_cost(console, findings.cost)
+    for trainer in findings.trainers:
+        if trainer.refresh_seconds:
+            console.print(
+                f"{trainer.recipe.title}: refreshing the clusters took {trainer.refresh_seconds:.1f} of "
+                f"{trainer.seconds:.1f} s of training, {_refresh_share(trainer):.0%}."
+            )
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in findings.seconds.items())
+    console.print(f"Seconds: {parts}")
+
+
+def _print_retrieval(console: Console, unseen: Sequence[Judged]) -> None:
+    queries = unseen[0].result.queries
+    depths = list(unseen[0].result.recall)
     _print_table(
         console,
         f"Retrieval among {queries:,} drawings of characters never seen in training",
@@ -115,27 +105,43 @@ def print_tables(
                 f"{one.result.map_at_r:.3f}",
                 f"{one.seconds:.1f}",
             ]
-            for one in (raw, trained)
+            for one in unseen
         ],
     )
-    order = sorted(range(len(faces)), key=lambda face: trained.face_recall[face])
+
+
+def _print_seen(console: Console, seen: Sequence[JudgedSeen]) -> None:
+    first = seen[0]
+    _print_table(
+        console,
+        f"Naming the character of {first.drawings:,} held-out drawings, by {first.references:,} training drawings",
+        ["", "kNN error (nearest drawing)", "kNC error (soft nearest clusters)", "clusters", "seconds"],
+        [
+            [
+                one.name,
+                f"{one.knn_error:.3f}",
+                "-" if one.knc_error is None else f"{one.knc_error:.3f}",
+                "-" if one.clusters is None else f"{one.clusters:,}",
+                f"{one.seconds:.1f}",
+            ]
+            for one in seen
+        ],
+    )
+
+
+def _print_faces(console: Console, faces: Sequence[str], unseen: Sequence[Judged]) -> None:
+    last = unseen[-1]
+    order = sorted(range(len(faces)), key=lambda face: last.face_recall[face])
+    names = [one.name.split(",")[0] for one in unseen]
     _print_table(
         console,
         "Recall@1 by the face of the query, hardest first",
-        ["face", "raw", "trained", ""],
+        ["face", *names, f"({names[-1]})"],
         [
-            [
-                faces[f],
-                f"{raw.face_recall[f]:.3f}",
-                f"{trained.face_recall[f]:.3f}",
-                _bar(trained.face_recall[f]),
-            ]
-            for f in order
+            [faces[face], *(f"{one.face_recall[face]:.3f}" for one in unseen), _bar(last.face_recall[face])]
+            for face in order
         ],
     )
-    if cost:
-        _print_cost(console, cost)
-    console.print("Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items()), highlight=False)
 
 
 def _print_cost(console: Console, cost: StepCost) -> None:
@@ -146,12 +152,7 @@ def _print_cost(console: Console, cost: StepCost) -> None:
         f"{cost.dim} dimensions, {cost.dtype}",
         ["", "ms (median)", "peak extra MB", "of which gradients MB"],
         [
-            [
-                label,
-                f"{v.seconds * 1e3:,.0f}",
-                f"{v.peak_bytes / 1e6:,.0f}",
-                f"{cost.gradient_bytes / 1e6:,.0f}",
-            ]
+            [label, f"{v.seconds * 1e3:,.0f}", f"{v.peak_bytes / 1e6:,.0f}", f"{cost.gradient_bytes / 1e6:,.0f}"]
             for label, v in (("fused Proxy-NCA", fused), ("plain PyTorch", plain))
         ]
         + [

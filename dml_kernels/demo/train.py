@@ -1,12 +1,12 @@
-"""The main job: train an embedding of Han characters with fused Proxy-NCA and evaluate it on characters never
-seen.
+"""The main job: train embeddings of Han characters with fused Proxy-NCA and with Magnet, and evaluate them.
 
-    python -m dml_kernels train [--quick] [--resume] ...        (also: make demo)
+    python -m dml_kernels train [--quick] [--loss both|proxy-nca|magnet] [--resume] ...        (also: make demo)
 
-A class is a character, a sample of it one typeface's drawing. The network trains on 600 characters and is
-judged on 400 others, as CUB and Stanford Online Products do: Recall@1, Recall@10 and MAP@R, against raw
-pixels. Beside it stands what the loss costs at 100,000 classes, against the same loss in plain PyTorch.
-Everything is written into one folder: metrics.json, checkpoint.pt and four plots.
+A class is a character, a sample of it one typeface's drawing. The networks train on 600 characters and are judged on
+400 others, as CUB and Stanford Online Products do: Recall@1, Recall@10 and MAP@R, against raw pixels. Two drawings of
+each training character are held out, to be named by their nearest neighbours and, for Magnet, by the clusters around
+them. Beside it stands what Proxy-NCA costs at 100,000 classes, against the same loss in plain PyTorch. Everything is
+written into one folder: metrics.json, a checkpoint for each loss, and the plots.
 
 The same command on the same machine with the same number of threads gives the same bits.
 """
@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,23 +30,23 @@ from torch import Tensor
 
 from .. import use_backend
 from ..ops import backend as backend_choice
-from . import report
+from . import judging, report
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_json
-from .data import ImageSet, load_sample, split_classes
+from .data import ImageSet, hold_out, load_sample, split_classes
 from .model import embed
+from .objectives import Magnet, Recipe
+from .options import parse, recipes_of
 from .step_cost import ComparisonError, StepCost, measure, steps_of
-from .trainer import Recipe, Trainer
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 __all__ = ["main"]
 
-EXTRAS = ("rich", "matplotlib", "sklearn")
-COST_ROUNDS = 5
+EXTRAS = ("rich", "matplotlib", "sklearn", "faiss")
+COST_ROUNDS = 3
 INTERRUPTED = 130  # the shell's status for Ctrl-C
-QUICK = {"epochs": 2, "train_classes": 80, "unseen_classes": 60, "cost_classes": 10_000}
-FULL = {"epochs": 6, "train_classes": 600, "unseen_classes": 0, "cost_classes": 100_000}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,55 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, with --quick's or the full run's sizes filled in where none were given."""
-    usual = Recipe()
-    parser = argparse.ArgumentParser(
-        prog="python -m dml_kernels train",
-        description="Train an embedding of Han characters with fused Proxy-NCA, evaluate it on characters "
-        "never seen in training, and compare the loss's time and memory with plain PyTorch.",
-    )
-    # fmt: off
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a small setting, to see that all works; its recall says little")
-    add("--epochs", type=_positive, help="passes over the training drawings (default 6, quick 2)")
-    add("--batch-size", type=_positive, default=usual.batch_size, metavar="N", help="default %(default)s")
-    add("--embedding-size", type=_positive, default=usual.embedding_size, metavar="D",
-        help="default %(default)s")
-    add("--softmax-scale", type=float, default=usual.softmax_scale, metavar="S",
-        help="multiplies the squared distances in the loss (default %(default)s)")
-    add("--exclude-positive", action="store_true",
-        help="leave the positive out of the sum, as in the 2017 paper")
-    add("--lr", type=float, default=usual.lr,
-        help="Adam's first rate, falling along half a cosine; ten times it for proxies (default %(default)s)")
-    add("--seed", type=int, default=usual.seed, help="of weights, proxies and batches (default %(default)s)")
-    add("--train-classes", type=_positive, metavar="C",
-        help="characters to train on (default 600, quick 80); the rest of the 1,000 is unseen")
-    add("--unseen-classes", type=_positive, metavar="C",
-        help="how many of the rest to judge on (default all, quick 60)")
-    add("--cost-classes", type=int, metavar="M",
-        help="classes in the comparison of cost with plain PyTorch, 0 for none (default 100000, quick 10000)")
-    add("--out", type=Path, default=Path("runs/demo"), metavar="DIR",
-        help="where files go (default %(default)s)")
-    add("--resume", action="store_true", help="go on from DIR/checkpoint.pt, to the same bits")
-    add("--backend", choices=backend_choice.names(), help="backend of the loss (default: chosen, see `info`)")
-    add("--threads", type=_positive, help="threads of PyTorch (default: its own choice)")
-    # fmt: on
-    options = parser.parse_args(arguments)
-    for name, value in (QUICK if options.quick else FULL).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    options.proxy_lr_factor = usual.proxy_lr_factor
-    return options
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 class Run:
     """One run of the demo: what it does, prints and writes, in order."""
 
@@ -129,53 +80,63 @@ class Run:
 
         self.options, self.arguments = options, arguments
         self.console = Console(highlight=False) if sys.stdout.isatty() else Console(width=110, highlight=False)
-        self.checkpoint: Path = options.out / "checkpoint.pt"
-        self.recipe = Recipe(**{name: getattr(options, name) for name in asdict(Recipe())})
+        self.recipes = recipes_of(options)
         self.seconds: dict[str, float] = {}
-        self.saved_epoch: int | None = None
+        self.saved_epochs: dict[str, int] = {}  # title of a loss: epochs of its training that are on disk
 
     def everything(self) -> None:
         """Train, judge, compare costs, plot, report."""
         start = time.perf_counter()
         sample = load_sample()
-        train, unseen = split_classes(sample, self.recipe.train_classes, seed=0)
+        train, unseen = split_classes(sample, self.options.train_classes, seed=0)
+        train, held = hold_out(train, self.options.held_out, self.options.seed)
         unseen = _first_classes(unseen, self.options.unseen_classes)
-        self._introduce(sample.faces, train, unseen)
-        trainer = Trainer(self.recipe, torch.from_numpy(train.images), torch.from_numpy(train.labels))
+        self._introduce(sample.faces, train, held, unseen)
+        images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
+        trainers = [Trainer(recipe, images, labels) for recipe in self.recipes]
         if self.options.resume:
-            self._resume(trainer)
+            self._resume(trainers)
+        for trainer in trainers:  # now, so that none is left from an earlier run
+            if trainer.recipe.title not in self.saved_epochs:
+                self._save(trainer)
         self.seconds["data"] = time.perf_counter() - start
-        with self._timed("training"):
-            self._train(trainer)
+        for trainer in trainers:
+            with self._timed(f"training {trainer.recipe.title}"):
+                self._train(trainer)
         with self._timed("evaluation"):
-            raw, trained, embeddings = self._judge(trainer, unseen)
+            judged, seen, embeddings = self._judge(trainers, held, unseen)
         cost = None
-        if self.options.cost_classes:
+        if self.options.cost_classes and self.options.loss != "magnet":
             with self._timed("step cost"):
                 cost = self._measure_cost()
         with self._timed("plots"):
-            plots = self._plot(trainer, unseen, sample.faces, trained, embeddings, cost)
+            plots = self._plot(trainers, train, unseen, sample.faces, judged, embeddings, cost)
         self.seconds["total"] = time.perf_counter() - start
+        findings = report.Findings(sample.faces, trainers, judged, seen, cost, self.seconds)
         path = self.options.out / "metrics.json"
-        write_json(path, report.metrics(trainer, sample.faces, (raw, trained), cost, self.seconds))
-        report.print_tables(self.console, sample.faces, raw, trained, cost, self.seconds)
-        self.console.print(
-            "Written: " + ", ".join(map(str, (*plots, path, self.checkpoint))), markup=False, soft_wrap=True
-        )
+        write_json(path, report.metrics(findings))
+        report.print_tables(self.console, findings)
+        written = (*plots, path, *map(self._checkpoint, self.recipes))
+        self.console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)
 
     def say_how_to_resume(self) -> None:
         """After Ctrl-C: what is on disk, and the command that goes on from it."""
-        if self.saved_epoch is None:
+        if not self.saved_epochs:
             self.console.print("\nInterrupted before the first checkpoint: there is nothing to resume.")
             return
         again = shlex.join([*self.arguments, *([] if self.options.resume else ["--resume"])])
         python = min(os.path.relpath(sys.executable), sys.executable, key=len)
-        self.console.print(
-            f"\nInterrupted. {self.checkpoint} holds the state after epoch {self.saved_epoch} "
-            f"of {self.recipe.epochs}.\nTo go on from there: {python} -m dml_kernels train {again}",
-            markup=False,
-            soft_wrap=True,
-        )
+        lines = [
+            f"{self._checkpoint(recipe)} holds {recipe.title} after epoch {self.saved_epochs[recipe.title]} "
+            f"of {recipe.epochs}."
+            for recipe in self.recipes
+            if recipe.title in self.saved_epochs
+        ]
+        lines.append(f"To go on from there: {python} -m dml_kernels train {again}")
+        self.console.print("\nInterrupted. " + "\n".join(lines), markup=False, soft_wrap=True)
+
+    def _checkpoint(self, recipe: Recipe) -> Path:
+        return Path(self.options.out / f"{recipe.key}.pt")
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -183,25 +144,21 @@ class Run:
         yield
         self.seconds[part] = time.perf_counter() - start
 
-    def _introduce(self, faces: Sequence[str], train: ImageSet, unseen: ImageSet) -> None:
-        name = backend_choice.requested()
-        if name is None:
-            verdicts = backend_choice.explain("masked_logsumexp", "cpu", torch.float32)
-            name = next((verdict.backend for verdict in verdicts if verdict.ok), "none")
+    def _introduce(self, faces: Sequence[str], train: ImageSet, held: ImageSet, unseen: ImageSet) -> None:
         self.console.print(
-            f"Training on {len(train.images):,} drawings, {self.recipe.train_classes} Han characters by "
-            f"{len(faces)} faces; judged on {len(unseen.images):,} drawings of "
-            f"{int(unseen.labels.max()) + 1} other characters.\n"
-            f"Loss: Proxy-NCA on backend '{name}', softmax scale {self.recipe.softmax_scale:g}, positive "
-            f"{'out of' if self.recipe.exclude_positive else 'in'} the sum. "
-            f"Threads {torch.get_num_threads()}, seed {self.recipe.seed}."
+            f"Training on {len(train.images):,} drawings, {self.options.train_classes} Han characters by "
+            f"{len(faces)} faces, {len(held.images):,} more held out; judged on those and on {len(unseen.images):,} "
+            f"drawings of {int(unseen.labels.max()) + 1} other characters."
         )
+        for recipe in self.recipes:
+            self.console.print(f"{recipe.title} on backend '{_backend_of(recipe)}': {recipe.describe()}.")
+        self.console.print(f"Threads {torch.get_num_threads()}, seed {self.options.seed}.")
 
     def _progress(self) -> Progress:
         from rich import progress as columns
 
         return columns.Progress(
-            columns.TextColumn("{task.description:<22}"),
+            columns.TextColumn("{task.description:<24}"),
             columns.BarColumn(bar_width=30),
             columns.MofNCompleteColumn(),
             columns.TimeElapsedColumn(),
@@ -210,92 +167,117 @@ class Run:
             console=self.console,
         )
 
-    def _resume(self, trainer: Trainer) -> None:
-        state = load_checkpoint(self.checkpoint)
-        trainer.load_state(state)
-        self.saved_epoch = trainer.epoch
-        self.console.print(f"Resumed after epoch {trainer.epoch} of {self.recipe.epochs}.")
-        if state["threads"] != torch.get_num_threads():
-            self.console.print(
-                f"The first part ran on {state['threads']} threads, this one on {torch.get_num_threads()}: "
-                "the result will be as good, but not the same to the last bit."
-            )
-
-    def _train(self, trainer: Trainer) -> None:
-        if self.saved_epoch is None:
-            self._save(trainer)
-        epochs, steps = self.recipe.epochs, trainer.steps_per_epoch
-        with self._progress() as bar:
-            task = bar.add_task("training", total=epochs * steps, completed=trainer.epoch * steps, note="")
-            while trainer.epoch < epochs:
-                bar.update(task, description=f"training, epoch {trainer.epoch + 1}/{epochs}")
-                before = trainer.seconds
-                mean = trainer.run_epoch(lambda loss: bar.update(task, advance=1, note=f"loss {loss:.3f}"))
-                self._save(trainer)
-                seconds = trainer.seconds - before
-                bar.console.print(
-                    f"epoch {trainer.epoch}/{epochs}: mean loss {mean:.3f}, {seconds:.1f} s, "
-                    f"{seconds / steps * 1e3:.0f} ms a step"
+    def _resume(self, trainers: Sequence[Trainer]) -> None:
+        """Take up every checkpoint there is; a loss that was not begun yet begins, but one there must be."""
+        there = [trainer for trainer in trainers if self._checkpoint(trainer.recipe).exists()]
+        for trainer in there or trainers:
+            state = load_checkpoint(self._checkpoint(trainer.recipe))
+            trainer.load_state(state)
+            title = trainer.recipe.title
+            self.saved_epochs[title] = trainer.epoch
+            self.console.print(f"Resumed {title} after epoch {trainer.epoch} of {trainer.recipe.epochs}.")
+            if state["threads"] != torch.get_num_threads():
+                self.console.print(
+                    f"The first part ran on {state['threads']} threads, this one on {torch.get_num_threads()}: "
+                    "the result will be as good, but not the same to the last bit."
                 )
 
-    def _save(self, trainer: Trainer) -> None:
-        save_checkpoint(self.checkpoint, trainer.state())
-        self.saved_epoch = trainer.epoch
-
-    def _judge(self, trainer: Trainer, unseen: ImageSet) -> tuple[report.Judged, report.Judged, Tensor]:
-        images, labels, faces = map(torch.from_numpy, unseen)
-        embeddings: list[Tensor] = []
-
-        def make() -> Tensor:
-            embeddings.append(embed(trainer.model, images))
-            return embeddings[0]
-
+    def _train(self, trainer: Trainer) -> None:
+        title, epochs, steps = trainer.recipe.title, trainer.recipe.epochs, trainer.steps_per_epoch
         with self._progress() as bar:
-            raw_task, task = (
-                bar.add_task(f"judging {what}", total=len(images), note="queries")
-                for what in ("raw pixels", "the embedding")
+            done = trainer.epoch * steps
+            task = bar.add_task(title, total=epochs * steps, completed=done, note="")
+            refresh = bar.add_task("  refreshing clusters", total=len(trainer.images), visible=False, note="drawings")
+            while trainer.epoch < epochs:
+                bar.update(task, description=f"{title}, epoch {trainer.epoch + 1}/{epochs}")
+                bar.reset(refresh)
+                before = trainer.seconds
+                mean = trainer.run_epoch(
+                    lambda loss: bar.update(task, advance=1, note=f"loss {loss:.3f}"),
+                    lambda drawings: bar.update(refresh, advance=drawings, visible=True),
+                )
+                self._save(trainer)
+                bar.console.print(_epoch_line(trainer, mean, trainer.seconds - before))
+
+    def _save(self, trainer: Trainer) -> None:
+        save_checkpoint(self._checkpoint(trainer.recipe), trainer.state())
+        self.saved_epochs[trainer.recipe.title] = trainer.epoch
+
+    def _judge(
+        self, trainers: Sequence[Trainer], held: ImageSet, unseen: ImageSet
+    ) -> tuple[list[judging.Judged], list[judging.JudgedSeen], list[Tensor]]:
+        images, labels, faces = map(torch.from_numpy, unseen)
+        names = [f"{trainer.recipe.title}, {trainer.recipe.embedding_size}-d" for trainer in trainers]
+        embeddings: list[Tensor] = []
+        with self._progress() as bar:
+            pixels, *tasks = (
+                bar.add_task(f"judging {what}", total=total, note="queries")
+                for what, total in (
+                    ("raw pixels", len(images)),
+                    *((trainer.recipe.title, len(images) + len(held.images)) for trainer in trainers),
+                )
             )
-            raw = report.judge(
-                "raw pixels, 1024-d", lambda: images.flatten(1).float(), labels, faces,
-                lambda done: bar.advance(raw_task, done),
-            )  # fmt: skip
-            trained = report.judge(
-                f"trained, {self.recipe.embedding_size}-d",
-                make,
-                labels,
-                faces,
-                lambda done: bar.advance(task, done),
-            )
-        return raw, trained, embeddings[0]
+            judged = [
+                judging.judge(
+                    "raw pixels, 1024-d",
+                    lambda: images.flatten(1).float(),
+                    labels,
+                    faces,
+                    lambda done: bar.advance(pixels, done),
+                )
+            ]
+            seen = []
+            for name, trainer, task in zip(names, trainers, tasks, strict=True):
+
+                def make(trainer: Trainer = trainer) -> Tensor:
+                    embeddings.append(embed(trainer.model, images))
+                    return embeddings[-1]
+
+                def advance(done: int, task: Any = task) -> None:
+                    bar.advance(task, done)
+
+                judged.append(judging.judge(name, make, labels, faces, advance))
+                seen.append(judging.judge_seen(name, trainer, held, advance))
+        return judged, seen, embeddings
 
     def _measure_cost(self) -> StepCost:
         with self._progress() as bar:
             task = bar.add_task("step cost", total=steps_of(COST_ROUNDS), note=f"{self.options.cost_classes:,} classes")
             return measure(
                 classes=self.options.cost_classes,
-                softmax_scale=self.recipe.softmax_scale,
-                exclude_positive=self.recipe.exclude_positive,
+                softmax_scale=self.options.softmax_scale,
+                exclude_positive=self.options.exclude_positive,
                 rounds=COST_ROUNDS,
                 progress=lambda: bar.advance(task),
             )
 
     def _plot(
         self,
-        trainer: Trainer,
+        trainers: Sequence[Trainer],
+        train: ImageSet,
         unseen: ImageSet,
         faces: Sequence[str],
-        trained: report.Judged,
-        embeddings: Tensor,
+        judged: Sequence[judging.Judged],
+        embeddings: Sequence[Tensor],
         cost: StepCost | None,
     ) -> list[Path]:
-        from . import plots
+        """Neighbours and map are those of the loss trained first."""
+        from . import cluster_plot, plots
 
-        neighbours, out = trained.neighbours.numpy(), self.options.out
+        neighbours, points = judged[1].neighbours.numpy(), embeddings[0].numpy()
+        title, seed, out = trainers[0].recipe.title, self.options.seed, self.options.out
+        curves = [(trainer.recipe.title, trainer.step_losses, trainer.steps_per_epoch) for trainer in trainers]
         jobs: dict[str, Any] = {
-            "loss.png": lambda path: plots.loss_curve(path, trainer.step_losses, trainer.steps_per_epoch),
-            "neighbours.png": lambda path: plots.contact_sheet(path, unseen, faces, neighbours, seed=self.recipe.seed),
-            "map.png": lambda path: plots.class_map(path, unseen, embeddings.numpy(), seed=self.recipe.seed),
+            "loss.png": lambda path: plots.loss_curves(path, curves),
+            "neighbours.png": lambda path: plots.contact_sheet(path, unseen, faces, neighbours, title, seed=seed),
+            "map.png": lambda path: plots.class_map(path, unseen, points, title, seed=seed),
         }
+        for objective in (trainer.objective for trainer in trainers):
+            if isinstance(objective, Magnet):
+                clusters = objective.index.clusters.numpy()
+                jobs["clusters.png"] = partial(
+                    cluster_plot.cluster_sheet, images=train, faces=faces, clusters=clusters, seed=seed
+                )
         if cost:
             jobs["step_cost.png"] = lambda path: plots.cost_bars(path, cost)
         with self._progress() as bar:
@@ -305,6 +287,23 @@ class Run:
                 draw(out / name)
                 bar.advance(task)
         return [out / name for name in jobs]
+
+
+def _backend_of(recipe: Recipe) -> str:
+    """The backend that will run the recipe's loss on the CPU in fp32."""
+    if name := backend_choice.requested():
+        return name
+    verdicts = backend_choice.explain(recipe.op, "cpu", torch.float32)
+    return next((verdict.backend for verdict in verdicts if verdict.ok), "none")
+
+
+def _epoch_line(trainer: Trainer, mean: float, seconds: float) -> str:
+    line = f"epoch {trainer.epoch}/{trainer.recipe.epochs}: mean loss {mean:.3f}, {seconds:.1f} s"
+    if refreshed := trainer.refreshed:
+        seconds -= refreshed.seconds
+        kmeans, moved = refreshed.kmeans_seconds, refreshed.moved
+        line += f", refresh {refreshed.seconds:.1f} (k-means {kmeans:.2f}; {moved:.0%} moved)"
+    return f"{line}, {seconds / trainer.steps_per_epoch * 1e3:.0f} ms a step"
 
 
 def _first_classes(images: ImageSet, count: int) -> ImageSet:
