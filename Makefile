@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all bench bench-refresh lint format sanitize clean distclean FORCE
+.PHONY: help build demo test test-all bench bench-refresh gpu lint format sanitize clean distclean FORCE
 
 VENV ?= .venv
 TORCH_REQUIREMENT ?= -r requirements/torch.txt
@@ -39,6 +39,11 @@ bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory beside other 
 
 bench-refresh: $(VENV)/.stamp-build $(VENV)/.stamp-test ## seconds of a refresh of the cluster index, beside faiss alone
 	$(PY) -m bench.refresh $(BENCH_ARGS)
+
+# No set-up: any interpreter with torch for this GPU serves, and the script builds the extension for it.
+GPU_PYTHON ?= python3
+gpu: ## every proof and figure that needs a GPU, with GPU_PYTHON (python3); goes on where an earlier run stopped
+	$(GPU_PYTHON) -m bench.gpu $(GPU_ARGS)
 
 lint: $(VENV)/.stamp-build $(VENV)/.stamp-dev $(VENV)/.stamp-test ## ruff, clang-format and mypy, changing nothing
 	$(PY) -m ruff check .

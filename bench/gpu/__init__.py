@@ -1,0 +1,11 @@
+"""Proof and speed on a real GPU, in one command: `python -m bench.gpu` (also: make gpu). Needs torch alone.
+
+| file | what |
+|---|---|
+| `__main__.py` | the stages, their order, the time each may take, the results file |
+| `store.py` | results, saved after every case, so that a run cut short goes on where it was |
+| `checks.py` | build, correctness against fp64, same bits, streams and graphs, compute-sanitizer |
+| `speed.py` | ceilings of this GPU, times and peak memory of large problems beside the peers |
+| `small.py` | latency of small problems, launches counted |
+| `peers.py` | who else can compute the same loss |
+"""
