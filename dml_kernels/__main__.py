@@ -12,7 +12,7 @@ COMMANDS = {
     "info": ("dml_kernels.cli.info", "what was built, what is missing, which backend runs what, and why"),
     "train": (
         "dml_kernels.demo.train",
-        "the main job: train an embedding with Proxy-NCA, evaluate it on unseen classes",
+        "the main job: train embeddings with Proxy-NCA and with Magnet, evaluate them on unseen classes",
     ),
     "bench": ("dml_kernels.cli.bench", "run the repository's benchmarks"),
 }
