@@ -44,7 +44,9 @@ class Magnet {
     rows_.load(args.x, 0, n_, args.normalize, args.eps);
     if (args.normalize) {
       unit_.resize(n_ * d_);
-      for (std::int64_t i = 0; i < n_; ++i) k_.products(rows_.products.row(i), rows_.r[i], nullptr, row_out(i), d_);
+      std::vector<A> buffer(d_);
+      for (std::int64_t i = 0; i < n_; ++i)
+        k_.products(rows_.full(i, buffer.data()), rows_.r[i], nullptr, unit_.data() + i * d_, d_);
     }
     for (const std::int64_t i : groups_.rows) y_[i] = args.classes[args.clusters[i]];
     bank_ = args.centers;
@@ -115,8 +117,10 @@ class Magnet {
 
   A hinge(std::int64_t i, A different) const { return A(args_.alpha) + scale_ * own_[i] + different; }
 
-  A* row_out(std::int64_t i) { return unit_.data() + i * d_; }
-  const A* row(std::int64_t i) const { return args_.normalize ? unit_.data() + i * d_ : rows_.products.row(i); }
+  // r_i in the accumulation type; `buffer` holds D values.
+  const A* row(std::int64_t i, A* buffer) const {
+    return args_.normalize ? unit_.data() + i * d_ : rows_.full(i, buffer);
+  }
   std::int64_t center_index(std::int64_t group) const { return given() ? groups_.id[group] : group; }
 
   // Centre `index` in the accumulation type; `buffer` holds D values.
@@ -150,17 +154,19 @@ class Magnet {
     std::vector<double> part(groups_.count());
     each_group([&](std::int64_t group) {
       const std::int64_t begin = groups_.start[group], end = groups_.start[group + 1];
+      std::vector<A> buffer(d_), row_buffer(d_);
       if (!given()) {
         std::vector<double> total(d_);
-        for (std::int64_t p = begin; p < end; ++p)
-          for (std::int64_t j = 0; j < d_; ++j) total[j] += row(groups_.rows[p])[j];
+        for (std::int64_t p = begin; p < end; ++p) {
+          const A* r = row(groups_.rows[p], row_buffer.data());
+          for (std::int64_t j = 0; j < d_; ++j) total[j] += r[j];
+        }
         for (std::int64_t j = 0; j < d_; ++j) means_[group * d_ + j] = A(total[j] / double(end - begin));
       }
-      std::vector<A> buffer(d_);
       const A* mu = center(center_index(group), buffer.data());
       for (std::int64_t p = begin; p < end; ++p) {
         const std::int64_t i = groups_.rows[p];
-        own_[i] = k_.squared_distance(row(i), mu, d_);
+        own_[i] = k_.squared_distance(row(i, row_buffer.data()), mu, d_);
         part[group] += own_[i];
       }
     });
@@ -178,13 +184,13 @@ class Magnet {
               const MagnetTargets& targets) {
     each_group([&](std::int64_t group) {
       const std::int64_t begin = groups_.start[group], end = groups_.start[group + 1], at = center_index(group);
-      std::vector<A> buffer(d_), difference(d_);
+      std::vector<A> buffer(d_), row_buffer(d_), difference(d_);
       const A* mu = center(at, buffer.data());
       A* grad_mu = grad_bank.empty() ? nullptr : grad_bank.data() + at * d_;
       for (std::int64_t p = begin; p < end; ++p) {
         const std::int64_t i = groups_.rows[p];
         const A e = A(2 * (double(g[i]) * scale_ + per_distance));
-        std::copy_n(row(i), d_, difference.data());
+        std::copy_n(row(i, row_buffer.data()), d_, difference.data());
         k_.axpy(difference.data(), A(-1), mu, d_);
         if (!grad_rows.empty()) k_.axpy(grad_rows.data() + i * d_, e, difference.data(), d_);
         if (grad_mu) k_.axpy(grad_mu, -e, difference.data(), d_);
@@ -217,7 +223,7 @@ class Magnet {
   const MagnetArgs& args_;
   Groups groups_;
   std::int64_t n_, d_;
-  Side<A> rows_;
+  Side<P> rows_;
   std::vector<A> unit_, means_, own_;  // unit rows where normalised; own_: |r - mu_own|^2
   std::vector<std::int64_t> y_, c_;
   Source bank_{};

@@ -3,10 +3,10 @@
 namespace dml::cpu {
 
 Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size) {
-  constexpr std::int64_t widest = 512, most_slices = 16, tile_bytes = 512 << 10, part_bytes = 48 << 20;
+  constexpr std::int64_t widest = 512, most_slices = 16, tile_bytes = 512 << 10, part_bytes = 32 << 20;
   const auto up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   Plan plan;
-  // Each slice keeps an N x D part of grad_x in the accumulation type: together at most 48 MB, though never under 4.
+  // Each slice keeps an N x D part of grad_x in the accumulation type: together at most 32 MB, though never under 4.
   const std::int64_t part = std::max<std::int64_t>(n * d * std::max<std::int64_t>(element_size, 4), 1);
   const std::int64_t slices = std::clamp<std::int64_t>(part_bytes / part, 4, most_slices);
   plan.tile = std::clamp(up(up(m, slices), 16) * 16, std::int64_t{64}, widest);
