@@ -9,13 +9,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all bench bench-refresh gpu lint format sanitize clean distclean FORCE
+.PHONY: help build demo test test-all test-triton kernel-report cuda-stack bench bench-refresh gpu lint format sanitize clean distclean FORCE
 
 VENV ?= .venv
 TORCH_REQUIREMENT ?= -r requirements/torch.txt
 export PY := $(abspath $(VENV))/bin/python
 # The tests of the compiled code fail instead of being skipped: the extension was built for them.
 export DML_REQUIRE_CPU ?= 1
+# A process a core, one thread in each; the tests of threads set their own number.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 PIP := $(PY) -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SETTINGS := $(CURDIR) | $(TORCH_REQUIREMENT) | CUDA $(DML_BUILD_CUDA) | $(CXX)
@@ -29,10 +31,16 @@ demo: $(VENV)/.stamp-build $(VENV)/.stamp-demo ## the main job: train on Han cha
 	$(PY) -m dml_kernels train $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, without the slow ones
-	$(PY) -m pytest -q -m "not slow" $(TEST_ARGS)
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
 test-all: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, with the slow ones
-	$(PY) -m pytest -q $(TEST_ARGS)
+	$(PYTEST) $(TEST_ARGS)
+
+test-triton: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## the Triton kernels, interpreted and compiled ahead of time
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/triton_backend $(TEST_ARGS)
+
+kernel-report: $(VENV)/.stamp-build $(VENV)/.stamp-triton ## registers, shared memory, instructions, predicted times of the Triton kernels
+	$(PY) -m dml_kernels.triton_backend.report $(REPORT_ARGS)
 
 bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory beside other losses, a table and a plot
 	$(PY) -m bench $(BENCH_ARGS)
@@ -59,6 +67,9 @@ format: $(VENV)/.stamp-dev ## lay out Python and C++ as lint wants them
 sanitize: $(VENV)/.stamp-test ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	.ci/sanitize $(TEST_ARGS)
 
+cuda-stack: ## build and try the package against PyTorch's CUDA build, no GPU needed (several GB)
+	.ci/cuda-stack $(TEST_ARGS)
+
 clean: ## remove builds and caches, keep the environment
 	rm -rf build dist *.egg-info dml_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.stamp-build
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -80,7 +91,7 @@ $(VENV)/.stamp-torch: requirements/torch.txt requirements/build.txt $(VENV)/.sta
 	@touch $@
 
 $(VENV)/.stamp-test: requirements/demo.txt
-$(VENV)/.stamp-test $(VENV)/.stamp-demo $(VENV)/.stamp-dev: $(VENV)/.stamp-%: requirements/%.txt $(VENV)/.stamp-torch
+$(VENV)/.stamp-test $(VENV)/.stamp-demo $(VENV)/.stamp-dev $(VENV)/.stamp-triton: $(VENV)/.stamp-%: requirements/%.txt $(VENV)/.stamp-torch
 	@echo "installing requirements/$*.txt"
 	@$(PIP) install -q -r requirements/$*.txt
 	@touch $@
