@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import dml_kernels
-from dml_kernels import build_info, profiling
+from dml_kernels import build_info, profiling, triton_backend
 from dml_kernels.cli import tables
 from dml_kernels.ops import backend
 
@@ -37,6 +37,7 @@ def _versions() -> list[tuple[str, str]]:
         ("processor", f"{profiling.cpu_model()} ({platform.machine()}), torch uses {capability}"),
         ("threads", f"{torch.get_num_threads()} used by torch, {profiling.usable_cores()} cores usable"),
         ("GPU", ", ".join(gpus) or "none visible"),
+        ("Triton kernels", triton_backend.status()),
     ]
 
 

@@ -87,6 +87,13 @@ def describe() -> str:
     return f"streaming kernels, Triton {triton.__version__}" + (", interpreted on the CPU" if INTERPRETED else "")
 
 
+def status() -> str:
+    """One line for ``python -m dml_kernels info``: what runs, or why nothing does."""
+    if INTERPRETED:
+        return MISSING or describe()
+    return can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "linear") or describe()
+
+
 def _host(module: str) -> Any:
     return importlib.import_module("." + module, __name__)
 

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    FP64,
     INF,
     LOG2E,
     NEAR,
@@ -83,7 +82,7 @@ def gradient_kernel(
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, lift_ptr,
     e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, t_rows_ptr, q_cols_ptr, b_cols_ptr,
     N, M, first, n_tiles, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, stride_e, ignore_index,
-    k_same: FP64, o_same: FP64, k_different: FP64, o_different: FP64,
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,

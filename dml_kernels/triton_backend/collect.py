@@ -15,9 +15,13 @@ from torch import Tensor
 from ..ops.contract import accumulate_dtype
 from . import configs, near
 from .launch import ACCUMULATE, cdiv, launch
-from .operand import Operand, project
+from .operand import Operand, part, project
 
+# The buffers of a chunk fit a GPU's cache. Wide embeddings do enough arithmetic on each dS to live with memory, and
+# many rows then take larger chunks, so that launching does not take longer than computing.
 BUFFER_BYTES = 48 << 20
+LARGE_BUFFER_BYTES = 192 << 20
+WIDE = 256
 ROWS_AT_ONCE = 1 << 15
 LARGEST_FP16 = 2.0**15
 
@@ -82,15 +86,19 @@ class Gradients:
         like = {"memory_format": torch.contiguous_format}
         self.grad_w = torch.empty_like(w.t, **like) if self.need_w else None
         distance = metric != "dot"
+        self.buffers: dict[tuple[int, int], tuple[Tensor | None, ...]] = {}
         self.own_x = x.t.new_zeros(x.t.size(0), dtype=self.acc) if distance else None
 
     def chunk_width(self, n: int) -> int:
-        """Bank entries at a time, so that the buffers of one chunk stay within BUFFER_BYTES."""
+        """Bank entries at a time: buffers within BUFFER_BYTES, or for wide embeddings 12 N x D in fp32."""
         d, item, acc = self.w.t.size(1), self.dtype.itemsize, self.acc.itemsize
         column = n * item + d * acc * self.need_w + d * item * (self.w.t.dtype != self.dtype)
         if self.metric != "dot":
             column += n * acc
-        step = BUFFER_BYTES // column // self.tile.block_m * self.tile.block_m
+        budget = BUFFER_BYTES
+        if d >= WIDE:
+            budget = max(budget, min(12 * n * d * 4, LARGE_BUFFER_BYTES))
+        step = budget // column // self.tile.block_m * self.tile.block_m
         return max(step, self.tile.block_m)
 
     def blocks(self, cols: slice, row_step: int) -> Iterator[Block]:
@@ -99,16 +107,21 @@ class Gradients:
             rows = slice(start, min(start + row_step, self.x.t.size(0)))
             n = rows.stop - rows.start
             grid = cdiv(n, self.tile.block_n), cdiv(m, self.tile.block_m)
-            new, acc = self.x.t.new_empty, {"dtype": self.acc}
-            distance = self.metric != "dot"
-            yield Block(
-                rows, cols, self.x.part(rows), w, grid,
-                e=new((n, m), dtype=self.dtype) if self.need_x or self.need_w else None,
-                near=new((n, m), **acc) if distance else None,
-                flags=new(grid[::-1], dtype=torch.int32) if distance else None,
-                own_rows=new((grid[1], n), **acc) if distance else None,
-                own_cols=new((grid[0], m), **acc) if distance else None,
-            )  # fmt: skip
+            yield Block(rows, cols, self.x.part(rows), w, grid, *self._buffers(n, m, grid))
+
+    def _buffers(self, n: int, m: int, grid: tuple[int, int]) -> tuple[Tensor | None, ...]:
+        """e, near, flags, own_rows and own_cols of a block of this size: the same ones for every such block."""
+        if (n, m) not in self.buffers:
+            self.buffers.clear()  # the last block may be smaller: never two sets at once
+            new, acc, distance = self.x.t.new_empty, {"dtype": self.acc}, self.metric != "dot"
+            self.buffers[n, m] = (
+                new((n, m), dtype=self.dtype) if self.need_x or self.need_w else None,
+                new((n, m), **acc) if distance else None,
+                new(grid[::-1], dtype=torch.int32) if distance else None,
+                new((grid[1], n), **acc) if distance else None,
+                new((grid[0], m), **acc) if distance else None,
+            )
+        return self.buffers[n, m]
 
     def run(self, fill: Callable[[Block], None]) -> tuple[Tensor | None, Tensor | None]:
         """(grad_x, grad_w) in their tensors' dtypes; None where not needed."""
@@ -117,31 +130,31 @@ class Gradients:
         step = self.chunk_width(row_step)
         for start in range(0, m, step):
             cols = slice(start, min(start + step, m))
-            part, own = None, None
+            chunk, own = None, None
             for block in self.blocks(cols, row_step):
                 fill(block)
-                part, own = self._add(block, part, own)
+                chunk, own = self._add(block, chunk, own)
             if self.grad_w is not None:
-                self._finish(part, self.w.part(cols), own, self.grad_w[cols])
+                self._finish(chunk, self.w.part(cols), own, part(self.grad_w, cols))
         return self._finish_x(), self.grad_w
 
-    def _add(self, block: Block, part: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _add(self, block: Block, chunk: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Adds a block to grad_x; returns the chunk's grad_w so far, and the sum of its dS down the columns."""
         if self.grad_x is not None:
-            rows = self.grad_x[block.rows]
+            rows = part(self.grad_x, block.rows)
             rows += product(block.e, block.w.factor(self.dtype), self.acc)
             if block.near is not None:
                 self._near(block, rows, of_bank=False)
         if self.need_w:
-            more = product(block.e.T, self.x_factor[block.rows], self.acc)
-            part = more if part is None else part.add_(more)
+            more = product(block.e.T, part(self.x_factor, block.rows), self.acc)
+            chunk = more if chunk is None else chunk.add_(more)
             if block.near is not None:
-                self._near(block, part, of_bank=True)
+                self._near(block, chunk, of_bank=True)
         if block.own_rows is not None:
             self.own_x[block.rows] += block.own_rows.sum(0)
             sums = block.own_cols.sum(0)
             own = sums if own is None else own.add_(sums)
-        return part, own
+        return chunk, own
 
     def _near(self, block: Block, out: Tensor, *, of_bank: bool) -> None:
         n_tile, m_tile, (a, b) = self.tile.block_n, self.tile.block_m, (block.x, block.w)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    FP64,
     INF,
     LN2,
     LOG2E,
@@ -38,7 +37,7 @@ def finite(m):
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
     N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
-    k_same: FP64, o_same: FP64, k_different: FP64, o_different: FP64, peak: FP64,
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,

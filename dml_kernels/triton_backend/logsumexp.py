@@ -13,7 +13,7 @@ from ..torch_backend import scale_grad
 from . import backward, configs, forward
 from .collect import Block, Gradients, lift, slope_bound
 from .launch import ACCUMULATE, cdiv, launch, on_device
-from .operand import Operand, tile_arguments
+from .operand import Operand, part, tile_arguments
 
 # A fixed offset replaces the running maximum while the logit's whole span stays under this, in natural units.
 SPAN_LIMIT = 80.0
@@ -127,17 +127,14 @@ class Backward:
         new = self.bank.x.new_empty
         t_rows = new((block.grid[1], n), dtype=self.acc) if self.needs[2] else None
         q_cols, b_cols = (new((block.grid[0], m), dtype=self.acc) if need else None for need in self.needs[3:])
-        logit = dict(self.logit)
-        for name in ("y_ptr", "exclude_ptr"):
-            logit[name] = None if logit[name] is None else logit[name][block.rows]
-        for name in ("c_ptr", "q_ptr", "bias_ptr"):
-            logit[name] = None if logit[name] is None else logit[name][block.cols]
-        if logit["scale_ptr"] is not None and logit["scale_ptr"].dim() == 1:
-            logit["scale_ptr"] = logit["scale_ptr"][block.rows]
+        logit, rows, cols = self.logit, block.rows, block.cols
         arguments = {
             **tile_arguments(block.x, block.w, self.spec.metric, self.spec.dtype, self.tile), **logit,
-            **block.arguments(),
-            **{name: None if t is None else t[block.rows] for name, t in self.rows.items()}, "lift_ptr": self.lift,
+            **block.arguments(), **{name: part(t, rows) for name, t in self.rows.items()},
+            **{name: part(logit[name], rows) for name in ("y_ptr", "exclude_ptr")},
+            **{name: part(logit[name], cols) for name in ("c_ptr", "q_ptr", "bias_ptr")},
+            "scale_ptr": part(logit["scale_ptr"], rows) if logit["stride_scale"] else logit["scale_ptr"],
+            "lift_ptr": self.lift,
             "t_rows_ptr": t_rows, "q_cols_ptr": q_cols, "b_cols_ptr": b_cols, "N": n, "M": m,
             "first": block.cols.start, "FOLD": self.spec.normalize and self.spec.dtype != torch.float16,
         }  # fmt: skip

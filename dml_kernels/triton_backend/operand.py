@@ -12,6 +12,12 @@ from . import configs, row_kernels
 from .launch import ACCUMULATE, PRODUCTS, cdiv, launch
 from .precision import fp32_products
 
+
+def part(t: Tensor | None, rows: slice) -> Tensor | None:
+    """t[rows]; t itself where that is all of it, as a view costs the host as much as a small kernel."""
+    return t if t is None or rows.stop - rows.start == t.size(0) else t[rows]
+
+
 # Kernels take a tile's row offsets, up to 128 rows, in 32 bits.
 WIDEST_STRIDE = 1 << 24
 
@@ -44,7 +50,7 @@ class Operand(NamedTuple):
         return Operand(t, r, unit, sq)
 
     def part(self, rows: slice) -> Operand:
-        return Operand(*(None if v is None else v[rows] for v in self))
+        return Operand(*(part(v, rows) for v in self))
 
     @property
     def strides(self) -> tuple[int, int]:

@@ -24,10 +24,10 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
 from . import aot, configs, logsumexp, matrices
+from .collect import BUFFER_BYTES, LARGE_BUFFER_BYTES, WIDE
 from .launch import recorded
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-ROWS, COLUMNS = 256, 4096
 
 
 class Case(NamedTuple):
@@ -39,6 +39,8 @@ class Case(NamedTuple):
     x: torch.dtype = torch.bfloat16
     w: torch.dtype = torch.bfloat16
     options: bool = False
+    rows: int = 256
+    columns: int = 4096
 
 
 CASES = (
@@ -47,12 +49,15 @@ CASES = (
     Case("fp32 proxies", 512, w=torch.float32),
     Case("every option", 128, options=True),
     Case("every option", 128, "euclidean", options=True),
+    # Arguments that are 1 become constants, others of odd sizes lose their alignment.
+    Case("ones", 1, "euclidean", options=True, rows=1, columns=1),
+    Case("odd", 99, "sqeuclidean", rows=33, columns=777),
     Case("fp16", 512, "euclidean", torch.float16, torch.float16),
     Case("fp32", 128, "cosine", torch.float32, torch.float32),
     Case("fp32", 128, "sqeuclidean", torch.float32, torch.float32),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
 )
-QUICK = tuple(c for c in CASES if c.d in (128, 512) and c.name in ("proxies", "every option", "fp32 proxies", "fp32"))
+QUICK = tuple(c for c in CASES if c.d in (1, 128, 512) and c.name not in ("fp16", "fp64", "odd"))
 
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options
@@ -61,10 +66,10 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, option
 def launches(case: Case, arch: str) -> list[Launch]:
     """Every launch of forward and backward of the ops, recorded from the host code."""
     found: list[Launch] = []
-    x, w = torch.zeros(ROWS, case.d, dtype=case.x), torch.zeros(COLUMNS, case.d, dtype=case.w)
+    x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns, case.d, dtype=case.w)
     acc = torch.float64 if case.x == torch.float64 else torch.float32
-    n, m = torch.zeros(ROWS, dtype=acc), torch.zeros(COLUMNS, dtype=acc)
-    y, c = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(COLUMNS, dtype=torch.int64)
+    n, m = torch.zeros(case.rows, dtype=acc), torch.zeros(case.columns, dtype=acc)
+    y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
     base, normalize = ("dot", True) if case.metric == "cosine" else (case.metric, True)
     some = case.options
     bank = Bank(x, w, y, c if some else None, y if some else None, n if some else None, m if some else None,
@@ -136,7 +141,8 @@ def predict(arch: str, m: int, d: int, n: int) -> dict[str, Any]:
     rate = RATES[arch]
     tile = configs.pick("gradient", arch, torch.bfloat16, d, "dot", torch.bfloat16)
     column = 2 * n + 4 * d
-    step = max((48 << 20) // column // tile.block_m * tile.block_m, tile.block_m)
+    budget = max(BUFFER_BYTES, min(48 * n * d, LARGE_BUFFER_BYTES)) if d >= WIDE else BUFFER_BYTES
+    step = max(budget // column // tile.block_m * tile.block_m, tile.block_m)
     chunks = math.ceil(m / step)
     norms = 2 * m * d / rate.bytes
     forward = max(2 * n * m * d / rate.products, n * m / rate.exponentials, 2 * m * d / rate.bytes)

@@ -7,7 +7,7 @@ read as it is stored and worked on in ACC.
 import triton
 import triton.language as tl
 
-from .tiles import FP64, clamped, load_tile
+from .tiles import clamped, load_tile
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def inverse_norm(
 
 @triton.jit
 def norms_kernel(
-    t_ptr, r_ptr, unit_ptr, sq_ptr, R, stride, stride_d, eps: FP64,
+    t_ptr, r_ptr, unit_ptr, sq_ptr, R, stride, stride_d, eps: "fp64",  # noqa: F821
     width, D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """t (R, D) -> r = 1 / max(|t|, eps), unit = |t| >= eps (int8), sq = |t r|^2, each (R,); None: not wanted.
@@ -45,7 +45,7 @@ def norms_kernel(
 
 @triton.jit
 def normalize_kernel(
-    t_ptr, out_ptr, R, stride, stride_d, eps: FP64,
+    t_ptr, out_ptr, R, stride, stride_d, eps: "fp64",  # noqa: F821
     width, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out (R, D) contiguous = t r, r = 1 / max(|t|, eps). Parallel over rows; the second read of t is from cache."""

@@ -2,8 +2,8 @@
 
 Device functions only. A tile is (BLOCK_N rows) x (BLOCK_M bank entries). Indices are 64-bit and held inside the matrix
 (``clamped``), so no load needs a row mask: what lies beyond the edge is a copy of the last row, masked later.
-ACC is the accumulation dtype, PRODUCT the dtype of the tensor-core products. No ``from __future__ import
-annotations`` here: Triton reads the annotations.
+ACC is the accumulation dtype, PRODUCT the dtype of the tensor-core products. Numbers a kernel is given are annotated
+"fp64", as a plain float would be fp32. No ``from __future__ import annotations`` here: Triton reads the annotations.
 """
 
 import triton
@@ -14,8 +14,6 @@ NEAR = tl.constexpr(1.0 / 16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-# The type of every number a kernel is given: a plain float argument would be fp32.
-FP64 = "fp64"
 
 
 @triton.jit

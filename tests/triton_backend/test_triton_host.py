@@ -1,0 +1,144 @@
+"""What the host does around the kernels: no synchronisation, bounded memory, 64-bit addresses, who runs what."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dml_kernels.ops.contract import Bank, Spec
+from dml_kernels.triton_backend import collect, configs, logsumexp, matrices
+from dml_kernels.triton_backend.launch import recorded
+
+
+def test_no_fixed_offset_where_the_span_is_unknown():
+    x, ones = torch.zeros(2, 3), torch.ones(2)
+    plain = Bank(x, x, torch.arange(2), None, None, None, None, None)
+    kind = Spec("dot", True, [1.0, 0, 1.0, 0], 1e-12, -100, torch.float32, False, "linear", [], "triton")
+    assert logsumexp.fixed_peak(plain, kind) == pytest.approx(math.log2(math.e))
+    assert logsumexp.fixed_peak(plain, kind._replace(normalize=False)) is None
+    for name in ("scale", "col_scale", "col_bias"):
+        assert logsumexp.fixed_peak(plain._replace(**{name: ones}), kind) is None
+
+
+def test_the_memory_of_a_chunk_is_bounded_for_every_shape():
+    for n, _m, d, metric in (
+        (4096, 10**7, 512, "dot"),
+        (8, 10**7, 512, "dot"),
+        (10**6, 512, 128, "euclidean"),
+        (2, 3, 8192, "dot"),
+    ):
+        rows = min(n, collect.ROWS_AT_ONCE)
+        call = collect.Gradients.__new__(collect.Gradients)
+        call.w = collect.Operand(torch.empty(0, d, dtype=torch.float32), None, None, None)
+        call.metric, call.dtype, call.acc, call.need_w = metric, torch.bfloat16, torch.float32, True
+        call.tile = configs.pick("gradient", "sm_90", torch.bfloat16, d, metric, torch.bfloat16)
+        width = call.chunk_width(rows)
+        bytes_ = width * (rows * (2 + 4 * (metric != "dot")) + d * 6)
+        assert width % call.tile.block_m == 0
+        # One bounded chunk of 64 MB, or 16 slices of N x D in fp32.
+        assert bytes_ <= max(64 << 20, 16 * rows * d * 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The host's part alone, on tensors without data: anything that reads a value would raise
+
+
+def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
+    """Forward and backward of every op with every option; how many launches."""
+    x, w = torch.empty(n, d, dtype=dtype), torch.empty(m, d)
+    rows, columns = torch.empty(n), torch.empty(m)
+    y, c = torch.empty(n, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
+    bank = Bank(x, w, y, c, y, rows, columns, columns)
+    spec = Spec(metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, dtype, True, "linear", [], "triton")
+    launches = []
+    with recorded(lambda *launch: launches.append(launch)):
+        lse = logsumexp.masked_logsumexp_fwd(bank, spec)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, bank, spec)
+        matrices.normalized_distance_fwd(x[:9], w[:9], metric, True, 1e-12, dtype)
+        grad = torch.empty(9, 9, dtype=dtype)
+        matrices.normalized_distance_bwd(grad, x[:9], w[:9], [True, True], metric, True, 1e-12, dtype)
+        matrices.normalize_bwd(matrices.normalize_fwd(x, 1e-12), x, 1e-12)
+    return len(launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean", "euclidean"])
+def test_nothing_waits_for_a_value(metric, dtype):
+    with FakeTensorMode():
+        assert calls(dtype, metric, 700, 9000, 64) > 10
+
+
+def test_reading_a_value_would_be_seen():
+    with FakeTensorMode(), pytest.raises(Exception, match="local_scalar"):
+        torch.empty(3).sum().item()
+
+
+def test_the_host_takes_ten_million_entries():
+    # M D = 5e9 elements: sizes and offsets past 32 bits in every expression of the host code.
+    with FakeTensorMode():
+        assert calls(torch.bfloat16, "dot", 300, 10**7, 512) > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the bank is cut
+
+
+@pytest.mark.parametrize("n_tiles", [1, 2, 31, 32, 100, 132, 133, 264, 265, 5000])
+@pytest.mark.parametrize("m_tiles", [1, 7, 1000, 100_000])
+def test_the_programs_fill_the_chip_whatever_the_shape(n_tiles, m_tiles):
+    cores = 132
+    splits = configs.splits(n_tiles, m_tiles, cores)
+    assert 1 <= splits <= m_tiles
+    programs = n_tiles * splits
+    if m_tiles >= 1000:  # enough to choose from
+        waves = -(-programs // (2 * cores))
+        assert programs / (waves * 2 * cores) > 0.8
+    assert splits <= 2 * cores  # partial results stay O(N x splits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who runs what, in processes of their own
+
+
+def run(code: str, **env: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          env={**os.environ, "TRITON_INTERPRET": "0", **env})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ASK = """
+import torch, sys
+{before}
+from dml_kernels.ops import backend
+for device in ("cpu", "cuda"):
+    verdicts = backend.explain("masked_logsumexp", device, torch.float32)
+    print(device, [v.reason for v in verdicts if v.backend == "triton"])
+print(backend.choose("masked_logsumexp", torch.device("cpu"), torch.float32))
+"""
+
+
+def test_cpu_tensors_are_refused_with_a_reason_outside_the_interpreter():
+    out = run(ASK.format(before=""))
+    assert "TRITON_INTERPRET=1" in out
+    assert out.strip().splitlines()[-1] != "triton"
+
+
+def test_without_triton_the_reason_says_how_to_install_it():
+    out = run(ASK.format(before="sys.modules['triton'] = None"), TRITON_INTERPRET="1")
+    assert "not installed" in out or "cannot be imported" in out
+    assert "requirements/triton.txt" in out
+    assert out.strip().splitlines()[-1] != "triton"
+
+
+def test_a_broken_triton_is_a_reason_and_no_crash(tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise RuntimeError('broken on purpose')")
+    out = run(ASK.format(before=f"sys.path.insert(0, {str(tmp_path)!r})"), TRITON_INTERPRET="1")
+    assert "broken on purpose" in out
