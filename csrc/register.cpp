@@ -72,7 +72,7 @@ void distance_forward(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool 
   STD_TORCH_CHECK(out.numel() == n * m && out.is_contiguous(), "dml_kernels: out must be (", n, ", ", m, ")");
   with_product_type(out.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::bank);
     distance_fwd<P>(problem, static_cast<P*>(out.mutable_data_ptr()));
   });
 }
@@ -83,7 +83,7 @@ void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tens
   STD_TORCH_CHECK(g.rows == x.size(0) && g.cols == w.size(0), "dml_kernels: grad must be (N, M)");
   with_product_type(grad.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::bank);
     distance_bwd<P>(problem, g, target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"));
   });
 }
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Tensor kind, Tensor x, T
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
     masked_logsumexp_fwd<P>(problem, label, args, out);
   });
   return {same, different, sum_same, sum_different};
@@ -160,7 +160,7 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                            target(grad_col_bias, m, "grad_col_bias")};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
     masked_logsumexp_bwd<P>(problem, label, args, in, targets);
   });
 }

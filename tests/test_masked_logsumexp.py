@@ -64,13 +64,14 @@ def test_wide_shapes_are_accurate(shape, dtype, backend):
 
 
 @on_backends_and((FP32, BF16))
+@pytest.mark.parametrize("sizes", [(61, 509, 48), (611, 79, 48)], ids=["more columns", "many more rows"])
 @on_metrics
-def test_every_metric_is_accurate(metric, normalize, dtype, backend):
-    check(shaped, (61, 509, 48, metric, normalize), dtype, backend)
+def test_every_metric_is_accurate(metric, normalize, sizes, dtype, backend):
+    check(shaped, (*sizes, metric, normalize), dtype, backend)
 
 
-def with_feature(name, metric, normalize, seed):
-    problem = Problem.random(37, 131, 24, metric, normalize, seed=sum(map(ord, name)) + seed)
+def with_feature(name, sizes, metric, normalize, seed):
+    problem = Problem.random(*sizes, metric, normalize, seed=sum(map(ord, name)) + seed)
     FEATURES[name](problem)
     return problem
 
@@ -79,7 +80,15 @@ def with_feature(name, metric, normalize, seed):
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_option_is_accurate(name, dtype, backend):
     which = list(FEATURES).index(name) + 2 * (FP32, FP64, MIXED).index(dtype)
-    check(with_feature, (name, *METRICS[which % len(METRICS)]), dtype, backend)
+    check(with_feature, (name, (37, 131, 24), *METRICS[which % len(METRICS)]), dtype, backend)
+
+
+@on_backends_and((FP32,))
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_option_is_accurate_with_many_more_rows_than_columns(name, dtype, backend):
+    """The CPU kernels then cut the rows into slices and keep a part of the bank's gradient for each."""
+    which = list(FEATURES).index(name)
+    check(with_feature, (name, (331, 67, 12), *METRICS[which % len(METRICS)]), dtype, backend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ void distance_fwd(const Problem<P>& problem, P* out) {
   const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
   for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     TileScores<P> scores(problem);
-    for (std::int64_t tile = plan.first_tile(first_slice); tile < plan.first_tile(last_slice); ++tile) {
+    for (std::int64_t tile = plan.first_tile(first_slice); tile < plan.end_tile(last_slice - 1); ++tile) {
       scores.load(tile);
       for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
         const std::int64_t rows = std::min(plan.row_block, n - begin);
@@ -67,7 +67,7 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice);
-      for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) at_tile(tile);
+      for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) at_tile(tile);
     }
   });
   gradients.finish();

@@ -20,28 +20,36 @@ class Gradients {
   using A = Acc<P>;
 
   Gradients(const Problem<P>& problem, Target grad_x, Target grad_w)
-      : problem_(problem), x_(grad_x), w_(grad_w),
-        parts_(grad_x.data ? new A[problem.plan.slices * rows_size()] : nullptr),
-        own_(grad_x.data && distances() ? problem.plan.slices * problem.x.rows : 0) {}
+      : problem_(problem), x_(grad_x), w_(grad_w), row_parts_(problem.plan.by_rows ? 1 : problem.plan.slices),
+        parts_(grad_x.data ? new A[row_parts_ * rows_size()] : nullptr),
+        own_(grad_x.data && distances() ? row_parts_ * problem.x.rows : 0),
+        bank_parts_(grad_w.data && problem.plan.by_rows ? new A[problem.plan.slices * bank_size()] : nullptr),
+        bank_own_(bank_parts_ && distances() ? problem.plan.slices * problem.w.rows : 0) {}
 
   // One thread's share of the work, slice after slice.
   class Worker {
    public:
     Worker(Gradients& all, TileScores<P>& scores) : all_(all), scores_(scores), d_(all.problem_.x.cols), buffer_(d_) {
-      if (all.w_.data) grad_w_.resize(all.problem_.plan.tile * d_);
+      if (all.w_.data && !all.bank_parts_) grad_w_.resize(all.problem_.plan.tile * d_);
       if (TileScores<P>::half) half_.resize(std::max(all.problem_.plan.row_block, all.problem_.plan.tile) * d_);
     }
 
     void begin_slice(std::int64_t slice) {
+      const Plan& plan = all_.problem_.plan;
+      slice_ = slice;
       if (all_.parts_) {
-        part_ = all_.parts_.get() + slice * all_.rows_size();
-        std::fill_n(part_, all_.rows_size(), A(0));
+        part_ = all_.parts_.get() + (plan.by_rows ? 0 : slice * all_.rows_size());
+        const std::int64_t first = plan.first_row(slice);
+        std::fill_n(part_ + first * d_, (plan.end_row(slice) - first) * d_, A(0));
       }
-      if (!all_.own_.empty()) own_ = all_.own_.data() + slice * all_.problem_.x.rows;
+      if (!all_.own_.empty()) own_ = all_.own_.data() + (plan.by_rows ? 0 : slice * all_.problem_.x.rows);
     }
 
     void begin_tile() {
-      std::fill(grad_w_.begin(), grad_w_.end(), A(0));
+      bank_ = all_.bank_parts_  ? all_.bank_parts_.get() + slice_ * all_.bank_size() + scores_.first * d_
+              : grad_w_.empty() ? nullptr
+                                : grad_w_.data();
+      if (bank_) std::fill_n(bank_, scores_.count * d_, A(0));
       if (all_.distances()) columns_own_.assign(scores_.count, A(0));
     }
 
@@ -79,16 +87,21 @@ class Gradients {
       const Mat<P> e = scores_.products(n);
       const Mat<const P> weights{e.data, e.rows, e.cols, e.row_stride};
       if (part_) accumulate(weights, scores_.bank.products, part_ + begin * d_);
-      if (!grad_w_.empty())
-        accumulate(weights.transposed(), all_.problem_.rows.products.row_block(begin, n), grad_w_.data());
+      if (bank_) accumulate(weights.transposed(), all_.problem_.rows.products.row_block(begin, n), bank_);
       for (const auto& pair : near_) add_near(pair.i, pair.j, pair.ds);
       near_.clear();
     }
 
     void end_tile() {
-      if (grad_w_.empty()) return;
+      if (all_.bank_parts_) {
+        if (all_.distances())
+          std::copy_n(columns_own_.data(), scores_.count,
+                      all_.bank_own_.data() + slice_ * all_.problem_.w.rows + scores_.first);
+        return;
+      }
+      if (!bank_) return;
       for (std::int64_t j = 0; j < scores_.count; ++j) {
-        A* grad = grad_w_.data() + j * d_;
+        A* grad = bank_ + j * d_;
         scores_.bank.finish(j, grad, columns_own_.empty() ? A(0) : columns_own_[j], buffer_.data());
         write_values(grad, all_.w_.data, all_.w_.dtype, (scores_.first + j) * d_, d_);
       }
@@ -114,21 +127,26 @@ class Gradients {
       const auto& k = row_kernels<A>();
       const A* difference = scores_.difference(i, j);
       if (part_) k.axpy(part_ + i * d_, -2 * ds * all_.problem_.rows.r[i], difference, d_);
-      if (!grad_w_.empty()) k.axpy(grad_w_.data() + j * d_, 2 * ds * scores_.bank.r[j], difference, d_);
+      if (bank_) k.axpy(bank_ + j * d_, 2 * ds * scores_.bank.r[j], difference, d_);
     }
 
     Gradients& all_;
     TileScores<P>& scores_;
-    A *part_ = nullptr, *own_ = nullptr;
-    std::int64_t d_;
+    A *part_ = nullptr, *own_ = nullptr, *bank_ = nullptr;  // where this slice's gradients gather; bank_: this tile's
+    std::int64_t d_, slice_ = 0;
     std::vector<A> buffer_, grad_w_, columns_own_;
     std::vector<P> half_;
     std::vector<Near> near_;
   };
 
-  // Merges the slices' parts of grad_x, in order.
+  // Merges the slices' parts, in order.
   void finish() {
-    if (!x_.data) return;
+    if (x_.data) finish_rows();
+    if (bank_parts_) finish_bank();
+  }
+
+ private:
+  void finish_rows() {
     const std::int64_t n = problem_.x.rows, d = problem_.x.cols;
     const auto& k = row_kernels<A>();
     torch::stable::parallel_for(0, n, 16, [&](std::int64_t begin, std::int64_t end) {
@@ -136,9 +154,9 @@ class Gradients {
       for (std::int64_t i = begin; i < end; ++i) {
         std::fill(total.begin(), total.end(), A(0));
         A own = 0;
-        for (std::int64_t slice = 0; slice < problem_.plan.slices; ++slice) {
-          k.add(total.data(), parts_.get() + slice * rows_size() + i * d, d);
-          if (!own_.empty()) own += own_[slice * n + i];
+        for (std::int64_t part = 0; part < row_parts_; ++part) {
+          k.add(total.data(), parts_.get() + part * rows_size() + i * d, d);
+          if (!own_.empty()) own += own_[part * n + i];
         }
         problem_.rows.finish(i, total.data(), own, buffer.data());
         write_values(total.data(), x_.data, x_.dtype, i * d, d);
@@ -146,14 +164,38 @@ class Gradients {
     });
   }
 
- private:
+  void finish_bank() {
+    const Plan& plan = problem_.plan;
+    const std::int64_t m = problem_.w.rows, d = problem_.x.cols;
+    const auto& k = row_kernels<A>();
+    torch::stable::parallel_for(0, m, 64, [&](std::int64_t begin, std::int64_t end) {
+      std::vector<A> total(d), buffer(d);
+      Side<P> bank;
+      bank.load(problem_.w, begin, end - begin, problem_.normalize, problem_.eps);
+      for (std::int64_t j = begin; j < end; ++j) {
+        std::fill(total.begin(), total.end(), A(0));
+        A own = 0;
+        for (std::int64_t slice = 0; slice < plan.slices; ++slice) {
+          k.add(total.data(), bank_parts_.get() + slice * bank_size() + j * d, d);
+          if (!bank_own_.empty()) own += bank_own_[slice * m + j];
+        }
+        bank.finish(j - begin, total.data(), own, buffer.data());
+        write_values(total.data(), w_.data, w_.dtype, j * d, d);
+      }
+    });
+  }
+
   bool distances() const { return problem_.metric != Metric::dot; }
   std::int64_t rows_size() const { return problem_.x.rows * problem_.x.cols; }
+  std::int64_t bank_size() const { return problem_.w.rows * problem_.x.cols; }
 
   const Problem<P>& problem_;
   Target x_, w_;
-  std::unique_ptr<A[]> parts_;  // (slices, N, D); each slice clears its own
-  std::vector<A> own_;          // (slices, N) sums of dS, for rows that are no unit vectors
+  std::int64_t row_parts_;
+  std::unique_ptr<A[]> parts_;       // (row parts, N, D); each slice clears its own
+  std::vector<A> own_;               // (row parts, N) sums of dS, for rows that are no unit vectors
+  std::unique_ptr<A[]> bank_parts_;  // (slices, M, D) where the rows are cut; a tile clears its own
+  std::vector<A> bank_own_;          // (slices, M), as own_
 };
 
 }  // namespace dml::cpu

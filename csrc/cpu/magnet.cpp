@@ -134,7 +134,7 @@ class Magnet {
 
   Problem<P> problem() const {
     const Source rows = args_.normalize ? contiguous(unit_.data(), n_) : args_.x;
-    return {rows, bank_, Metric::sqeuclidean, false, args_.eps};
+    return {rows, bank_, Metric::sqeuclidean, false, args_.eps, Cut::longer_side};
   }
   Labels labels() const { return {y_.data(), given() ? args_.classes : c_.data(), nullptr, args_.ignore}; }
   LogitArgs logit() const { return {1, 0, 1, 0, Vector{&scale_, type, 0}, {}, {}}; }

@@ -90,12 +90,12 @@ class Walk {
   template <class Begin, class RowStep, class Block, class End>
   void run(std::int64_t slice, Begin begin_tile, RowStep row, Block block, End end_tile) {
     const Plan& plan = setup_.problem.plan;
-    const std::int64_t n = setup_.problem.x.rows;
-    for (std::int64_t tile = plan.first_tile(slice); tile < plan.first_tile(slice + 1); ++tile) {
+    const std::int64_t last_row = plan.end_row(slice);
+    for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) {
       load(tile);
       begin_tile();
-      for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
-        const std::int64_t rows = std::min(plan.row_block, n - begin);
+      for (std::int64_t begin = plan.first_row(slice); begin < last_row; begin += plan.row_block) {
+        const std::int64_t rows = std::min(plan.row_block, last_row - begin);
         scores.multiply_rows(begin, rows);
         for (std::int64_t local = 0; local < rows; ++local) row(local, begin + local);
         block(begin, rows);
@@ -109,6 +109,27 @@ class Walk {
   bool keep_scores_, biased_ = false;
   std::vector<A> q_, b_;
   TilePairs pairs_;
+};
+
+// The gradient of one vector over the bank: where slices of the rows all add to it, a part for each.
+template <class A>
+class ColumnSums {
+ public:
+  ColumnSums(bool wanted, std::int64_t parts, std::int64_t m) : parts_(parts), m_(m), sums_(wanted ? parts * m : 0) {}
+
+  A* place(std::int64_t slice, std::int64_t column) {
+    return sums_.empty() ? nullptr : sums_.data() + (parts_ == 1 ? 0 : slice * m_) + column;
+  }
+
+  void write(const Target& target) {
+    if (sums_.empty()) return;
+    for (std::int64_t part = 1; part < parts_; ++part) row_kernels<A>().add(sums_.data(), sums_.data() + part * m_, m_);
+    write_values(sums_.data(), target.data, target.dtype, 0, m_);
+  }
+
+ private:
+  std::int64_t parts_, m_;
+  std::vector<A> sums_;
 };
 
 // Both sets' running results of one row.
@@ -183,16 +204,20 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   const bool scale_grads = targets.scale.data || targets.col_scale.data;
   std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
   Gradients<P> gradients(problem, targets.x, targets.w);
+  const std::int64_t column_parts = problem.plan.by_rows ? slices : 1;
+  ColumnSums<A> columns_q(targets.col_scale.data, column_parts, problem.w.rows);
+  ColumnSums<A> columns_b(targets.col_bias.data, column_parts, problem.w.rows);
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     const bool root = problem.metric == Metric::euclidean;
     Walk<P> walk(setup, root || scale_grads);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
-    std::vector<A> dq(targets.col_scale.data ? problem.plan.tile : 0),
-        db(targets.col_bias.data ? problem.plan.tile : 0);
+    // The tile's place in this slice's part of the columns' gradients.
+    A *dq = nullptr, *db = nullptr;
+    std::int64_t at_slice = 0;
     const auto begin = [&] {
       out.begin_tile();
-      std::fill(dq.begin(), dq.end(), A(0)), std::fill(db.begin(), db.end(), A(0));
+      dq = columns_q.place(at_slice, walk.scores.first), db = columns_b.place(at_slice, walk.scores.first);
     };
     const auto row = [&](std::int64_t local, std::int64_t i) {
       if (setup.index.ignored(i)) return out.empty_row(local);
@@ -202,8 +227,8 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       const std::int32_t* at = walk.positions;
       k.weights(dz, count, lse_different[i], g_different[i], h_different[i]);
       k.weights(same, own, lse_same[i], g_same[i], h_same[i]);
-      if (!db.empty()) {
-        k.add(db.data(), dz, count);
+      if (db) {
+        k.add(db, dz, count);
         for (std::int64_t p = 0; p < own; ++p) db[at[p]] += same[p];
       }
       // From here on dz is the gradient of k (q_j s - o), over its set's k where the sets differ or the scale asks for
@@ -217,26 +242,21 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       }
       const A t = setup.scale[i];
       if (scale_grads) {
-        const double total =
-            k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq.empty() ? nullptr : dq.data(), count);
+        const double total = k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq, count);
         if (row_scale) row_scale[i] += total - offsets;
       }
       k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
       out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
-    const auto end = [&] {
-      out.end_tile();
-      const std::int64_t first = walk.scores.first, count = walk.scores.count;
-      if (!dq.empty()) write_values(dq.data(), targets.col_scale.data, targets.col_scale.dtype, first, count);
-      if (!db.empty()) write_values(db.data(), targets.col_bias.data, targets.col_bias.dtype, first, count);
-    };
+    const auto end = [&] { out.end_tile(); };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
-      out.begin_slice(slice);
+      out.begin_slice(slice), at_slice = slice;
       if (!grad_scale.empty()) row_scale = grad_scale.data() + slice * n;
       walk.run(slice, begin, row, [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, end);
     }
   });
   gradients.finish();
+  columns_q.write(targets.col_scale), columns_b.write(targets.col_bias);
   if (!grad_scale.empty()) {
     std::vector<A> total(n);
     for (std::int64_t i = 0; i < n; ++i) {

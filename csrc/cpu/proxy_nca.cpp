@@ -14,7 +14,8 @@ class ProxyNca {
   static constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
   explicit ProxyNca(const ProxyArgs& args)
-      : args_(args), n_(args.x.rows), problem_(args.x, args.w, Metric::sqeuclidean, true, args.eps), factor_(n_, 0) {
+      : args_(args), n_(args.x.rows), problem_(args.x, args.w, Metric::sqeuclidean, true, args.eps, Cut::longer_side),
+        factor_(n_, 0) {
     std::vector<A> weight(n_, A(1));
     if (args.weight) args.weight.read(0, n_, weight.data());
     double mass = 0;

@@ -2,17 +2,21 @@
 
 namespace dml::cpu {
 
-Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size) {
+Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size, Cut cut) {
   constexpr std::int64_t widest = 512, most_slices = 16, tile_bytes = 512 << 10, part_bytes = 32 << 20;
+  constexpr std::int64_t fewest_rows = 64;  // of a slice: the bank is loaded once for each
   const auto up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   Plan plan;
-  // Each slice keeps an N x D part of grad_x in the accumulation type: together at most 32 MB, though never under 4.
-  const std::int64_t part = std::max<std::int64_t>(n * d * std::max<std::int64_t>(element_size, 4), 1);
-  const std::int64_t slices = std::clamp<std::int64_t>(part_bytes / part, 4, most_slices);
-  plan.tile = std::clamp(up(up(m, slices), 16) * 16, std::int64_t{64}, widest);
+  plan.rows = n;
+  plan.by_rows = cut == Cut::longer_side && n >= 4 * m && n >= 4 * fewest_rows;
+  // Each slice keeps a part of the gradient of the side that is not cut, in the accumulation type: together at most 32 MB,
+  // though never under 4.
+  const std::int64_t kept = (plan.by_rows ? m : n) * d * std::max<std::int64_t>(element_size, 4);
+  const std::int64_t slices = std::clamp<std::int64_t>(part_bytes / std::max<std::int64_t>(kept, 1), 4, most_slices);
+  plan.tile = std::clamp(up(plan.by_rows ? m : up(m, slices), 16) * 16, std::int64_t{64}, widest);
   plan.row_block = std::clamp<std::int64_t>(tile_bytes / (plan.tile * element_size), 16, std::max<std::int64_t>(n, 16));
   plan.tiles = up(m, plan.tile);
-  plan.slices = std::min(plan.tiles, slices);
+  plan.slices = std::min(plan.by_rows ? n / fewest_rows : plan.tiles, slices);
   return plan;
 }
 

@@ -1,7 +1,8 @@
 // The walk over the bank that every op shares: slices, tiles, row blocks, and the scores of one row in a tile.
 //
-// The bank is cut into a number of slices that depends on the shape alone, never on the threads, and partial results
-// are merged in slice order: no locks, no atomics, the same bits at any thread count.
+// The bank, or where there are many more rows than bank entries the rows, are cut into a number of slices that depends on
+// the shape alone, never on the threads, and partial results are merged in slice order: no locks, no atomics, the same
+// bits at any thread count.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -14,12 +15,20 @@
 
 namespace dml::cpu {
 
+// Which part of a problem is cut: a slice of the bank adds to every row's gradient, a slice of the rows to all the bank's.
+enum class Cut { bank, longer_side };
+
 struct Plan {
-  std::int64_t tile, row_block, slices, tiles;
+  std::int64_t tile, row_block, slices, tiles, rows;
+  bool by_rows;
 
-  static Plan of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size);
+  static Plan of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size, Cut cut);
 
-  std::int64_t first_tile(std::int64_t slice) const { return slice * tiles / slices; }
+  // A slice is tiles [first_tile(slice), end_tile(slice)) x rows [first_row(slice), end_row(slice)).
+  std::int64_t first_tile(std::int64_t slice) const { return by_rows ? 0 : slice * tiles / slices; }
+  std::int64_t end_tile(std::int64_t slice) const { return by_rows ? tiles : (slice + 1) * tiles / slices; }
+  std::int64_t first_row(std::int64_t slice) const { return by_rows ? slice * rows / slices : 0; }
+  std::int64_t end_row(std::int64_t slice) const { return by_rows ? (slice + 1) * rows / slices : rows; }
 };
 
 template <class P>
@@ -32,8 +41,9 @@ struct Problem {
   Side<P> rows;
   Plan plan;
 
-  Problem(Source x, Source w, Metric metric, bool normalize, double eps)
-      : x(x), w(w), metric(metric), normalize(normalize), eps(eps), plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P))) {
+  Problem(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut)
+      : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
+        plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P), cut)) {
     rows.load(x, 0, x.rows, normalize, eps);
   }
 };

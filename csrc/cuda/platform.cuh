@@ -2,7 +2,6 @@
 #pragma once
 #include <math.h>
 
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -11,11 +10,14 @@
 #ifdef DML_CUDA_EMULATOR
 #include "emulator.h"
 #define DML_UNROLL
+#define DML_UNROLL_BY(n)
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DML_UNROLL _Pragma("unroll")
+#define DML_PRAGMA(text) _Pragma(#text)
+#define DML_UNROLL_BY(n) DML_PRAGMA(unroll n)
 #define DML_SHARED(T, name, count) __shared__ T name[count]
 #define DML_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define DML_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
@@ -99,9 +101,17 @@ __device__ __forceinline__ A load(const Vector& v, std::int64_t i, A otherwise) 
   return v.data ? load<A>(v.data, v.dtype, i * v.stride) : otherwise;
 }
 
+// A matrix is fp64 where A is double, and never otherwise.
 template <class A>
 __device__ __forceinline__ A load(const Matrix& m, std::int64_t i, std::int64_t j) {
-  return load<A>(m.data, m.dtype, i * m.row_stride + j * m.col_stride);
+  const std::int64_t at = i * m.row_stride + j * m.col_stride;
+  if constexpr (std::is_same_v<A, double>) {
+    return static_cast<const double*>(m.data)[at];
+  } else {
+    if (m.dtype == Dtype::f32) return static_cast<const float*>(m.data)[at];
+    const std::uint16_t half = static_cast<const std::uint16_t*>(m.data)[at];
+    return m.dtype == Dtype::bf16 ? widen_bf16(half) : widen_f16(half);
+  }
 }
 
 // --- four values
@@ -111,6 +121,11 @@ struct alignas(16) Quad {
   A v[4];
 };
 
+template <class A>
+struct alignas(2 * sizeof(A)) Pair {
+  A v[2];
+};
+
 // Columns [j, j + 4) of row i, in one load of 16 bytes (8 for halves, two of 16 for double); columns from `cols` on are 0.
 template <class A>
 __device__ __forceinline__ Quad<A> load_quad(const Matrix& m, std::int64_t i, std::int64_t j) {
@@ -118,10 +133,9 @@ __device__ __forceinline__ Quad<A> load_quad(const Matrix& m, std::int64_t i, st
   if (m.quads && j + 4 <= m.cols) {
     const std::int64_t at = i * m.row_stride + j;
     if constexpr (std::is_same_v<A, double>) {
-      const double* from = static_cast<const double*>(m.data) + at;
-      const Quad<float>* halves = reinterpret_cast<const Quad<float>*>(from);
-      reinterpret_cast<Quad<float>*>(&out)[0] = halves[0];
-      reinterpret_cast<Quad<float>*>(&out)[1] = halves[1];
+      const auto* pairs = reinterpret_cast<const Pair<double>*>(static_cast<const double*>(m.data) + at);
+      [[maybe_unused]] const Pair<double> low = pairs[0], high = pairs[1];
+      out = {low.v[0], low.v[1], high.v[0], high.v[1]};
     } else if (m.dtype == Dtype::f32) {
       out = *reinterpret_cast<const Quad<float>*>(static_cast<const float*>(m.data) + at);
     } else {
@@ -169,29 +183,9 @@ __device__ __forceinline__ A inverse_norm(A square, A eps, bool& unit) {
   return A(1) / (unit ? norm : eps);
 }
 
-// --- the last block
-
-// A ticket counts the blocks of one launch that are through, and is back at 0 when the launch ends. Launches in flight
-// hold different tickets: eager ones take turns, captured ones, which a graph may replay at any time, keep theirs.
-constexpr unsigned eager_tickets = 1u << 14, captured_tickets = 1u << 16;
-static __device__ unsigned tickets[eager_tickets + captured_tickets];
-
-// True in all threads of the block that arrives last; it sees what the others wrote before. `last`: one shared bool.
-__device__ __forceinline__ bool arrive_last(unsigned ticket, unsigned blocks, bool* last) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    *last = atomicInc(&tickets[ticket], blocks - 1) == blocks - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return *last;
-}
-
 // --- launching
 
 #ifdef DML_CUDA_EMULATOR
-inline unsigned take_ticket(Stream) { return 0; }
 inline std::int64_t shared_limit() { return 101376; }
 inline std::int64_t processors() { return 8; }
 template <class Kernel>
@@ -200,14 +194,6 @@ Failure allow_shared(Kernel, std::size_t) {
 }
 inline Failure launch_failure() { return nullptr; }
 #else
-inline unsigned take_ticket(Stream stream) {
-  static std::atomic<unsigned> eager{0}, captured{0};
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
-  if (status == cudaStreamCaptureStatusNone) return eager++ % eager_tickets;
-  return eager_tickets + captured++ % captured_tickets;
-}
-
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   cudaGetDevice(&device);

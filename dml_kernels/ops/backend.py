@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import torch_backend, triton_backend
-from . import cpu_backend
+from . import cpu_backend, cuda_backend
 
 OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
 REFERENCE = "reference"
 # In order of preference: the first that can run an op runs it.
-BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, triton_backend, torch_backend)}
+BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
 
 _override: list[str] = []
 

@@ -1,0 +1,160 @@
+// Gradients of both sides in one launch without atomics: a block owns 8 rows of x, or 8 of the bank, walks all of the
+// other side, recomputes the scores tile by tile and sums its own rows' gradients in order.
+//
+// With e_ij the gradient of the raw product, or -2 times that of -|u - p|^2, the gradient of u_i is sum_j e_ij p_j, or
+// sum_j e_ij (u_i - p_j); that of x_i follows by the projection off its own direction. The bank's side is the same with
+// the roles swapped.
+#pragma once
+#include "tiles.cuh"
+
+namespace dml::cuda {
+namespace gradients {
+
+constexpr int other_count = 2;
+constexpr int own_rows = own_lanes, other_rows = other_count * other_lanes;
+constexpr int tile_rows = own_rows + other_rows, all_rows = tile_rows + own_rows;
+
+// Blocks of either side; 0 where nothing of it is wanted.
+struct Blocks {
+  std::int64_t rows, columns;
+};
+
+inline Blocks blocks_of(const Comparison& problem, bool rows, bool columns) {
+  const auto count = [](std::int64_t n) { return (n + own_rows - 1) / own_rows; };
+  return {rows ? count(problem.x.rows) : 0, columns ? count(problem.w.rows) : 0};
+}
+
+template <class A>
+Chunks chunks_for(std::int64_t d) {
+  return chunks_of<A>(d, all_rows, shared_limit() - 4096);
+}
+
+inline std::size_t scratch_bytes(const Comparison& problem) {
+  const std::int64_t d = problem.x.cols;
+  const bool whole = problem.wide ? chunks_for<double>(d).whole : chunks_for<float>(d).whole;
+  const Blocks blocks = blocks_of(problem, true, true);
+  return whole ? 0 : (blocks.rows + blocks.columns) * own_rows * d * (problem.wide ? 8 : 4);
+}
+
+// Adds e (other, own) times the other side's tile to the sums (own_rows, D), each element by one thread.
+template <class A, bool difference>
+__device__ void accumulate(const Side<A>& own, std::int64_t own_first, const Side<A>& other, std::int64_t other_first,
+                           Chunks chunks, const Quad<A>* e, A* sums, std::int64_t stride) {
+  const std::int64_t left = other.matrix.rows - other_first;
+  const int count = left < other.rows ? int(left) : other.rows;
+  for (std::int64_t k = threadIdx.x; k < own.matrix.cols; k += block_threads) {
+    A u[own_rows], g[own_rows];
+    DML_UNROLL
+    for (int n = 0; n < own_rows; ++n) {
+      g[n] = 0, u[n] = 0;
+      if (difference && own_first + n < own.matrix.rows) u[n] = own.value(own_first, n, k, chunks);
+    }
+    DML_UNROLL_BY(2)
+    for (int j = 0; j < count; ++j) {
+      const A p = other.value(other_first, j, k, chunks);
+      DML_UNROLL
+      for (int half = 0; half < own_rows / 4; ++half) {
+        const Quad<A> weights = e[j * (own_rows / 4) + half];
+        DML_UNROLL
+        for (int n = 0; n < 4; ++n) g[half * 4 + n] += weights.v[n] * (difference ? u[half * 4 + n] - p : p);
+      }
+    }
+    DML_UNROLL
+    for (int n = 0; n < own_rows; ++n) sums[n * stride + k] += g[n];
+  }
+}
+
+// The gradients of unit vectors taken to the rows as they came, and written; a warp a row.
+template <class A>
+__device__ void write(const Side<A>& own, std::int64_t first, Chunks chunks, const A* sums, std::int64_t stride,
+                      Target target) {
+  const std::int64_t d = own.matrix.cols;
+  const int lane = threadIdx.x % warp_lanes;
+  for (int n = threadIdx.x / warp_lanes; n < own_rows; n += block_threads / warp_lanes) {
+    if (first + n >= own.matrix.rows) break;
+    A along = 0, r = 1;
+    if (own.normalize) {
+      r = own.r[n];
+      if (!(r == A(1) / own.eps))  // else shorter than eps, where the norm is a constant
+        for (std::int64_t k = lane; k < d; k += warp_lanes)
+          along += sums[n * stride + k] * own.value(first, n, k, chunks);
+      along = warp_sum(along);
+    }
+    for (std::int64_t k = lane; k < d; k += warp_lanes) {
+      A g = sums[n * stride + k];
+      if (own.normalize) g = r * (g - along * own.value(first, n, k, chunks));
+      store(target.data, target.dtype, (first + n) * d + k, g);
+    }
+  }
+}
+
+// Weights: PairGrad pair(i, j, raw sum) gives the gradient of the score, and what else a pair gives its own side.
+template <class A, bool difference, class Weights>
+__global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 : 4)
+    kernel(const __grid_constant__ Comparison problem, const __grid_constant__ Weights weights, const Chunks chunks,
+           const Blocks blocks, A* scratch) {
+  DML_DYNAMIC_SHARED(memory);
+  DML_SHARED(A, own_r, own_rows);
+  DML_SHARED(A, other_r, other_rows);
+  DML_SHARED(Quad<A>, e, other_rows * own_rows / 4);
+  const bool own_is_row = blockIdx.x < blocks.rows;
+  const std::int64_t block = own_is_row ? blockIdx.x : blockIdx.x - blocks.rows, own_first = block * own_rows;
+  const A eps = A(problem.eps);
+  A* tile = reinterpret_cast<A*>(memory);
+  Side<A> own{own_is_row ? problem.x : problem.w, tile, own_r, own_rows, problem.normalize, eps};
+  Side<A> other{own_is_row ? problem.w : problem.x,
+                tile + own_rows * chunks.stride(),
+                other_r,
+                other_rows,
+                problem.normalize,
+                eps};
+  const Target target = own_is_row ? weights.targets_x() : weights.targets_w();
+  const std::int64_t d = problem.x.cols, stride = chunks.whole ? chunks.stride() : d;
+  A* sums = chunks.whole ? tile + tile_rows * chunks.stride() : scratch + std::int64_t(blockIdx.x) * own_rows * d;
+  const int tx = threadIdx.x % other_lanes, ty = threadIdx.x / other_lanes;
+
+  own.prepare(own_first, chunks);
+  if (target.data)
+    for (std::int64_t k = threadIdx.x; k < d; k += block_threads)
+      for (int n = 0; n < own_rows; ++n) sums[n * stride + k] = 0;
+  typename Weights::Extra extra;
+  for (std::int64_t first = 0; first < other.matrix.rows; first += other_rows) {
+    __syncthreads();  // the tile before has been read
+    other.prepare(first, chunks);
+    __syncthreads();
+    A raw[1][other_count];
+    pair_sums<A, difference>(own, own_first, other, first, chunks, raw);
+    DML_UNROLL
+    for (int m = 0; m < other_count; ++m) {
+      const int j = tx + other_lanes * m;
+      const std::int64_t mine = own_first + ty, theirs = first + j;
+      A ds = 0;
+      if (mine < own.matrix.rows && theirs < other.matrix.rows)
+        ds = own_is_row ? weights.pair(problem, mine, theirs, raw[0][m], extra)
+                        : weights.pair(problem, theirs, mine, raw[0][m], extra);
+      reinterpret_cast<A*>(e)[j * own_rows + ty] = difference ? -2 * ds : ds;
+    }
+    if (!target.data) continue;
+    __syncthreads();
+    accumulate<A, difference>(own, own_first, other, first, chunks, e, sums, stride);
+  }
+  extra.merge();
+  if (tx == 0 && own_first + ty < own.matrix.rows) weights.write(extra, own_is_row, own_first + ty);
+  __syncthreads();
+  if (target.data) write(own, own_first, chunks, sums, stride, target);
+}
+
+template <class A, class Weights>
+Failure launch(const Comparison& problem, const Weights& weights, Blocks blocks, void* scratch, Stream stream) {
+  if (blocks.rows + blocks.columns == 0) return nullptr;
+  const Chunks chunks = chunks_for<A>(problem.x.cols);
+  const std::size_t bytes = all_rows * (chunks.size + tile_pad) * sizeof(A);
+  const auto function = problem.metric == Metric::dot ? kernel<A, false, Weights> : kernel<A, true, Weights>;
+  if (const Failure failure = allow_shared(function, bytes)) return failure;
+  DML_LAUNCH(function, unsigned(blocks.rows + blocks.columns), block_threads, bytes, static_cast<cudaStream_t>(stream),
+             problem, weights, chunks, blocks, static_cast<A*>(scratch));
+  return launch_failure();
+}
+
+}  // namespace gradients
+}  // namespace dml::cuda

@@ -1,0 +1,196 @@
+// A block's tile of pairs: rows of one side ("own") against rows of the other, both in shared memory in the accumulation
+// type A. A thread holds own rows ty + 8 n and other rows tx + 16 m; the 16 threads of an own row lie in one half warp.
+//
+// Distances are summed from differences, always: twice the arithmetic of expanding, which shared memory hides half of,
+// and no case apart for near pairs, neither in the score nor in the gradient.
+#pragma once
+#include "platform.cuh"
+
+namespace dml::cuda {
+
+constexpr int other_lanes = 16, own_lanes = block_threads / other_lanes;
+constexpr int run_length = 32;  // products summed one after the other; then the sums of runs: rounding stays small
+constexpr int tile_pad = 4;     // so that rows of a tile begin in different banks
+
+// D in chunks of shared memory: `whole` where one holds all of it, so that tiles are read once and scaled in place.
+struct Chunks {
+  int size;  // a multiple of 4
+  bool whole;
+
+  __device__ int stride() const { return size + tile_pad; }
+};
+
+// `rows`: of all tiles together.
+template <class A>
+Chunks chunks_of(std::int64_t d, int rows, std::int64_t bytes) {
+  const std::int64_t most = (bytes / std::int64_t(rows * sizeof(A)) - tile_pad) / 4 * 4, all = (d + 3) / 4 * 4;
+  return {int(all < most ? all : most), all <= most};
+}
+
+// Rows [first, first + rows), columns [k, k + chunk) of a matrix into a tile, times r where given; 0 beyond the edges.
+template <class A>
+__device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks, const A* r,
+                      A* tile) {
+  const int quads = chunks.size / 4;
+  DML_UNROLL_BY(4)
+  for (int at = threadIdx.x; at < rows * quads; at += block_threads) {
+    const int row = at / quads, column = at % quads * 4;
+    Quad<A> quad{};
+    if (first + row < m.rows) quad = load_quad<A>(m, first + row, k + column);
+    if (r) {
+      DML_UNROLL
+      for (int i = 0; i < 4; ++i) quad.v[i] *= r[row];
+    }
+    *reinterpret_cast<Quad<A>*>(tile + row * chunks.stride() + column) = quad;
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A square(const Quad<A>& quad) {
+  return quad.v[0] * quad.v[0] + quad.v[1] * quad.v[1] + quad.v[2] * quad.v[2] + quad.v[3] * quad.v[3];
+}
+
+// One side of the pairs: a matrix, its tile and 1 / max(|row|, eps) of the tile's rows.
+template <class A>
+struct Side {
+  const Matrix& matrix;
+  A *tile, *r;
+  int rows;
+  bool normalize;
+  A eps;
+
+  // Makes rows [first, first + rows) ready: staged whole and scaled, or with their norms known. Barriers around it are
+  // the caller's.
+  __device__ void prepare(std::int64_t first, Chunks chunks) {
+    if (chunks.whole) stage<A>(matrix, first, rows, 0, chunks, nullptr, tile);
+    if (!normalize) return;
+    if (chunks.whole) __syncthreads();
+    const int lane = threadIdx.x % warp_lanes;
+    for (int row = threadIdx.x / warp_lanes; row < rows; row += block_threads / warp_lanes) {
+      A sum = 0;
+      A* values = tile + row * chunks.stride();
+      if (chunks.whole) {
+        for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4)
+          sum += square(*reinterpret_cast<const Quad<A>*>(values + k));
+      } else if (first + row < matrix.rows) {
+        for (std::int64_t k = lane * 4; k < matrix.cols; k += warp_lanes * 4)
+          sum += square(load_quad<A>(matrix, first + row, k));
+      }
+      bool unit;
+      const A scale = inverse_norm(warp_sum(sum), eps, unit);
+      if (lane == 0) r[row] = scale;
+      if (chunks.whole)
+        for (int k = lane; k < chunks.size; k += warp_lanes) values[k] *= scale;
+    }
+  }
+
+  // Value k of tile row `row`, scaled, wherever it lies.
+  __device__ A value(std::int64_t first, int row, std::int64_t k, Chunks chunks) const {
+    if (chunks.whole) return tile[row * chunks.stride() + k];
+    return load<A>(matrix, first + row, k) * (normalize ? r[row] : A(1));
+  }
+};
+
+// sums[n][m] = u.p, or |u - p|^2, of own row ty + 8 n and other row tx + 16 m. Both sides are loaded, a barrier since.
+template <class A, bool difference, int own_count, int other_count>
+__device__ void pair_sums(const Side<A>& own, std::int64_t own_first, const Side<A>& other, std::int64_t other_first,
+                          Chunks chunks, A (&sums)[own_count][other_count]) {
+  const int tx = threadIdx.x % other_lanes, ty = threadIdx.x / other_lanes;
+  DML_UNROLL
+  for (int n = 0; n < own_count; ++n) {
+    DML_UNROLL
+    for (int m = 0; m < other_count; ++m) sums[n][m] = 0;
+  }
+  for (std::int64_t first = 0; first < own.matrix.cols; first += chunks.size) {
+    if (!chunks.whole) {
+      __syncthreads();  // the tiles of the chunk before have been read
+      stage<A>(own.matrix, own_first, own.rows, first, chunks, own.normalize ? own.r : nullptr, own.tile);
+      stage<A>(other.matrix, other_first, other.rows, first, chunks, other.normalize ? other.r : nullptr, other.tile);
+      __syncthreads();
+    }
+    for (int begin = 0; begin < chunks.size; begin += run_length) {
+      const int end = begin + run_length < chunks.size ? begin + run_length : chunks.size;
+      A part[own_count][other_count] = {};
+      for (int k = begin; k < end; k += 4) {
+        Quad<A> u[own_count], p[other_count];
+        DML_UNROLL
+        for (int n = 0; n < own_count; ++n)
+          u[n] = *reinterpret_cast<const Quad<A>*>(own.tile + (ty + own_lanes * n) * chunks.stride() + k);
+        DML_UNROLL
+        for (int m = 0; m < other_count; ++m)
+          p[m] = *reinterpret_cast<const Quad<A>*>(other.tile + (tx + other_lanes * m) * chunks.stride() + k);
+        DML_UNROLL
+        for (int n = 0; n < own_count; ++n) {
+          DML_UNROLL
+          for (int m = 0; m < other_count; ++m) {
+            DML_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const A step = difference ? u[n].v[i] - p[m].v[i] : u[n].v[i];
+              part[n][m] += step * (difference ? step : p[m].v[i]);
+            }
+          }
+        }
+      }
+      DML_UNROLL
+      for (int n = 0; n < own_count; ++n) {
+        DML_UNROLL
+        for (int m = 0; m < other_count; ++m) sums[n][m] += part[n][m];
+      }
+    }
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A score(Metric metric, A sum) {
+  if (metric == Metric::dot) return sum;
+  return metric == Metric::sqeuclidean ? -sum : -sqrt(sum);
+}
+
+// --- labels and logits
+
+template <class A>
+struct RowInfo {
+  std::int64_t label, exclude;
+  A scale;
+  bool ignored;
+
+  __device__ RowInfo(const Labels& labels, const LogitArgs& args, std::int64_t i, std::int64_t n)
+      : label(0), exclude(-1), scale(0), ignored(true) {
+    if (i >= n) return;
+    label = labels.y[i];
+    ignored = label == labels.ignore;
+    if (labels.exclude) exclude = labels.exclude[i];
+    scale = load<A>(args.scale, i, A(1));
+  }
+};
+
+template <class A>
+struct ColumnInfo {
+  std::int64_t index, label;
+  A scale, bias;
+  bool ignored;
+
+  __device__ ColumnInfo(const Labels& labels, const LogitArgs& args, std::int64_t j, std::int64_t m)
+      : index(j), label(j), scale(1), bias(0), ignored(true) {
+    if (j >= m) return;
+    if (labels.c) label = labels.c[j];
+    ignored = labels.c && label == labels.ignore;
+    scale = load<A>(args.col_scale, j, A(1));
+    bias = load<A>(args.col_bias, j, A(0));
+  }
+};
+
+// The factor and offset of a pair's set, and its logit; `used` is false where it is in no set.
+template <class A>
+struct PairLogit {
+  bool used, same;
+  A k, o, z;
+
+  __device__ PairLogit(const RowInfo<A>& row, const ColumnInfo<A>& column, const LogitArgs& args, A s)
+      : same(row.label == column.label), k(same ? A(args.k_same) : A(args.k_different)),
+        o(same ? A(args.o_same) : A(args.o_different)), z(logit(s, k * row.scale, o, column.scale, column.bias)) {
+    used = !row.ignored && !column.ignored && row.exclude != column.index && !(z == A(-INFINITY));
+  }
+};
+
+}  // namespace dml::cuda

@@ -1,0 +1,417 @@
+// The CUDA ops, registered through libtorch's stable ABI as dml_kernels_cuda::*, with the schemas of dml_kernels_cpu::*
+// (register.cpp) and the fused Proxy-NCA. Compiled into the extension only with CUDA; under the tests' emulator the same
+// code serves CPU tensors.
+#if defined(DML_WITH_CUDA) || defined(DML_CUDA_EMULATOR)
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#ifndef DML_CUDA_EMULATOR
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
+#endif
+
+#include <optional>
+#include <tuple>
+
+#include "cuda/ops.h"
+
+namespace {
+
+using namespace dml;
+using namespace dml::cuda;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#ifdef DML_CUDA_EMULATOR
+bool on_device(const Tensor& t) { return t.is_cpu(); }
+
+struct Launch {
+  explicit Launch(const Tensor&) {}
+  Stream stream = nullptr;
+};
+#else
+bool on_device(const Tensor& t) { return t.is_cuda(); }
+
+// The tensors' device made the current one, and its current stream.
+struct Launch {
+  explicit Launch(const Tensor& t) : guard(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  Stream stream = nullptr;
+};
+#endif
+
+void check(Failure failure, const char* op) {
+  STD_TORCH_CHECK(!failure, "dml_kernels: ", op, " on the GPU: ", failure);
+}
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    case ScalarType::Half:
+      return Dtype::f16;
+    default:
+      STD_TORCH_CHECK(false, "dml_kernels: ", name, " must be float32, float64, bfloat16 or float16");
+      return Dtype::f32;
+  }
+}
+
+Matrix matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && on_device(t), "dml_kernels: ", name, " must be a matrix on the device");
+  const Dtype dtype = dtype_of(t, name);
+  const auto address = reinterpret_cast<std::uintptr_t>(t.const_data_ptr());
+  const std::uintptr_t unit = dtype == Dtype::f32 || dtype == Dtype::f64 ? 16 : 8;
+  const bool quads = t.stride(1) == 1 && t.stride(0) % 4 == 0 && address % unit == 0;
+  return {t.const_data_ptr(), dtype, quads, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+Vector vector(const Tensor& t, std::int64_t n, const char* name) {
+  STD_TORCH_CHECK((t.dim() == 0 || (t.dim() == 1 && t.size(0) == n)) && on_device(t), "dml_kernels: ", name,
+                  " must have ", n, " elements on the device");
+  return {t.const_data_ptr(), dtype_of(t, name), t.dim() == 0 ? 0 : t.stride(0)};
+}
+
+Vector vector(const OptionalTensor& t, std::int64_t n, const char* name) { return t ? vector(*t, n, name) : Vector{}; }
+
+Vector vector_unless_empty(const Tensor& t, std::int64_t n, const char* name) {
+  return t.numel() == 0 ? Vector{} : vector(t, n, name);
+}
+
+const std::int64_t* integers(const Tensor& t, std::int64_t n, const char* name) {
+  STD_TORCH_CHECK(
+      t.dim() == 1 && t.size(0) == n && t.is_contiguous() && t.scalar_type() == ScalarType::Long && on_device(t),
+      "dml_kernels: ", name, " must be ", n, " contiguous int64 on the device");
+  return t.const_data_ptr<std::int64_t>();
+}
+
+const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, const char* name) {
+  return t ? integers(*t, n, name) : nullptr;
+}
+
+// Contiguous; or empty where no gradient is wanted.
+Target target(const Tensor& t, std::int64_t size, const char* name) {
+  if (t.numel() == 0) return {nullptr, Dtype::f32};
+  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && on_device(t), "dml_kernels: ", name,
+                  " has the wrong shape or device");
+  return {t.mutable_data_ptr(), dtype_of(t, name)};
+}
+
+// Contiguous of the accumulation type.
+const void* sums(const Tensor& t, std::int64_t n, bool wide, const char* name) {
+  STD_TORCH_CHECK(t.numel() == n && t.is_contiguous() && on_device(t) &&
+                      t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "dml_kernels: ", name, " must be ", n, " contiguous values of the accumulation type");
+  return t.const_data_ptr();
+}
+
+// Sums in fp64 where the rows are fp64, in fp32 otherwise.
+Comparison comparison(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps) {
+  const Matrix rows = matrix(x, "x"), bank = matrix(w, "w");
+  STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
+  STD_TORCH_CHECK((rows.dtype == Dtype::f64) == (bank.dtype == Dtype::f64), "dml_kernels: fp64 with another dtype");
+  return {rows, bank, Metric(metric), normalize, rows.dtype == Dtype::f64, eps};
+}
+
+ScalarType accumulation(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }
+
+// Scratch memory from torch's allocator, so that it belongs to the stream and to a graph under capture.
+struct Scratch {
+  Scratch(const Tensor& like, std::size_t bytes)
+      : memory(torch::stable::new_empty(like, {std::int64_t((bytes + 7) / 8)}, ScalarType::Double)) {}
+  void* data() const { return memory.numel() ? memory.mutable_data_ptr() : nullptr; }
+  Tensor memory;
+};
+
+Tensor normalize_fwd(Tensor x, double eps) {
+  const Launch launch(x);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  check(normalize_forward(matrix(x, "x"), eps, {out.mutable_data_ptr(), dtype_of(x, "x")}, launch.stream), "normalize");
+  return out;
+}
+
+Tensor normalize_bwd(Tensor grad, Tensor x, double eps) {
+  const Launch launch(x);
+  const Matrix g = matrix(grad, "grad"), rows = matrix(x, "x");
+  STD_TORCH_CHECK(g.rows == rows.rows && g.cols == rows.cols, "dml_kernels: grad must have the shape of x");
+  STD_TORCH_CHECK((g.dtype == Dtype::f64) == (rows.dtype == Dtype::f64), "dml_kernels: fp64 with another dtype");
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  check(normalize_backward(g, rows, eps, {out.mutable_data_ptr(), rows.dtype}, launch.stream), "normalize");
+  return out;
+}
+
+void distance_fwd(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool normalize, double eps) {
+  if (x.size(0) == 0) return;
+  const Launch launch(x);
+  const Target to = target(out, x.size(0) * w.size(0), "out");
+  check(distance_forward(comparison(x, w, metric, normalize, eps), to, launch.stream), "normalized_distance");
+}
+
+void distance_bwd(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tensor w, std::int64_t metric, bool normalize,
+                  double eps) {
+  const Launch launch(x);
+  const Comparison problem = comparison(x, w, metric, normalize, eps);
+  const Matrix g = matrix(grad, "grad");
+  STD_TORCH_CHECK(g.rows == problem.x.rows && g.cols == problem.w.rows, "dml_kernels: grad must be (N, M)");
+  STD_TORCH_CHECK((g.dtype == Dtype::f64) == problem.wide, "dml_kernels: fp64 with another dtype");
+  const Scratch scratch(x, backward_bytes(problem));
+  check(distance_backward(problem, g, target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
+                          scratch.data(), launch.stream),
+        "normalized_distance");
+}
+
+Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& c, const OptionalTensor& exclude,
+              std::int64_t ignore_index) {
+  const std::int64_t n = x.size(0), m = w.size(0);
+  return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor c,
+                                                    OptionalTensor exclude, OptionalTensor scale,
+                                                    OptionalTensor col_scale, OptionalTensor col_bias,
+                                                    std::int64_t metric, bool normalize, double k_same, double o_same,
+                                                    double k_different, double o_different, double eps,
+                                                    std::int64_t ignore_index, bool with_sums) {
+  const Launch launch(x);
+  const std::int64_t n = x.size(0), m = w.size(0);
+  const Comparison problem = comparison(x, w, metric, normalize, eps);
+  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, accumulation(problem.wide)); };
+  Tensor same = make(n), different = make(n), sum_same = make(with_sums ? n : 0),
+         sum_different = make(with_sums ? n : 0);
+  if (n == 0) return {same, different, sum_same, sum_different};
+  const LogitArgs args{k_same,
+                       o_same,
+                       k_different,
+                       o_different,
+                       vector(scale, n, "scale"),
+                       vector(col_scale, m, "col_scale"),
+                       vector(col_bias, m, "col_bias")};
+  const LseOut out{same.mutable_data_ptr(),
+                   different.mutable_data_ptr(),
+                   with_sums ? sum_same.mutable_data_ptr() : nullptr,
+                   with_sums ? sum_different.mutable_data_ptr() : nullptr,
+                   {}};
+  const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
+  check(lse_forward(problem, labels(x, w, y, c, exclude, ignore_index), args, out, scratch.data(), launch.stream),
+        "masked_logsumexp");
+  return {same, different, sum_same, sum_different};
+}
+
+void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_scale, Tensor grad_col_bias,
+              Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, Tensor same,
+              Tensor different, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude,
+              OptionalTensor scale, OptionalTensor col_scale, OptionalTensor col_bias, std::int64_t metric,
+              bool normalize, double k_same, double o_same, double k_different, double o_different, double eps,
+              std::int64_t ignore_index) {
+  const Launch launch(x);
+  const std::int64_t n = x.size(0), m = w.size(0);
+  const Comparison problem = comparison(x, w, metric, normalize, eps);
+  const LogitArgs args{k_same,
+                       o_same,
+                       k_different,
+                       o_different,
+                       vector(scale, n, "scale"),
+                       vector(col_scale, m, "col_scale"),
+                       vector(col_bias, m, "col_bias")};
+  const LseGrads grads{vector_unless_empty(grad_same, n, "grad_same"),
+                       vector_unless_empty(grad_different, n, "grad_different"),
+                       vector_unless_empty(grad_sum_same, n, "grad_sum_same"),
+                       vector_unless_empty(grad_sum_different, n, "grad_sum_different"),
+                       sums(same, n, problem.wide, "same"),
+                       sums(different, n, problem.wide, "different"),
+                       {}};
+  const LseTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
+                           target(grad_scale, n, "grad_scale"), target(grad_col_scale, m, "grad_col_scale"),
+                           target(grad_col_bias, m, "grad_col_bias")};
+  const Scratch scratch(x, backward_bytes(problem));
+  check(lse_backward(problem, labels(x, w, y, c, exclude, ignore_index), args, grads, targets, scratch.data(),
+                     launch.stream),
+        "masked_logsumexp");
+}
+
+constexpr std::int64_t squared = std::int64_t(Metric::sqeuclidean);
+
+// (value, same, different, counted): the loss reduced, what its backward needs.
+std::tuple<Tensor, Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor scale,
+                                                         double factor, bool exclude_positive,
+                                                         std::int64_t ignore_index, double eps,
+                                                         std::int64_t reduction) {
+  const Launch launch(x);
+  const std::int64_t n = x.size(0), m = w.size(0);
+  STD_TORCH_CHECK(n > 0, "dml_kernels: proxy_nca needs at least one row");
+  const Comparison problem = comparison(x, w, squared, true, eps);
+  const ScalarType type = accumulation(problem.wide);
+  Tensor same = torch::stable::new_empty(x, {n}, type), different = torch::stable::new_empty(x, {n}, type);
+  Tensor value = reduction ? torch::stable::new_empty(x, {}, type) : torch::stable::new_empty(x, {n}, type);
+  Tensor counted = torch::stable::new_empty(x, {}, type);
+  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
+  const LseOut out{same.mutable_data_ptr(),
+                   different.mutable_data_ptr(),
+                   nullptr,
+                   nullptr,
+                   {value.mutable_data_ptr(), counted.mutable_data_ptr(), exclude_positive, Reduction(reduction)}};
+  const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
+  check(lse_forward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, out, scratch.data(),
+                    launch.stream),
+        "proxy_nca");
+  return {value, same, different, counted};
+}
+
+void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad, Tensor same, Tensor different,
+                   Tensor counted, Tensor x, Tensor w, Tensor y, OptionalTensor scale, double factor,
+                   bool exclude_positive, std::int64_t ignore_index, double eps, std::int64_t reduction) {
+  const Launch launch(x);
+  const std::int64_t n = x.size(0);
+  const Comparison problem = comparison(x, w, squared, true, eps);
+  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
+  // `value` only says that this is a loss; its memory is not read.
+  const ProxyNca loss{counted.mutable_data_ptr(), const_cast<void*>(sums(counted, 1, problem.wide, "counted")),
+                      exclude_positive, Reduction(reduction)};
+  const LseGrads grads{vector(grad, n, "grad"),
+                       {},
+                       {},
+                       {},
+                       sums(same, n, problem.wide, "same"),
+                       sums(different, n, problem.wide, "different"),
+                       loss};
+  const LseTargets targets{target(grad_x, x.numel(), "grad_x"),
+                           target(grad_w, w.numel(), "grad_w"),
+                           target(grad_scale, n, "grad_scale"),
+                           {},
+                           {}};
+  const Scratch scratch(x, backward_bytes(problem));
+  check(lse_backward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, grads, targets,
+                     scratch.data(), launch.stream),
+        "proxy_nca");
+}
+
+bool magnet_fits(Tensor x, std::int64_t clusters, bool given_centers) {
+  return !magnet_refusal(x.size(0), clusters, x.size(1), given_centers, x.scalar_type() == ScalarType::Double);
+}
+
+MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,
+                       const OptionalTensor& variance, double alpha, bool normalize, double min_variance, double eps,
+                       std::int64_t ignore_index, std::int64_t reduction) {
+  STD_TORCH_CHECK(!centers || (centers->size(0) == classes.size(0) && centers->size(1) == x.size(1)),
+                  "dml_kernels: a centre for each cluster");
+  const Matrix rows = matrix(x, "x"), bank = centers ? matrix(*centers, "centers") : Matrix{};
+  const bool wide = rows.dtype == Dtype::f64;
+  STD_TORCH_CHECK(!centers || (bank.dtype == Dtype::f64) == wide, "dml_kernels: fp64 with another dtype");
+  return {rows,
+          bank,
+          integers(clusters, x.size(0), "clusters"),
+          integers(classes, classes.size(0), "classes"),
+          classes.size(0),
+          ignore_index,
+          vector(variance, 1, "variance"),
+          alpha,
+          min_variance,
+          eps,
+          normalize,
+          wide,
+          Reduction(reduction)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> magnet_fwd(Tensor x, Tensor clusters, Tensor classes, OptionalTensor centers,
+                                              OptionalTensor variance, double alpha, bool normalize,
+                                              double min_variance, double eps, std::int64_t ignore_index,
+                                              std::int64_t reduction) {
+  const Launch launch(x);
+  const std::int64_t n = x.size(0);
+  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
+                                      ignore_index, reduction);
+  check(magnet_refusal(n, classes.size(0), x.size(1), centers.has_value(), args.wide), "magnet_loss");
+  const ScalarType type = accumulation(args.wide);
+  Tensor value = reduction ? torch::stable::new_empty(x, {}, type) : torch::stable::new_empty(x, {n}, type);
+  Tensor different = torch::stable::new_empty(x, {n}, type), measured = torch::stable::new_empty(x, {}, type);
+  const Scratch scratch(x, magnet_forward_bytes(args));
+  check(magnet_forward(args, {value.mutable_data_ptr(), different.mutable_data_ptr(), measured.mutable_data_ptr()},
+                       scratch.data(), launch.stream),
+        "magnet_loss");
+  return {value, different, measured};
+}
+
+void magnet_bwd(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, Tensor grad, Tensor different, Tensor x,
+                Tensor clusters, Tensor classes, OptionalTensor centers, OptionalTensor variance, double alpha,
+                bool normalize, double min_variance, double eps, std::int64_t ignore_index, std::int64_t reduction) {
+  const Launch launch(x);
+  const std::int64_t n = x.size(0);
+  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
+                                      ignore_index, reduction);
+  check(magnet_refusal(n, classes.size(0), x.size(1), centers.has_value(), args.wide), "magnet_loss");
+  const MagnetTargets targets{target(grad_x, x.numel(), "grad_x"),
+                              target(grad_centers, centers ? centers->numel() : 0, "grad_centers"),
+                              target(grad_variance, 1, "grad_variance")};
+  const Scratch scratch(x, magnet_backward_bytes(args));
+  check(magnet_backward(args, vector(grad, n, "grad"), sums(different, n, args.wide, "different"), targets,
+                        scratch.data(), launch.stream),
+        "magnet_loss");
+}
+
+template <class Library>
+void define(Library& m) {
+  m.def("normalize_fwd(Tensor x, float eps) -> Tensor");
+  m.def("normalize_bwd(Tensor grad, Tensor x, float eps) -> Tensor");
+  m.def("distance_fwd(Tensor(a!) out, Tensor x, Tensor w, int metric, bool normalize, float eps) -> ()");
+  m.def(
+      "distance_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor grad, Tensor x, Tensor w, int metric, bool normalize, "
+      "float eps) -> ()");
+  m.def(
+      "mlse_fwd(Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, Tensor? col_scale, "
+      "Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
+      "float o_different, float eps, int ignore_index, bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_scale, "
+      "Tensor(e!) grad_col_bias, Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, "
+      "Tensor grad_sum_different, Tensor same, Tensor different, Tensor x, Tensor w, Tensor y, Tensor? c, "
+      "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
+      "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
+  m.def(
+      "proxy_nca_fwd(Tensor x, Tensor w, Tensor y, Tensor? scale, float factor, bool exclude_positive, "
+      "int ignore_index, float eps, int reduction) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "proxy_nca_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor grad, Tensor same, "
+      "Tensor different, Tensor counted, Tensor x, Tensor w, Tensor y, Tensor? scale, float factor, "
+      "bool exclude_positive, int ignore_index, float eps, int reduction) -> ()");
+  m.def("magnet_fits(Tensor x, int clusters, bool given_centers) -> bool");
+  m.def(
+      "magnet_fwd(Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, float alpha, "
+      "bool normalize, float min_variance, float eps, int ignore_index, int reduction) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "magnet_bwd(Tensor(a!) grad_x, Tensor(b!) grad_centers, Tensor(c!) grad_variance, Tensor grad, Tensor different, "
+      "Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, float alpha, bool normalize, "
+      "float min_variance, float eps, int ignore_index, int reduction) -> ()");
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("normalize_fwd", TORCH_BOX(&normalize_fwd));
+  m.impl("normalize_bwd", TORCH_BOX(&normalize_bwd));
+  m.impl("distance_fwd", TORCH_BOX(&distance_fwd));
+  m.impl("distance_bwd", TORCH_BOX(&distance_bwd));
+  m.impl("mlse_fwd", TORCH_BOX(&mlse_fwd));
+  m.impl("mlse_bwd", TORCH_BOX(&mlse_bwd));
+  m.impl("proxy_nca_fwd", TORCH_BOX(&proxy_nca_fwd));
+  m.impl("proxy_nca_bwd", TORCH_BOX(&proxy_nca_bwd));
+  m.impl("magnet_fits", TORCH_BOX(&magnet_fits));
+  m.impl("magnet_fwd", TORCH_BOX(&magnet_fwd));
+  m.impl("magnet_bwd", TORCH_BOX(&magnet_bwd));
+}
+
+}  // namespace
+
+#ifdef DML_CUDA_EMULATOR
+STABLE_TORCH_LIBRARY(dml_kernels_cuda_emulated, m) { define(m); }
+STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cuda_emulated, CPU, m) { implement(m); }
+#else
+STABLE_TORCH_LIBRARY(dml_kernels_cuda, m) { define(m); }
+STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cuda, CUDA, m) { implement(m); }
+#endif
+#endif

@@ -1,0 +1,174 @@
+"""The ``cuda`` backend: the C++/CUDA kernels of the extension, for batches bound by launches, and for fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..torch_backend import scale_grad
+from .contract import Bank, Spec, accumulate_dtype
+from .cpu_backend import METRIC_CODES, REDUCTION_CODES
+from .library import EXTENSION
+
+name = "cuda"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "magnet_loss")
+OLDEST = (8, 0)  # compute capability of the oldest architecture that is built
+# Where the ops are, and the device they serve; the tests' emulator has the same ops for CPU tensors.
+namespace, device_type = "dml_kernels_cuda", "cuda"
+
+
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
+    if policy != "linear":
+        return f"logit policy {policy!r} is not implemented here"
+    if op not in OPS:
+        return f"{op} is not implemented here"
+    if device.type != device_type:
+        return f"runs on NVIDIA GPUs; the tensors are on {device.type}"
+    if dtype not in DTYPES:
+        return f"multiplies float32, float64, bfloat16 and float16; not {dtype}"
+    return _refuse_device(device) if device.type == "cuda" else None
+
+
+def _refuse_device(device: torch.device) -> str | None:
+    if EXTENSION.module is None:
+        return f"the extension is {EXTENSION.reason}"
+    if not hasattr(torch.ops.dml_kernels_cuda, "mlse_fwd"):
+        return f"the extension was built without CUDA kernels: {EXTENSION.info['why_no_cuda']}"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return "needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def describe() -> str:
+    return "CUDA C++ kernels, one launch each way"
+
+
+def _ops():
+    return getattr(torch.ops, namespace)
+
+
+def normalize_fwd(x: Tensor, eps: float) -> Tensor:
+    return _ops().normalize_fwd(x, eps)
+
+
+def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    return _ops().normalize_bwd(grad, x, eps)
+
+
+def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
+    out = x.new_empty((x.size(0), w.size(0)), dtype=dtype)
+    _ops().distance_fwd(out, x, w, METRIC_CODES[metric], normalize, eps)
+    return out
+
+
+def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> list[Tensor | None]:
+    targets = [_like(t, need, x) for t, need in zip((x, w), needs, strict=True)]
+    if x.size(0) == 0:
+        return _wanted(_zeroed(targets), needs)
+    _ops().distance_bwd(*targets, grad, x, w, METRIC_CODES[metric], normalize, eps)
+    return _wanted(targets, needs)
+
+
+def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+    return _ops().mlse_fwd(*_plain(bank), *_numbers(spec), spec.sums)
+
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+    targets = [_like(t, need, bank.x) for t, need in zip((bank.x, bank.w, None, *bank[6:]), needs, strict=True)]
+    if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
+        targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    if bank.x.size(0) == 0:
+        _zeroed(targets)
+    else:
+        _ops().mlse_bwd(*targets, *grads, *(t.contiguous() for t in lse), *_plain(bank), *_numbers(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], bank)
+    return _wanted(targets, needs)
+
+
+def proxy_nca_fwd(x, w, y, scale, factor, exclude_positive, ignore_index, eps, reduction) -> tuple[Tensor, ...]:
+    """(loss, L+ (N,), L- (N,), counted ()) of Proxy-NCA in one launch; losses/proxy_nca.py has the formula.
+
+    z = -factor scale_i |x^_i - w^_j|^2; ``scale`` is None, () or (N,); ``counted`` rows are not ignored. N at least 1.
+    """
+    code = REDUCTION_CODES[reduction]
+    return _ops().proxy_nca_fwd(x, w, y.contiguous(), scale, factor, exclude_positive, ignore_index, eps, code)
+
+
+def proxy_nca_bwd(
+    grad, saved, needs, x, w, y, scale, factor, exclude_positive, ignore_index, eps, reduction
+) -> list[Tensor | None]:
+    """Gradients of x, w and scale in one launch; ``saved`` are the last three results of the forward."""
+    targets = [_like(t, need, x) for t, need in zip((x, w, None), needs, strict=True)]
+    if needs[2]:
+        targets[2] = x.new_empty(x.size(0), dtype=accumulate_dtype(x.dtype))
+    code = REDUCTION_CODES[reduction]
+    _ops().proxy_nca_bwd(
+        *targets, grad, *saved, x, w, y.contiguous(), scale, factor, exclude_positive, ignore_index, eps, code
+    )
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], Bank(x, w, y, None, None, scale, None, None))
+    return _wanted(targets, needs)
+
+
+def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    """In one launch; batches of more than 512 rows or clusters as the composition of the other ops."""
+    if not _fits(inputs):
+        return _composition().magnet_fwd(inputs, spec)
+    return _ops().magnet_fwd(*_plain_clusters(inputs), *_magnet_numbers(spec))
+
+
+def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
+    """In two launches: distances, then gradients."""
+    if not _fits(inputs):
+        return _composition().magnet_bwd(grad, different, needs, inputs, spec)
+    targets = [_like(t, need, inputs.x) for t, need in zip((inputs.x, *inputs[3:]), needs, strict=True)]
+    _ops().magnet_bwd(*targets, grad, different.contiguous(), *_plain_clusters(inputs), *_magnet_numbers(spec))
+    return _wanted(targets, needs)
+
+
+def _fits(inputs) -> bool:
+    return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
+
+
+def _composition():
+    # Imported here: it is written on the ops, which import this module.
+    from .. import torch_magnet
+
+    return torch_magnet
+
+
+def _plain_clusters(inputs):
+    x, clusters, classes, centers, variance = inputs
+    return x, clusters.contiguous(), classes.contiguous(), centers, variance
+
+
+def _magnet_numbers(spec) -> tuple:
+    return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
+
+
+def _wanted(targets, needs) -> list[Tensor | None]:
+    return [t if need else None for t, need in zip(targets, needs, strict=True)]
+
+
+def _zeroed(targets: list[Tensor]) -> list[Tensor]:
+    return [t.zero_() for t in targets]
+
+
+def _like(t: Tensor | None, need: bool, device_of: Tensor) -> Tensor:
+    if t is None or not need:
+        return device_of.new_empty(0)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _plain(bank: Bank) -> Bank:
+    """Label vectors contiguous, the rest as it is."""
+    x, w, y, c, exclude, *vectors = bank
+    return Bank(x, w, y.contiguous(), *(t if t is None else t.contiguous() for t in (c, exclude)), *vectors)
+
+
+def _numbers(spec: Spec) -> tuple:
+    return METRIC_CODES[spec.metric], spec.normalize, *spec.logit, spec.eps, spec.ignore_index
