@@ -14,6 +14,32 @@ struct Target {
   ScalarType dtype;
 };
 
+// The sum of many rows' vectors over a tile: short runs in the vectors' type, the runs in double, so that the error does
+// not grow with the number of rows.
+template <class A>
+class ColumnSum {
+ public:
+  void reset(std::int64_t n) { run_.assign(n, A(0)), total_.assign(n, 0), rows_ = 0; }
+
+  // Where the next row is to be added.
+  A* next() {
+    if (rows_++ % 32 == 31) flush();
+    return run_.data();
+  }
+
+  // Element j of the sum so far; flush() first.
+  double operator[](std::int64_t j) const { return total_[j]; }
+
+  void flush() {
+    for (std::size_t j = 0; j < run_.size(); ++j) total_[j] += run_[j], run_[j] = 0;
+  }
+
+ private:
+  std::vector<A> run_;
+  std::vector<double> total_;
+  std::int64_t rows_ = 0;
+};
+
 template <class P>
 class Gradients {
  public:
@@ -50,7 +76,7 @@ class Gradients {
               : grad_w_.empty() ? nullptr
                                 : grad_w_.data();
       if (bank_) std::fill_n(bank_, scores_.count * d_, A(0));
-      if (all_.distances()) columns_own_.assign(scores_.count, A(0));
+      if (all_.distances()) columns_own_.reset(scores_.count);
     }
 
     // Row i's dS over the tile, as factor * ds (overwritten); scores_.near are its near pairs.
@@ -64,8 +90,8 @@ class Gradients {
           near_.push_back({i, j, factor * ds[j]});
           ds[j] = 0;
         }
-        if (own_ && !problem.rows.unit[i]) own_[i] += factor * k.sum(ds, n);
-        if (!scores_.bank.all_unit && all_.w_.data) k.axpy(columns_own_.data(), factor, ds, n);
+        if (own_ && !problem.rows.unit[i]) own_[i] += double(factor) * k.sum(ds, n);
+        if (!scores_.bank.all_unit && all_.w_.data) k.axpy(columns_own_.next(), factor, ds, n);
       }
       const A f = (metric == Metric::dot ? factor : 2 * factor) * problem.rows.r[i];
       const A* r = problem.normalize ? scores_.bank.r.data() : nullptr;
@@ -93,16 +119,16 @@ class Gradients {
     }
 
     void end_tile() {
+      if (all_.distances()) columns_own_.flush();
       if (all_.bank_parts_) {
-        if (all_.distances())
-          std::copy_n(columns_own_.data(), scores_.count,
-                      all_.bank_own_.data() + slice_ * all_.problem_.w.rows + scores_.first);
+        for (std::int64_t j = 0; j < scores_.count && all_.distances(); ++j)
+          all_.bank_own_[slice_ * all_.problem_.w.rows + scores_.first + j] = columns_own_[j];
         return;
       }
       if (!bank_) return;
       for (std::int64_t j = 0; j < scores_.count; ++j) {
         A* grad = bank_ + j * d_;
-        scores_.bank.finish(j, grad, columns_own_.empty() ? A(0) : columns_own_[j], buffer_.data());
+        scores_.bank.finish(j, grad, all_.distances() ? A(columns_own_[j]) : A(0), buffer_.data());
         write_values(grad, all_.w_.data, all_.w_.dtype, (scores_.first + j) * d_, d_);
       }
     }
@@ -132,9 +158,11 @@ class Gradients {
 
     Gradients& all_;
     TileScores<P>& scores_;
-    A *part_ = nullptr, *own_ = nullptr, *bank_ = nullptr;  // where this slice's gradients gather; bank_: this tile's
+    A *part_ = nullptr, *bank_ = nullptr;  // where this slice's gradients gather; bank_: this tile's
+    double* own_ = nullptr;
     std::int64_t d_, slice_ = 0;
-    std::vector<A> buffer_, grad_w_, columns_own_;
+    std::vector<A> buffer_, grad_w_;
+    ColumnSum<A> columns_own_;
     std::vector<P> half_;
     std::vector<Near> near_;
   };
@@ -153,12 +181,12 @@ class Gradients {
       std::vector<A> total(d), buffer(d);
       for (std::int64_t i = begin; i < end; ++i) {
         std::fill(total.begin(), total.end(), A(0));
-        A own = 0;
+        double own = 0;
         for (std::int64_t part = 0; part < row_parts_; ++part) {
           k.add(total.data(), parts_.get() + part * rows_size() + i * d, d);
           if (!own_.empty()) own += own_[part * n + i];
         }
-        problem_.rows.finish(i, total.data(), own, buffer.data());
+        problem_.rows.finish(i, total.data(), A(own), buffer.data());
         write_values(total.data(), x_.data, x_.dtype, i * d, d);
       }
     });
@@ -174,12 +202,12 @@ class Gradients {
       bank.load(problem_.w, begin, end - begin, problem_.normalize, problem_.eps);
       for (std::int64_t j = begin; j < end; ++j) {
         std::fill(total.begin(), total.end(), A(0));
-        A own = 0;
+        double own = 0;
         for (std::int64_t slice = 0; slice < plan.slices; ++slice) {
           k.add(total.data(), bank_parts_.get() + slice * bank_size() + j * d, d);
           if (!bank_own_.empty()) own += bank_own_[slice * m + j];
         }
-        bank.finish(j - begin, total.data(), own, buffer.data());
+        bank.finish(j - begin, total.data(), A(own), buffer.data());
         write_values(total.data(), w_.data, w_.dtype, j * d, d);
       }
     });
@@ -193,9 +221,9 @@ class Gradients {
   Target x_, w_;
   std::int64_t row_parts_;
   std::unique_ptr<A[]> parts_;       // (row parts, N, D); each slice clears its own
-  std::vector<A> own_;               // (row parts, N) sums of dS, for rows that are no unit vectors
+  std::vector<double> own_;          // (row parts, N) sums of dS, for rows that are no unit vectors
   std::unique_ptr<A[]> bank_parts_;  // (slices, M, D) where the rows are cut; a tile clears its own
-  std::vector<A> bank_own_;          // (slices, M), as own_
+  std::vector<double> bank_own_;     // (slices, M), as own_
 };
 
 }  // namespace dml::cpu

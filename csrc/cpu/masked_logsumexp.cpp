@@ -113,23 +113,35 @@ class Walk {
 
 // The gradient of one vector over the bank: where slices of the rows all add to it, a part for each.
 template <class A>
-class ColumnSums {
+class ColumnGradient {
  public:
-  ColumnSums(bool wanted, std::int64_t parts, std::int64_t m) : parts_(parts), m_(m), sums_(wanted ? parts * m : 0) {}
+  ColumnGradient(bool wanted, std::int64_t parts, std::int64_t m)
+      : parts_(parts), m_(m), sums_(wanted ? parts * m : 0) {}
 
-  A* place(std::int64_t slice, std::int64_t column) {
-    return sums_.empty() ? nullptr : sums_.data() + (parts_ == 1 ? 0 : slice * m_) + column;
+  bool wanted() const { return !sums_.empty(); }
+
+  // Keeps a tile's sums, which begin at column `first`.
+  void keep(std::int64_t slice, std::int64_t first, std::int64_t count, ColumnSum<A>& tile) {
+    if (!wanted()) return;
+    tile.flush();
+    double* to = sums_.data() + (parts_ == 1 ? 0 : slice * m_) + first;
+    for (std::int64_t j = 0; j < count; ++j) to[j] = tile[j];
   }
 
   void write(const Target& target) {
-    if (sums_.empty()) return;
-    for (std::int64_t part = 1; part < parts_; ++part) row_kernels<A>().add(sums_.data(), sums_.data() + part * m_, m_);
-    write_values(sums_.data(), target.data, target.dtype, 0, m_);
+    if (!wanted()) return;
+    std::vector<A> total(m_);
+    for (std::int64_t j = 0; j < m_; ++j) {
+      double sum = 0;
+      for (std::int64_t part = 0; part < parts_; ++part) sum += sums_[part * m_ + j];
+      total[j] = A(sum);
+    }
+    write_values(total.data(), target.data, target.dtype, 0, m_);
   }
 
  private:
   std::int64_t parts_, m_;
-  std::vector<A> sums_;
+  std::vector<double> sums_;
 };
 
 // Both sets' running results of one row.
@@ -205,19 +217,19 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
   Gradients<P> gradients(problem, targets.x, targets.w);
   const std::int64_t column_parts = problem.plan.by_rows ? slices : 1;
-  ColumnSums<A> columns_q(targets.col_scale.data, column_parts, problem.w.rows);
-  ColumnSums<A> columns_b(targets.col_bias.data, column_parts, problem.w.rows);
+  ColumnGradient<A> columns_q(targets.col_scale.data, column_parts, problem.w.rows);
+  ColumnGradient<A> columns_b(targets.col_bias.data, column_parts, problem.w.rows);
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     const bool root = problem.metric == Metric::euclidean;
     Walk<P> walk(setup, root || scale_grads);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
-    // The tile's place in this slice's part of the columns' gradients.
-    A *dq = nullptr, *db = nullptr;
+    ColumnSum<A> dq, db;          // of this tile
     std::int64_t at_slice = 0;
     const auto begin = [&] {
       out.begin_tile();
-      dq = columns_q.place(at_slice, walk.scores.first), db = columns_b.place(at_slice, walk.scores.first);
+      if (columns_q.wanted()) dq.reset(walk.scores.count);
+      if (columns_b.wanted()) db.reset(walk.scores.count);
     };
     const auto row = [&](std::int64_t local, std::int64_t i) {
       if (setup.index.ignored(i)) return out.empty_row(local);
@@ -227,9 +239,10 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       const std::int32_t* at = walk.positions;
       k.weights(dz, count, lse_different[i], g_different[i], h_different[i]);
       k.weights(same, own, lse_same[i], g_same[i], h_same[i]);
-      if (db) {
-        k.add(db, dz, count);
-        for (std::int64_t p = 0; p < own; ++p) db[at[p]] += same[p];
+      if (columns_b.wanted()) {
+        A* sum = db.next();
+        k.add(sum, dz, count);
+        for (std::int64_t p = 0; p < own; ++p) sum[at[p]] += same[p];
       }
       // From here on dz is the gradient of k (q_j s - o), over its set's k where the sets differ or the scale asks for
       // it; else that common factor stays outside.
@@ -242,13 +255,18 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       }
       const A t = setup.scale[i];
       if (scale_grads) {
-        const double total = k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, dq, count);
+        const double total =
+            k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, columns_q.wanted() ? dq.next() : nullptr, count);
         if (row_scale) row_scale[i] += total - offsets;
       }
       k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
       out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
-    const auto end = [&] { out.end_tile(); };
+    const auto end = [&] {
+      out.end_tile();
+      columns_q.keep(at_slice, walk.scores.first, walk.scores.count, dq);
+      columns_b.keep(at_slice, walk.scores.first, walk.scores.count, db);
+    };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice), at_slice = slice;
       if (!grad_scale.empty()) row_scale = grad_scale.data() + slice * n;
