@@ -89,7 +89,8 @@ def normalized_distance(
     base, unit = contract.split_metric(metric, normalize and metric != "dot")
     eps = contract.check_eps(eps)
     dtype = contract.product_dtype(x, w)
-    chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend)
+    size = (x.size(0), w.size(0), x.size(1))
+    chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend, size=size)
     if chosen == backends.REFERENCE:
         return reference.normalized_distance(x, w, base, unit, eps)
     w = w.view_as(w) if w is x else w
@@ -172,7 +173,7 @@ def masked_logsumexp(
         factor = contract.check_number("scale", scale)
         logit[0], logit[2] = logit[0] * factor, logit[2] * factor
     dtype = contract.product_dtype(x, w)
-    chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend)
+    chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend, (n, m, x.size(1)))
     # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
     w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
     bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)

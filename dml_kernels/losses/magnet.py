@@ -88,7 +88,9 @@ def _loss_and_variance(
         raise ValueError(f"min_variance must be positive, it guards a division; got {min_variance}")
     dtype = product_dtype(embeddings, embeddings if centers is None else centers)
     variance = _variance_tensor(variance, embeddings, accumulate_dtype(dtype))
-    chosen = backends.choose("magnet_loss", embeddings.device, dtype, argument=backend)
+    n, d = embeddings.shape
+    size = (n, min(n, classes.numel()) if centers is None else classes.numel(), d)
+    chosen = backends.choose("magnet_loss", embeddings.device, dtype, argument=backend, size=size)
     options = (alpha, bool(normalize), min_variance, eps, ignore_index, reduction)
     if chosen == backends.REFERENCE:
         return _dense(embeddings, clusters, classes, centers, variance, *options)

@@ -107,7 +107,8 @@ def proxy_nca_loss(
     y = _map_labels(labels, label_to_proxy, ignore_index)
     weight = None if class_weight is None else _row_weight(class_weight, labels, embeddings)
     dtype = product_dtype(embeddings, proxies)
-    chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend)
+    size = (embeddings.size(0), proxies.size(0), embeddings.size(1))
+    chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend, size=size)
     scale, factor = (softmax_scale, 1.0) if isinstance(softmax_scale, Tensor) else (None, softmax_scale)
     check_vector("softmax_scale", scale, embeddings.size(0), embeddings, integer=False, scalar=True)
     if chosen == backends.REFERENCE:

@@ -22,6 +22,11 @@ REFERENCE = "reference"
 # In order of preference: the first that can run an op runs it.
 BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
 
+# N M D up to which a GPU waits for launches rather than computes: there the C++ kernels, a launch each way, come before
+# Triton's. A model, to be replaced by a measurement: a step through Triton costs the host about 150 us more; C++ without
+# tensor cores computes at about 15 TFLOP/s, at which 8 N M D of this size take as long.
+SMALL = 1 << 28
+
 _override: list[str] = []
 
 
@@ -80,10 +85,24 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str
     return verdicts
 
 
+def order(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int] | None = None) -> list[str]:
+    """The backends' names, the one to be preferred for N x M x D first."""
+    names = list(BACKENDS)
+    large = size is not None and size[0] * size[1] * size[2] > SMALL
+    if device.type == "cuda" and large and dtype != torch.float64:
+        names.sort(key=lambda name: {"cuda": 1, "torch": 2}.get(name, 0))
+    return names
+
+
 def choose(
-    op: str, device: torch.device, dtype: torch.dtype, policy: str = "linear", argument: str | None = None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    policy: str = "linear",
+    argument: str | None = None,
+    size: tuple[int, int, int] | None = None,
 ) -> str:
-    """The backend for an op on tensors of this device and product dtype.
+    """The backend for an op on tensors of this device, product dtype and size N x M x D.
 
     Raises:
         RuntimeError: the requested backend, or every one, refuses; the message holds the reasons.
@@ -92,7 +111,7 @@ def choose(
     if asked == REFERENCE:
         return REFERENCE
     refusals = []
-    for name in (asked,) if asked else BACKENDS:
+    for name in (asked,) if asked else order(device, dtype, size):
         refusal = BACKENDS[name].can_run(op, device, dtype, policy)
         if refusal is None:
             return name
