@@ -238,49 +238,48 @@ void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_s
 
 constexpr std::int64_t squared = std::int64_t(Metric::sqeuclidean);
 
-// (value, same, different, counted): the loss reduced, what its backward needs.
-std::tuple<Tensor, Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor scale,
-                                                         double factor, bool exclude_positive,
-                                                         std::int64_t ignore_index, double eps,
-                                                         std::int64_t reduction) {
+std::tuple<Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor scale,
+                                                 OptionalTensor weight, double factor, bool exclude_positive,
+                                                 double label_smoothing, double eps, std::int64_t ignore_index,
+                                                 std::int64_t reduction) {
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
   STD_TORCH_CHECK(n > 0, "dml_kernels: proxy_nca needs at least one row");
   const Comparison problem = comparison(x, w, squared, true, eps);
-  const ScalarType type = accumulation(problem.wide);
-  Tensor same = torch::stable::new_empty(x, {n}, type), different = torch::stable::new_empty(x, {n}, type);
-  Tensor value = reduction ? torch::stable::new_empty(x, {}, type) : torch::stable::new_empty(x, {n}, type);
-  Tensor counted = torch::stable::new_empty(x, {}, type);
+  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, accumulation(problem.wide)); };
+  Tensor same = make(n), different = make(n), sums_of_logits = make(label_smoothing > 0 ? 2 * n : 0);
+  Tensor value = reduction ? torch::stable::new_empty(x, {}, accumulation(problem.wide)) : make(n);
   const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
+  char* logits = label_smoothing > 0 ? static_cast<char*>(sums_of_logits.mutable_data_ptr()) : nullptr;
   const LseOut out{same.mutable_data_ptr(),
                    different.mutable_data_ptr(),
-                   nullptr,
-                   nullptr,
-                   {value.mutable_data_ptr(), counted.mutable_data_ptr(), exclude_positive, Reduction(reduction)}};
+                   logits,
+                   logits ? logits + n * (problem.wide ? 8 : 4) : nullptr,
+                   {true, exclude_positive, label_smoothing, vector(weight, n, "weight"), Reduction(reduction),
+                    value.mutable_data_ptr()}};
   const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
   check(lse_forward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, out, scratch.data(),
                     launch.stream),
         "proxy_nca");
-  return {value, same, different, counted};
+  return {value, same, different};
 }
 
 void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad, Tensor same, Tensor different,
-                   Tensor counted, Tensor x, Tensor w, Tensor y, OptionalTensor scale, double factor,
-                   bool exclude_positive, std::int64_t ignore_index, double eps, std::int64_t reduction) {
+                   Tensor x, Tensor w, Tensor y, OptionalTensor scale, OptionalTensor weight, double factor,
+                   bool exclude_positive, double label_smoothing, double eps, std::int64_t ignore_index,
+                   std::int64_t reduction) {
   const Launch launch(x);
   const std::int64_t n = x.size(0);
   const Comparison problem = comparison(x, w, squared, true, eps);
   const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
-  // `value` only says that this is a loss; its memory is not read.
-  const ProxyNca loss{counted.mutable_data_ptr(), const_cast<void*>(sums(counted, 1, problem.wide, "counted")),
-                      exclude_positive, Reduction(reduction)};
-  const LseGrads grads{vector(grad, n, "grad"),
-                       {},
-                       {},
-                       {},
-                       sums(same, n, problem.wide, "same"),
-                       sums(different, n, problem.wide, "different"),
-                       loss};
+  const LseGrads grads{
+      vector(grad, n, "grad"),
+      {},
+      {},
+      {},
+      sums(same, n, problem.wide, "same"),
+      sums(different, n, problem.wide, "different"),
+      {true, exclude_positive, label_smoothing, vector(weight, n, "weight"), Reduction(reduction), nullptr}};
   const LseTargets targets{target(grad_x, x.numel(), "grad_x"),
                            target(grad_w, w.numel(), "grad_w"),
                            target(grad_scale, n, "grad_scale"),
@@ -374,12 +373,13 @@ void define(Library& m) {
       "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
       "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
   m.def(
-      "proxy_nca_fwd(Tensor x, Tensor w, Tensor y, Tensor? scale, float factor, bool exclude_positive, "
-      "int ignore_index, float eps, int reduction) -> (Tensor, Tensor, Tensor, Tensor)");
+      "proxy_nca_fwd(Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
+      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "proxy_nca_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor grad, Tensor same, "
-      "Tensor different, Tensor counted, Tensor x, Tensor w, Tensor y, Tensor? scale, float factor, "
-      "bool exclude_positive, int ignore_index, float eps, int reduction) -> ()");
+      "Tensor different, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
+      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) -> ()");
   m.def("magnet_fits(Tensor x, int clusters, bool given_centers) -> bool");
   m.def(
       "magnet_fwd(Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, float alpha, "

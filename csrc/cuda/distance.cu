@@ -13,13 +13,13 @@ __global__ void __launch_bounds__(block_threads, 4)
     forward_kernel(const __grid_constant__ Comparison problem, const __grid_constant__ Target out, const Chunks chunks,
                    const std::int64_t column_blocks) {
   DML_DYNAMIC_SHARED(memory);
-  DML_SHARED(A, row_r, rows_per_block);
-  DML_SHARED(A, column_r, columns_per_block);
+  DML_SHARED(A, row_norms, rows_per_block);
+  DML_SHARED(A, column_norms, columns_per_block);
   A* tile = reinterpret_cast<A*>(memory);
   const A eps = A(problem.eps);
-  Side<A> rows{problem.x, tile, row_r, rows_per_block, problem.normalize, eps};
-  Side<A> columns{problem.w, tile + rows_per_block * chunks.stride(), column_r, columns_per_block, problem.normalize,
-                  eps};
+  Side<A> rows{problem.x, tile, row_norms, rows_per_block, problem.normalize, eps};
+  Side<A> columns{
+      problem.w, tile + rows_per_block * chunks.stride(), column_norms, columns_per_block, problem.normalize, eps};
   const std::int64_t row_first = blockIdx.x / column_blocks * rows_per_block;
   const std::int64_t column_first = blockIdx.x % column_blocks * columns_per_block;
   rows.prepare(row_first, chunks);
@@ -46,6 +46,7 @@ struct MatrixWeights {
   Target x, w;
 
   struct Extra {
+    __device__ Extra(const MatrixWeights&, const Comparison&, double*) {}
     __device__ void merge() {}
   };
 

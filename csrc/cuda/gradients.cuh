@@ -72,39 +72,41 @@ __device__ void write(const Side<A>& own, std::int64_t first, Chunks chunks, con
   const int lane = threadIdx.x % warp_lanes;
   for (int n = threadIdx.x / warp_lanes; n < own_rows; n += block_threads / warp_lanes) {
     if (first + n >= own.matrix.rows) break;
-    A along = 0, r = 1;
+    A along = 0, norm = 1;
     if (own.normalize) {
-      r = own.r[n];
-      if (!(r == A(1) / own.eps))  // else shorter than eps, where the norm is a constant
+      norm = own.norms[n];
+      if (!(norm == own.eps))  // else shorter than eps, where the norm is a constant
         for (std::int64_t k = lane; k < d; k += warp_lanes)
           along += sums[n * stride + k] * own.value(first, n, k, chunks);
       along = warp_sum(along);
     }
     for (std::int64_t k = lane; k < d; k += warp_lanes) {
       A g = sums[n * stride + k];
-      if (own.normalize) g = r * (g - along * own.value(first, n, k, chunks));
+      if (own.normalize) g = (g - along * own.value(first, n, k, chunks)) / norm;
       store(target.data, target.dtype, (first + n) * d + k, g);
     }
   }
 }
 
 // Weights: PairGrad pair(i, j, raw sum) gives the gradient of the score, and what else a pair gives its own side.
+// Extra holds that, and what a block works out beforehand.
 template <class A, bool difference, class Weights>
 __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 : 4)
     kernel(const __grid_constant__ Comparison problem, const __grid_constant__ Weights weights, const Chunks chunks,
            const Blocks blocks, A* scratch) {
   DML_DYNAMIC_SHARED(memory);
-  DML_SHARED(A, own_r, own_rows);
-  DML_SHARED(A, other_r, other_rows);
+  DML_SHARED(double, warp_parts, block_threads / warp_lanes);
+  DML_SHARED(A, own_norms, own_rows);
+  DML_SHARED(A, other_norms, other_rows);
   DML_SHARED(Quad<A>, e, other_rows * own_rows / 4);
   const bool own_is_row = blockIdx.x < blocks.rows;
   const std::int64_t block = own_is_row ? blockIdx.x : blockIdx.x - blocks.rows, own_first = block * own_rows;
   const A eps = A(problem.eps);
   A* tile = reinterpret_cast<A*>(memory);
-  Side<A> own{own_is_row ? problem.x : problem.w, tile, own_r, own_rows, problem.normalize, eps};
+  Side<A> own{own_is_row ? problem.x : problem.w, tile, own_norms, own_rows, problem.normalize, eps};
   Side<A> other{own_is_row ? problem.w : problem.x,
                 tile + own_rows * chunks.stride(),
-                other_r,
+                other_norms,
                 other_rows,
                 problem.normalize,
                 eps};
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 :
   if (target.data)
     for (std::int64_t k = threadIdx.x; k < d; k += block_threads)
       for (int n = 0; n < own_rows; ++n) sums[n * stride + k] = 0;
-  typename Weights::Extra extra;
+  typename Weights::Extra extra(weights, problem, warp_parts);
   for (std::int64_t first = 0; first < other.matrix.rows; first += other_rows) {
     __syncthreads();  // the tile before has been read
     other.prepare(first, chunks);

@@ -15,6 +15,12 @@ struct LseWeights {
   // What pairs give their own side beside the score's gradient: of a row's scale; of a column's scale and bias.
   struct Extra {
     double scale = 0, column_scale = 0, bias = 0;
+    A divisor;  // of a Proxy-NCA loss
+
+    __device__ Extra(const LseWeights& weights, const Comparison& problem, double* parts)
+        : divisor(weights.grads.loss.wanted
+                      ? proxy_nca_divisor<A>(weights.grads.loss, weights.labels, problem.x.rows, parts)
+                      : A(1)) {}
 
     __device__ void merge() {
       for (int bits = other_lanes / 2; bits; bits /= 2) {
@@ -28,17 +34,19 @@ struct LseWeights {
   __device__ Target targets_x() const { return targets.x; }
   __device__ Target targets_w() const { return targets.w; }
 
-  // The incoming gradient of a row's log-sum-exp over its set.
-  __device__ A incoming(std::int64_t i, bool same) const {
-    if (!grads.loss.value) return load<A>(same ? grads.same : grads.different, i, A(0));
-    A g = load<A>(grads.same, i, A(0));
-    if (grads.loss.reduction == Reduction::mean) {
-      const A counted = *static_cast<const A*>(grads.loss.counted);
-      g /= counted > A(1) ? counted : A(1);
+  // The incoming gradients of a row's log-sum-exp over one set, and of the sum of its logits.
+  __device__ void incoming(std::int64_t i, bool same, const Comparison& problem, A divisor, A& g, A& h) const {
+    if (!grads.loss.wanted) {
+      g = load<A>(same ? grads.same : grads.different, i, A(0));
+      h = load<A>(same ? grads.sum_same : grads.sum_different, i, A(0));
+      return;
     }
-    g *= proxy_nca_slope(grads.loss, static_cast<const A*>(grads.lse_same)[i],
-                         static_cast<const A*>(grads.lse_different)[i]);
-    return same ? -g : g;
+    const ProxyNca& loss = grads.loss;
+    const A of_row = load<A>(grads.same, i, A(0)) * (load<A>(loss.weight, i, A(1)) / divisor);
+    const A slope =
+        proxy_nca_slope(loss, static_cast<const A*>(grads.lse_same)[i], static_cast<const A*>(grads.lse_different)[i]);
+    g = of_row * (same ? A(loss.smoothing) - slope : slope);
+    h = -of_row * A(loss.smoothing) / A(problem.w.rows);
   }
 
   __device__ A pair(const Comparison& problem, std::int64_t i, std::int64_t j, A raw, Extra& extra) const {
@@ -48,8 +56,9 @@ struct LseWeights {
     const PairLogit<A> logit(row, column, args, s);
     if (!logit.used) return 0;
     const A lse = static_cast<const A*>(logit.same ? grads.lse_same : grads.lse_different)[i];
-    A dz = lse == A(-INFINITY) ? A(0) : incoming(i, logit.same) * exp(logit.z - lse);
-    dz += load<A>(logit.same ? grads.sum_same : grads.sum_different, i, A(0));
+    A g, h;
+    incoming(i, logit.same, problem, extra.divisor, g, h);
+    A dz = (lse == A(-INFINITY) ? A(0) : g * exp(logit.z - lse)) + h;
     extra.bias += dz;
     dz *= logit.k;
     extra.scale += dz * (column.scale * s - logit.o);

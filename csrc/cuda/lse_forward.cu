@@ -17,10 +17,10 @@ struct Plan {
   std::int64_t row_blocks, slices, tiles;
 };
 
-// Slices until the GPU is full, no more than there are tiles; a fixed number for a shape on a device.
+// Slices until every multiprocessor has two blocks, no more than there are tiles: a fixed number for a shape on a device.
 Plan plan_of(std::int64_t n, std::int64_t m) {
   Plan plan{(n + rows_per_block - 1) / rows_per_block, 1, (m + columns_per_tile - 1) / columns_per_tile};
-  const std::int64_t wanted = 4 * processors() / plan.row_blocks;
+  const std::int64_t wanted = 2 * processors() / plan.row_blocks;
   plan.slices = wanted < 1 ? 1 : wanted > plan.tiles ? plan.tiles : wanted;
   // The last block reads all parts: more slices would take it longer than they save.
   if (plan.slices > 32) plan.slices = 32;
@@ -85,9 +85,11 @@ struct RowState {
 
 // In the last block: rows of several slices merged, the loss of each, and their sum in a fixed order.
 template <class A>
-__device__ void finish(const Labels& labels, const LseOut& out, std::int64_t n, const double* parts) {
+__device__ void finish(const Labels& labels, const LseOut& out, std::int64_t n, std::int64_t m, const double* parts) {
   DML_SHARED(double, warp_parts, block_threads / warp_lanes);
-  double total = 0, counted = 0;
+  const ProxyNca& loss = out.loss;
+  const A divisor = loss.wanted ? proxy_nca_divisor<A>(loss, labels, n, warp_parts) : A(1);
+  double total = 0;
   for (std::int64_t i = threadIdx.x; i < n; i += block_threads) {
     if (gridDim.y > 1) {
       RowState<A> state;
@@ -95,19 +97,23 @@ __device__ void finish(const Labels& labels, const LseOut& out, std::int64_t n, 
         state.add(RowState<A>::read(parts + (slice * n + i) * part_values));
       state.write(out, i);
     }
-    if (!out.loss.value) continue;
-    const bool counts = labels.y[i] != labels.ignore;
-    const A loss =
-        counts ? proxy_nca_row(out.loss, static_cast<A*>(out.same)[i], static_cast<A*>(out.different)[i]) : A(0);
-    if (out.loss.reduction == Reduction::none) static_cast<A*>(out.loss.value)[i] = loss;
-    total += loss, counted += counts;
+    if (!loss.wanted) continue;
+    A row = 0;
+    if (labels.y[i] != labels.ignore) {
+      const A same = static_cast<A*>(out.same)[i];
+      row = proxy_nca_row(loss, same, static_cast<A*>(out.different)[i]);
+      if (loss.smoothing > 0) {
+        const A sum = static_cast<A*>(out.sum_same)[i] + static_cast<A*>(out.sum_different)[i];
+        row += A(loss.smoothing) * (same - sum / A(m));
+      }
+      row *= load<A>(loss.weight, i, A(1)) / divisor;
+    }
+    if (loss.reduction == Reduction::none) static_cast<A*>(loss.value)[i] = row;
+    total += row;
   }
-  if (!out.loss.value) return;
-  total = block_sum(total, warp_parts), counted = block_sum(counted, warp_parts);
-  if (threadIdx.x != 0) return;
-  *static_cast<A*>(out.loss.counted) = A(counted);
-  if (out.loss.reduction == Reduction::none) return;
-  *static_cast<A*>(out.loss.value) = A(out.loss.reduction == Reduction::mean && counted > 1 ? total / counted : total);
+  if (!loss.wanted || loss.reduction == Reduction::none) return;
+  total = block_sum(total, warp_parts);
+  if (threadIdx.x == 0) *static_cast<A*>(loss.value) = A(total);
 }
 
 template <class A, bool difference>
@@ -116,14 +122,14 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 :
                    const __grid_constant__ LogitArgs args, const __grid_constant__ LseOut out, const Chunks chunks,
                    const std::int64_t tiles, double* parts, const unsigned ticket) {
   DML_DYNAMIC_SHARED(memory);
-  DML_SHARED(A, row_r, rows_per_block);
-  DML_SHARED(A, column_r, columns_per_tile);
+  DML_SHARED(A, row_norms, rows_per_block);
+  DML_SHARED(A, column_norms, columns_per_tile);
   DML_SHARED(bool, last, 1);
   const A eps = A(problem.eps);
   A* row_tile = reinterpret_cast<A*>(memory);
-  Side<A> rows{problem.x, row_tile, row_r, rows_per_block, problem.normalize, eps};
-  Side<A> columns{problem.w, row_tile + rows_per_block * chunks.stride(), column_r, columns_per_tile, problem.normalize,
-                  eps};
+  Side<A> rows{problem.x, row_tile, row_norms, rows_per_block, problem.normalize, eps};
+  Side<A> columns{
+      problem.w, row_tile + rows_per_block * chunks.stride(), column_norms, columns_per_tile, problem.normalize, eps};
   const int tx = threadIdx.x % other_lanes, ty = threadIdx.x / other_lanes;
   const std::int64_t n = problem.x.rows, m = problem.w.rows;
   const std::int64_t row_first = std::int64_t(blockIdx.x) * rows_per_block;
@@ -158,8 +164,8 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 :
     else
       states[i].write(parts + (std::int64_t(blockIdx.y) * n + row) * part_values);
   }
-  if (gridDim.y == 1 && !out.loss.value) return;
-  if (arrive_last(ticket, gridDim.x * gridDim.y, last)) finish<A>(labels, out, n, parts);
+  if (gridDim.y == 1 && !out.loss.wanted) return;
+  if (arrive_last(ticket, gridDim.x * gridDim.y, last)) finish<A>(labels, out, n, m, parts);
 }
 
 }  // namespace

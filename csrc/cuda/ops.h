@@ -51,11 +51,14 @@ struct LogitArgs {
 
 enum class Reduction : std::int32_t { none = 0, sum = 1, mean = 2 };
 
-// What the last block makes of the two log-sum-exps of a row. `value` (A, () or (n,)) null: nothing.
+// A Proxy-NCA loss on top of the two log-sum-exps: forward, the last block makes `value` (A, () or (n,)) of them;
+// backward, the incoming gradient is that of the value.
 struct ProxyNca {
-  void *value, *counted;  // counted: A, (), the rows that are not ignored
-  bool exclude_positive;
+  bool wanted, exclude_positive;
+  double smoothing;
+  Vector weight;  // of the rows; data may be null
   Reduction reduction;
+  void* value;
 };
 
 struct LseOut {
@@ -63,7 +66,7 @@ struct LseOut {
   ProxyNca loss;
 };
 
-// The incoming gradients: of the four results; or, with `loss.value`, of a Proxy-NCA value (grad_same holds it).
+// The incoming gradients: of the four results, or with `loss.wanted` of its value alone, which `same` then holds.
 struct LseGrads {
   Vector same, different, sum_same, sum_different;
   const void *lse_same, *lse_different;  // contiguous, A

@@ -175,6 +175,12 @@ __device__ __forceinline__ T block_sum(T value, T* parts) {
   return total;
 }
 
+// max(value, floor), and NaN where the value is NaN.
+template <class A>
+__device__ __forceinline__ A at_least(A value, A floor) {
+  return value < floor ? floor : value;
+}
+
 // 1 / max(norm, eps); a NaN norm stays NaN.
 template <class A>
 __device__ __forceinline__ A inverse_norm(A square, A eps, bool& unit) {

@@ -20,4 +20,15 @@ __device__ A proxy_nca_slope(const ProxyNca& loss, A same, A different) {
   return gap > A(0) ? A(1) / (A(1) + exp(-gap)) : exp(gap) / (A(1) + exp(gap));
 }
 
+// What a row's weight is divided by: the total weight of the rows that count for a mean. The whole block calls it.
+template <class A>
+__device__ A proxy_nca_divisor(const ProxyNca& loss, const Labels& labels, std::int64_t n, double* parts) {
+  if (loss.reduction != Reduction::mean) return 1;
+  double mass = 0;
+  for (std::int64_t i = threadIdx.x; i < n; i += block_threads)
+    if (labels.y[i] != labels.ignore) mass += load<A>(loss.weight, i, A(1));
+  mass = block_sum(mass, parts);
+  return mass == 0 ? A(1) : A(mass);
+}
+
 }  // namespace dml::cuda

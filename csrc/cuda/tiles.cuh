@@ -9,7 +9,7 @@
 namespace dml::cuda {
 
 constexpr int other_lanes = 16, own_lanes = block_threads / other_lanes;
-constexpr int run_length = 32;  // products summed one after the other; then the sums of runs: rounding stays small
+constexpr int run_length = 16;  // products summed one after the other; then the sums of runs: rounding stays small
 constexpr int tile_pad = 4;     // so that rows of a tile begin in different banks
 
 // D in chunks of shared memory: `whole` where one holds all of it, so that tiles are read once and scaled in place.
@@ -27,9 +27,9 @@ Chunks chunks_of(std::int64_t d, int rows, std::int64_t bytes) {
   return {int(all < most ? all : most), all <= most};
 }
 
-// Rows [first, first + rows), columns [k, k + chunk) of a matrix into a tile, times r where given; 0 beyond the edges.
+// Rows [first, first + rows), columns [k, k + chunk) of a matrix into a tile, over `norms` where given; 0 beyond the edges.
 template <class A>
-__device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks, const A* r,
+__device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks, const A* norms,
                       A* tile) {
   const int quads = chunks.size / 4;
   DML_UNROLL_BY(4)
@@ -37,9 +37,9 @@ __device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_
     const int row = at / quads, column = at % quads * 4;
     Quad<A> quad{};
     if (first + row < m.rows) quad = load_quad<A>(m, first + row, k + column);
-    if (r) {
+    if (norms) {
       DML_UNROLL
-      for (int i = 0; i < 4; ++i) quad.v[i] *= r[row];
+      for (int i = 0; i < 4; ++i) quad.v[i] /= norms[row];
     }
     *reinterpret_cast<Quad<A>*>(tile + row * chunks.stride() + column) = quad;
   }
@@ -50,11 +50,12 @@ __device__ __forceinline__ A square(const Quad<A>& quad) {
   return quad.v[0] * quad.v[0] + quad.v[1] * quad.v[1] + quad.v[2] * quad.v[2] + quad.v[3] * quad.v[3];
 }
 
-// One side of the pairs: a matrix, its tile and 1 / max(|row|, eps) of the tile's rows.
+// One side of the pairs: a matrix, its tile and max(|row|, eps) of the tile's rows. Rows are divided by it: times its
+// inverse would round twice.
 template <class A>
 struct Side {
   const Matrix& matrix;
-  A *tile, *r;
+  A *tile, *norms;
   int rows;
   bool normalize;
   A eps;
@@ -76,18 +77,22 @@ struct Side {
         for (std::int64_t k = lane * 4; k < matrix.cols; k += warp_lanes * 4)
           sum += square(load_quad<A>(matrix, first + row, k));
       }
-      bool unit;
-      const A scale = inverse_norm(warp_sum(sum), eps, unit);
-      if (lane == 0) r[row] = scale;
-      if (chunks.whole)
-        for (int k = lane; k < chunks.size; k += warp_lanes) values[k] *= scale;
+      const A norm = at_least(sqrt(warp_sum(sum)), eps);
+      if (lane == 0) norms[row] = norm;
+      if (!chunks.whole) continue;
+      for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4) {  // what this lane has read: no barrier is needed
+        Quad<A>& quad = *reinterpret_cast<Quad<A>*>(values + k);
+        DML_UNROLL
+        for (int i = 0; i < 4; ++i) quad.v[i] /= norm;
+      }
     }
   }
 
   // Value k of tile row `row`, scaled, wherever it lies.
   __device__ A value(std::int64_t first, int row, std::int64_t k, Chunks chunks) const {
     if (chunks.whole) return tile[row * chunks.stride() + k];
-    return load<A>(matrix, first + row, k) * (normalize ? r[row] : A(1));
+    const A raw = load<A>(matrix, first + row, k);
+    return normalize ? raw / norms[row] : raw;
   }
 };
 
@@ -104,8 +109,9 @@ __device__ void pair_sums(const Side<A>& own, std::int64_t own_first, const Side
   for (std::int64_t first = 0; first < own.matrix.cols; first += chunks.size) {
     if (!chunks.whole) {
       __syncthreads();  // the tiles of the chunk before have been read
-      stage<A>(own.matrix, own_first, own.rows, first, chunks, own.normalize ? own.r : nullptr, own.tile);
-      stage<A>(other.matrix, other_first, other.rows, first, chunks, other.normalize ? other.r : nullptr, other.tile);
+      stage<A>(own.matrix, own_first, own.rows, first, chunks, own.normalize ? own.norms : nullptr, own.tile);
+      stage<A>(other.matrix, other_first, other.rows, first, chunks, other.normalize ? other.norms : nullptr,
+               other.tile);
       __syncthreads();
     }
     for (int begin = 0; begin < chunks.size; begin += run_length) {

@@ -1,4 +1,4 @@
-"""Clusters within each class: the index (``index.py``), a refresh of it (``reclustering.py``), faiss (``kmeans.py``)."""
+"""Clusters within each class: the index (``index.py``), its refresh (``reclustering.py``), faiss (``kmeans.py``)."""
 
 from .index import ClusterIndex, RefreshReport
 

@@ -23,7 +23,7 @@ REFERENCE = "reference"
 BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
 
 # N M D up to which a GPU waits for launches rather than computes: there the C++ kernels, a launch each way, come before
-# Triton's. A model, to be replaced by a measurement: a step through Triton costs the host about 150 us more; C++ without
+# Triton's. A model, to be replaced by a measurement: a step through Triton costs the host some 150 us more; C++ without
 # tensor cores computes at about 15 TFLOP/s, at which 8 N M D of this size take as long.
 SMALL = 1 << 28
 

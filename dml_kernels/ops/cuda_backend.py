@@ -12,7 +12,7 @@ from .library import EXTENSION
 
 name = "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "magnet_loss")
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
 OLDEST = (8, 0)  # compute capability of the oldest architecture that is built
 # Where the ops are, and the device they serve; the tests' emulator has the same ops for CPU tensors.
 namespace, device_type = "dml_kernels_cuda", "cuda"
@@ -44,6 +44,13 @@ def _refuse_device(device: torch.device) -> str | None:
 
 def describe() -> str:
     return "CUDA C++ kernels, one launch each way"
+
+
+def composed(loss: str):
+    # Imported late: the compositions are written on the ops, whose choice of backend imports this module.
+    from .fused import composed as composition
+
+    return composition(loss)
 
 
 def _ops():
@@ -89,42 +96,48 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
     return _wanted(targets, needs)
 
 
-def proxy_nca_fwd(x, w, y, scale, factor, exclude_positive, ignore_index, eps, reduction) -> tuple[Tensor, ...]:
-    """(loss, L+ (N,), L- (N,), counted ()) of Proxy-NCA in one launch; losses/proxy_nca.py has the formula.
-
-    z = -factor scale_i |x^_i - w^_j|^2; ``scale`` is None, () or (N,); ``counted`` rows are not ignored. N at least 1.
-    """
-    code = REDUCTION_CODES[reduction]
-    return _ops().proxy_nca_fwd(x, w, y.contiguous(), scale, factor, exclude_positive, ignore_index, eps, code)
+def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    """In one launch."""
+    if inputs.x.size(0) == 0:
+        return composed("proxy_nca").proxy_nca_fwd(inputs, spec)
+    return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *_proxy_numbers(spec))
 
 
-def proxy_nca_bwd(
-    grad, saved, needs, x, w, y, scale, factor, exclude_positive, ignore_index, eps, reduction
-) -> list[Tensor | None]:
-    """Gradients of x, w and scale in one launch; ``saved`` are the last three results of the forward."""
-    targets = [_like(t, need, x) for t, need in zip((x, w, None), needs, strict=True)]
+def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
+    """In one launch, but for the sum of a scalar scale's gradient."""
+    if inputs.x.size(0) == 0:
+        return composed("proxy_nca").proxy_nca_bwd(grad, same, different, needs, inputs, spec)
+    targets = [_like(t, need, inputs.x) for t, need in zip((inputs.x, inputs.w, None), needs, strict=True)]
     if needs[2]:
-        targets[2] = x.new_empty(x.size(0), dtype=accumulate_dtype(x.dtype))
-    code = REDUCTION_CODES[reduction]
-    _ops().proxy_nca_bwd(
-        *targets, grad, *saved, x, w, y.contiguous(), scale, factor, exclude_positive, ignore_index, eps, code
-    )
+        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    saved = (same.contiguous(), different.contiguous())
+    _ops().proxy_nca_bwd(*targets, grad, *saved, *_plain_proxied(inputs), *_proxy_numbers(spec))
     if needs[2]:
-        targets[2] = scale_grad(targets[2], Bank(x, w, y, None, None, scale, None, None))
+        targets[2] = scale_grad(targets[2], inputs)
     return _wanted(targets, needs)
+
+
+def _plain_proxied(inputs):
+    x, w, y, scale, weight = inputs
+    return x, w, y.contiguous(), scale, weight
+
+
+def _proxy_numbers(spec) -> tuple:
+    numbers = spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index
+    return *numbers, REDUCTION_CODES[spec.reduction]
 
 
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
     """In one launch; batches of more than 512 rows or clusters as the composition of the other ops."""
     if not _fits(inputs):
-        return _composition().magnet_fwd(inputs, spec)
+        return composed("magnet").magnet_fwd(inputs, spec)
     return _ops().magnet_fwd(*_plain_clusters(inputs), *_magnet_numbers(spec))
 
 
 def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
     """In two launches: distances, then gradients."""
     if not _fits(inputs):
-        return _composition().magnet_bwd(grad, different, needs, inputs, spec)
+        return composed("magnet").magnet_bwd(grad, different, needs, inputs, spec)
     targets = [_like(t, need, inputs.x) for t, need in zip((inputs.x, *inputs[3:]), needs, strict=True)]
     _ops().magnet_bwd(*targets, grad, different.contiguous(), *_plain_clusters(inputs), *_magnet_numbers(spec))
     return _wanted(targets, needs)
@@ -132,13 +145,6 @@ def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
 
 def _fits(inputs) -> bool:
     return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
-
-
-def _composition():
-    # Imported here: it is written on the ops, which import this module.
-    from .. import torch_magnet
-
-    return torch_magnet
 
 
 def _plain_clusters(inputs):
