@@ -23,9 +23,9 @@ REFERENCE = "reference"
 BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
 
 # N M D up to which a GPU waits for launches rather than computes: there the C++ kernels, a launch each way, come before
-# Triton's. A model, to be replaced by a measurement: a step through Triton costs the host some 150 us more; C++ without
-# tensor cores computes at about 15 TFLOP/s, at which 8 N M D of this size take as long.
-SMALL = 1 << 28
+# Triton's. A model, to be replaced by a measurement: counted in instructions, their step takes some 30 us at this size,
+# and Triton's ten launches as long in a graph and several times that from Python; beyond it tensor cores win.
+SMALL = 1 << 26
 
 _override: list[str] = []
 

@@ -1,0 +1,72 @@
+"""Every CUDA source compiles for every architecture, without spills and under its kernels' register bounds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import building
+import pytest
+
+pytestmark = pytest.mark.cuda_emulator
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
+THREADS = 128
+REGISTERS = 65536  # of a multiprocessor
+# Blocks of THREADS that a multiprocessor must hold, as the launch bounds say: for float, for double.
+BLOCKS = {
+    "lse_forward": (4, 3), "lse_backward": (4, 3), "distance": (4, 3), "normalize": (6, 6), "magnet": (4, 4),
+}  # fmt: skip
+STATIC_SHARED = 16384  # launchers leave this much of the limit to static arrays
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def kernels(report: str):
+    """(name, stack bytes, spill bytes, registers, static shared bytes) of each kernel in ptxas's report."""
+    for part in report.split("Compiling entry function")[1:]:
+        stack, stores, loads = map(int, re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())  # fmt: skip
+        shared = re.search(r"(\d+) bytes smem", part)
+        registers = int(re.search(r"Used (\d+) registers", part)[1])
+        yield part.split("'")[1], stack, stores + loads, registers, int(shared[1]) if shared else 0
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=[] if a == "sm_90a" else [pytest.mark.slow]) for a in ARCHITECTURES]
+)
+@pytest.mark.parametrize("source", sorted(BLOCKS))
+def test_no_spills_and_few_enough_registers(source, architecture, tmp_path):
+    compiler = nvcc()
+    if compiler is None:
+        pytest.skip("nvcc was not found (set CUDA_HOME or PATH)")
+    file = building.CSRC / "cuda" / f"{source}.cu"
+    done = subprocess.run(
+        [compiler, "-std=c++20", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas", "-v", "-Werror", "all-warnings",
+         "-o", str(tmp_path / "out.cubin"), str(file)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    found = list(kernels(report))
+    assert found
+    for name, stack, spills, registers, shared in found:
+        blocks = BLOCKS[source]["Id" in name]  # a template over double, as the compiler writes it
+        assert (stack, spills) == (0, 0), f"{name}: {stack} bytes of stack, {spills} of spills"
+        assert registers <= REGISTERS // (THREADS * blocks), f"{name}: {registers} registers"
+        assert shared <= STATIC_SHARED, f"{name}: {shared} bytes of static shared memory"
+
+
+def test_every_source_has_a_gate():
+    assert {f.stem for f in building.sources(building.CSRC)} == set(BLOCKS)
+
+
+def test_the_report_is_read_as_ptxas_writes_it():
+    report = (Path(__file__).parent / "ptxas_report.txt").read_text()
+    assert list(kernels(report)) == [("_ZN3fooIfEvv", 8, 12, 72, 1184)]
