@@ -38,9 +38,7 @@ def kernels(report: str):
         yield part.split("'")[1], stack, stores + loads, registers, int(shared[1]) if shared else 0
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(a, marks=[] if a == "sm_90a" else [pytest.mark.slow]) for a in ARCHITECTURES]
-)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", sorted(BLOCKS))
 def test_no_spills_and_few_enough_registers(source, architecture, tmp_path):
     compiler = nvcc()
