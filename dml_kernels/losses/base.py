@@ -18,7 +18,8 @@ class LossEntry:
 
     ``function`` is the loss, ``reference`` the dense version from the paper with the same arguments, ``options`` the
     settings worth testing. ``family`` says what the loss compares embeddings with, and so the arguments it takes before
-    its options: ``proxies`` (embeddings, proxies, labels), ``clusters`` (embeddings, clusters, cluster_classes).
+    its options: ``proxies`` (embeddings, proxies, labels), ``clusters`` (embeddings, clusters, cluster_classes),
+    ``pairs`` (embeddings, labels, and as keywords ref_emb, ref_labels; the options are the Module's).
     """
 
     loss: type[torch.nn.Module]
@@ -38,12 +39,12 @@ def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
     return values.to(device=like.device, dtype=torch.int64)
 
 
-def check_labels(labels: Tensor, embeddings: Tensor) -> Tensor:
+def check_labels(labels: Tensor, embeddings: Tensor, name: str = "labels") -> Tensor:
     """Labels as (N,) int64 on the embeddings' device; any integer dtype and CPU labels are accepted."""
-    values = as_int64("labels", labels, embeddings)
+    values = as_int64(name, labels, embeddings)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
-            f"labels must have shape ({embeddings.shape[0]},), one for each embedding; got {tuple(labels.shape)}"
+            f"{name} must have shape ({embeddings.shape[0]},), one for each embedding; got {tuple(labels.shape)}"
         )
     return values
 

@@ -1,0 +1,222 @@
+"""Reducers by the names people use: from what a loss streamed for each anchor to one number.
+
+A loss hands over sums, never its terms: the N x M pairs or N x M x K triplets of a batch are not listed. So a reducer
+can be whatever follows from the sum, the number and the number of non-zero terms of each anchor; what needs the terms
+themselves is refused, with the reducer that comes nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
+
+
+class Terms(NamedTuple):
+    """One part of a loss (its positive pairs, say), summed for each anchor.
+
+    Args:
+        total: (N,) sum of the anchor's terms; () for ``kind="reduced"``, a value that is final.
+        number: (N,) how many terms. active: (N,) how many are over 0. Same dtype as total, without gradient.
+        kind: ``element`` (one term for each anchor), ``pair``, ``triplet`` or ``reduced``.
+        labels: (N,) the anchors' labels, for class weights. divisor: () what DivisorReducer divides by.
+    """
+
+    total: Tensor
+    number: Tensor
+    active: Tensor
+    kind: str = PAIR
+    labels: Tensor | None = None
+    divisor: Tensor | None = None
+
+    @staticmethod
+    def elements(
+        values: Tensor, labels: Tensor | None, keep: Tensor | None = None, divisor: Tensor | None = None
+    ) -> Terms:
+        """One term for each anchor; those outside ``keep`` (N,) bool count for nothing."""
+        keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
+        values = torch.where(keep, values, 0)
+        return Terms(values, keep.to(values), (values.detach() > 0).to(values), ELEMENT, labels, divisor)
+
+    @staticmethod
+    def final(value: Tensor) -> Terms:
+        """A value that no reducer touches."""
+        one = torch.ones_like(value)
+        return Terms(value, one, one, REDUCED)
+
+
+class Reducer(torch.nn.Module):
+    """Adds up its parts: each Terms to a number, or what is final as it is."""
+
+    def forward(self, parts: Mapping[str, Terms]) -> Tensor:
+        """The loss, a scalar connected to the graph."""
+        values = [part.total if part.kind == REDUCED else self.reduce(name, part) for name, part in parts.items()]
+        return torch.stack(values).sum() if len(values) > 1 else values[0]
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """One part to a number; ``name`` is for messages."""
+        raise NotImplementedError
+
+
+def _ratio(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, and 0 (connected) where nothing was counted."""
+    return torch.where(count == 0, total * 0, total / count.clamp_min(torch.finfo(count.dtype).tiny))
+
+
+class MeanReducer(Reducer):
+    """The mean over all terms, zeros included."""
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """Sum over number."""
+        return _ratio(part.total.sum(), part.number.sum())
+
+
+class SumReducer(Reducer):
+    """The sum over all terms."""
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """Sum."""
+        return part.total.sum()
+
+
+class ThresholdReducer(Reducer):
+    """The mean over the terms above ``low`` and below ``high``.
+
+    Raises:
+        ValueError: at a loss of pairs or triplets, other thresholds than ``low=0`` (AvgNonZeroReducer).
+    """
+
+    def __init__(self, low: float | None = None, high: float | None = None):
+        super().__init__()
+        if low is None and high is None:
+            raise ValueError("ThresholdReducer needs low or high")
+        self.low, self.high = low, high
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """Sum over number, of the terms that pass."""
+        if part.kind != ELEMENT:
+            if (self.low, self.high) != (0, None):
+                raise ValueError(
+                    f"{name} is a sum over {part.kind}s that are not kept: only low=0, high=None can be told from it "
+                    f"(AvgNonZeroReducer); got low={self.low}, high={self.high}. Give the miner the threshold instead"
+                )
+            return _ratio(part.total.sum(), part.active.sum())
+        keep: Tensor = part.number > 0
+        if self.low is not None:
+            keep = keep & (part.total > self.low)
+        if self.high is not None:
+            keep = keep & (part.total < self.high)
+        return _ratio(torch.where(keep, part.total, 0).sum(), keep.to(part.total).sum())
+
+
+class AvgNonZeroReducer(ThresholdReducer):
+    """The mean over the terms above 0."""
+
+    def __init__(self) -> None:
+        super().__init__(low=0)
+
+
+class DivisorReducer(Reducer):
+    """The sum over the divisor that the loss states: for ProxyAnchorLoss and MarginLoss, whose default it is."""
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """Sum over divisor, 0 where that is 0."""
+        if part.divisor is None:
+            raise ValueError(f"{name} states no divisor; use MeanReducer, SumReducer or AvgNonZeroReducer")
+        return _ratio(part.total.sum(), part.divisor.to(part.total))
+
+
+class PerAnchorReducer(Reducer):
+    """First the mean of each anchor's pairs (0 without any), then ``reducer`` over the anchors (default: the mean)."""
+
+    def __init__(self, reducer: Any = None):
+        super().__init__()
+        self.reducer = accept(reducer, MeanReducer())
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """Mean of each anchor, then over anchors."""
+        if part.kind == TRIPLET:
+            raise ValueError(f"{name} is a sum over triplets, which have no mean per anchor; use MeanReducer")
+        if part.kind == PAIR:
+            part = Terms.elements(_ratio(part.total, part.number), part.labels, divisor=part.divisor)
+        return self.reducer.reduce(name, part)
+
+
+class ClassWeightedReducer(Reducer):
+    """The mean of the terms, each times the weight of its anchor's class.
+
+    Args:
+        weights: (number of classes,), a weight for each label.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.register_buffer("weights", torch.as_tensor(weights), persistent=False)
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """Weighted sum over number."""
+        if part.labels is None:
+            raise ValueError(f"{name} has no labels to weight by; call the loss with labels")
+        weight = self.weights.to(part.total)[part.labels.clamp(0, self.weights.numel() - 1)]
+        return _ratio((part.total * weight).sum(), part.number.sum())
+
+
+class DoNothingReducer(Reducer):
+    """Hands back the parts as they are, a dict of :class:`Terms`."""
+
+    def forward(self, parts: Mapping[str, Terms]) -> Mapping[str, Terms]:  # type: ignore[override]
+        """The parts."""
+        return parts
+
+
+class MultipleReducers(Reducer):
+    """A reducer for each part of a loss, by its name; ``default_reducer`` (default: the mean) for the others."""
+
+    def __init__(self, reducers: Mapping[str, Any], default_reducer: Any = None):
+        super().__init__()
+        self.reducers = torch.nn.ModuleDict({name: accept(r, MeanReducer()) for name, r in reducers.items()})
+        self.default_reducer = accept(default_reducer, MeanReducer())
+
+    def reduce(self, name: str, part: Terms) -> Tensor:
+        """By the part's own reducer."""
+        chosen = self.reducers[name] if name in self.reducers else self.default_reducer  # noqa: SIM401 (no get)
+        assert isinstance(chosen, Reducer)
+        return chosen.reduce(name, part)
+
+
+_PLAIN = {
+    kind.__name__: kind for kind in (MeanReducer, SumReducer, AvgNonZeroReducer, DivisorReducer, DoNothingReducer)
+}
+
+
+def accept(reducer: Any, default: Reducer) -> Reducer:
+    """A reducer for a loss: ours, or pytorch-metric-learning's of the same name and settings; None for ``default``.
+
+    Raises:
+        TypeError, ValueError: one that needs every term; the message names those that do not.
+    """
+    if reducer is None:
+        return default
+    if isinstance(reducer, Reducer):
+        return reducer
+    name = type(reducer).__name__
+    if name in _PLAIN:
+        return _PLAIN[name]()
+    if name == "ThresholdReducer":
+        return ThresholdReducer(reducer.low, reducer.high)
+    if name == "PerAnchorReducer":
+        if getattr(reducer.aggregation_func, "__name__", "") != "aggregation_func":
+            raise ValueError("PerAnchorReducer takes the mean of each anchor's pairs; another aggregation_func needs "
+                             "every pair, and pairs are not kept")  # fmt: skip
+        return PerAnchorReducer(reducer.reducer)
+    if name == "ClassWeightedReducer":
+        return ClassWeightedReducer(reducer.weights)
+    if name == "MultipleReducers":
+        return MultipleReducers(dict(reducer.reducers.items()), reducer.default_reducer)
+    raise TypeError(f"reducer must be one of dml_kernels.reducers ({', '.join(_PLAIN)}, ...); got {name}")
