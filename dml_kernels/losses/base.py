@@ -12,7 +12,8 @@ from torch import Tensor
 from ..ops.contract import as_int64, check_labels
 
 __all__ = [
-    "REDUCTIONS", "LossEntry", "as_int64", "check_class_weight", "check_labels", "check_reduction", "values_can_be_read",
+    "REDUCTIONS", "LossEntry", "as_int64", "check_class_weight", "check_labels", "check_reduction",
+    "values_can_be_read",
 ]  # fmt: skip
 
 REDUCTIONS = ("mean", "sum", "none")
