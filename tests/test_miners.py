@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers import randint, randn
 
 from dml_kernels import batch as batch_module
 from dml_kernels import distances, functional, miners
+from dml_kernels.profiling import run_in_child
 
 METRICS = [distances.LpDistance(), distances.LpDistance(power=2), distances.CosineSimilarity(),
            distances.DotProductSimilarity()]  # fmt: skip
@@ -158,7 +160,7 @@ def test_positives_share_the_label_and_negatives_do_not_and_nothing_meets_itself
 @on_miners
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [5]], ids=["one class", "all distinct", "one row"])
 def test_a_batch_without_triplets_gives_empty_tuples(miner, labels):
-    found = miner(randn(len(labels), 4), torch.tensor(labels))
+    found = miner(randn(len(labels), 4, seed=0), torch.tensor(labels))
     assert all(t.numel() == 0 for t in found) or isinstance(miner, miners.PairMarginMiner | miners.BatchEasyHardMiner)
 
 
@@ -198,7 +200,7 @@ def test_draws_follow_the_seed_alone(miner, references):
 
 
 def test_uniform_draws_cover_every_positive_and_negative_alike():
-    x, y = randn(12, 4), torch.arange(12) % 3
+    x, y = randn(12, 4, seed=0), torch.arange(12) % 3
     torch.manual_seed(0)
     a, p, n = miners.UniformMiner(triplets_per_anchor=3000)(x, y)
     assert torch.bincount(a, minlength=12).tolist() == [3000] * 12
@@ -233,3 +235,23 @@ def test_an_anchor_whose_negatives_all_lie_beyond_the_cutoff_gives_no_triplet():
 def test_only_unit_euclidean_distances_are_weighted():
     with pytest.raises(ValueError, match="LpDistance"):
         miners.DistanceWeightedMiner(distance=distances.CosineSimilarity())
+
+
+def test_they_are_those_of_pytorch_metric_learning():
+    theirs = pytest.importorskip("pytorch_metric_learning.miners", reason="pytorch-metric-learning is not installed")
+    x, y, _, _ = problem(n=80, classes=9)
+    for ours in (*(miners.TripletMarginMiner(type_of_triplets=kind) for kind in miners.triplets.TYPES), *MINERS[1:5]):
+        options = {"type_of_triplets": ours.type_of_triplets} if isinstance(ours, miners.TripletMarginMiner) else {}
+        expected = getattr(theirs, type(ours).__name__)(**options)(x, y)
+        found = ours(x, y)
+        assert len(found) == len(expected)
+        groups = [(0, 3)] if len(found) == 3 else [(0, 2), (2, 4)]
+        assert all(listed(*found[i:j]) == listed(*expected[i:j]) for i, j in groups), type(ours).__name__
+
+
+def test_memory_stays_within_some_tiles():
+    # One matrix of scores would be 256 MB.
+    found = json.loads(run_in_child("memory_probe", "mine", "8000"))
+    assert set(found) == {type(miner).__name__ for miner in MINERS}
+    for name, peak in found.items():
+        assert peak < 200 << 20, f"{name}: {peak >> 20} MB"

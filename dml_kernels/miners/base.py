@@ -57,7 +57,8 @@ class Miner(torch.nn.Module):
             for places, choice in zip(found, choices, strict=True):
                 place = choice(tile).nonzero()
                 place[:, 0] += tile.rows.start
-                places.append(place)
+                if place.numel():
+                    places.append(place)
         empty = batch.x.new_empty((0, 2), dtype=torch.int64)
         return tuple(column for places in found for column in torch.cat([empty, *places]).unbind(1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class BatchEasyHardMiner(Miner):
                 rows = (index >= 0 if keep is None else keep).nonzero().squeeze(1)
                 pairs += [rows, index[rows]]
             else:
-                pairs += self.listed(batch, lambda t, kind=kind: getattr(t, kind))
+                pairs += self.listed(batch, operator.attrgetter(kind))
         return tuple(pairs)
 
     def _strategy(self, kind: str) -> str:
@@ -76,42 +76,34 @@ class BatchEasyHardMiner(Miner):
         strategy = self._strategy(kind)
         # A hard negative is the closest, a hard positive the furthest; semi-hard is the hardest that is left.
         largest = (strategy != self.EASY) == (kind == "different")
-        low, high = self._range(kind)
-        bounds = None
+        low, high = self._range(batch, kind)
         if strategy == self.SEMIHARD:
             assert other is not None
-            # Beyond the other one: a negative below the positive's score, a positive above the negative's. An anchor
-            # without the other one keeps nothing.
-            missing = ~other.isfinite()
-            low, high = (low, other) if kind == "different" else (other, high)
-            low = torch.where(missing, math.inf, low) if isinstance(low, Tensor) else low
-            high = torch.where(missing, -math.inf, high) if isinstance(high, Tensor) else high
-        if isinstance(low, Tensor) or isinstance(high, Tensor) or (low, high) != (-math.inf, math.inf):
-            bounds = tuple(self._per_row(batch, bound) for bound in (low, high))
-        y, c = batch.y, batch.c
-        assert y is not None
+            # Beyond the other one, and nothing for an anchor without it: no number lies beyond NaN.
+            other = torch.where(other.isfinite(), other, torch.nan)
+            if kind == "different":
+                high = other if high is None else torch.minimum(high, other)
+            else:
+                low = other if low is None else torch.maximum(low, other)
+        assert batch.y is not None
         found = functional.masked_argmax(
-            batch.x, batch.w, y, c, metric=self.distance.metric, normalize=self.distance.normalize_embeddings,
-            which=kind, largest_same=largest, largest_different=largest, bounds=bounds, exclude=batch.exclude,
+            batch.x, batch.w, batch.y, batch.c, metric=self.distance.metric,
+            normalize=self.distance.normalize_embeddings, which=kind, largest_same=largest, largest_different=largest,
+            bounds=(low, high), exclude=batch.exclude,
         )  # fmt: skip
-        return getattr(found, kind), getattr(found, f"score_{kind}")
+        choice = found.same if kind == "same" else found.different
+        assert choice is not None
+        return choice.index, choice.score
 
-    def _range(self, kind: str) -> tuple[Any, Any]:
-        """The allowed range as an open interval of scores."""
+    def _range(self, batch: Batch, kind: str) -> tuple[Tensor | None, Tensor | None]:
+        """The allowed range as an open interval of scores, (N,) each."""
         allowed = self.allowed_pos_range if kind == "same" else self.allowed_neg_range
         if allowed is None:
-            return -math.inf, math.inf
-        low, high = sorted(self.distance.threshold(value) for value in allowed)
-        step = torch.tensor([low, high], dtype=torch.float32)
-        open_ends = torch.nextafter(step, torch.tensor([-math.inf, math.inf]))
-        return tuple(open_ends.tolist())
-
-    @staticmethod
-    def _per_row(batch: Batch, bound: Any) -> Tensor:
+            return None, None
         dtype = torch.float64 if batch.x.dtype == torch.float64 else torch.float32
-        if isinstance(bound, Tensor):
-            return bound.to(dtype)
-        return torch.full((batch.x.size(0),), bound, dtype=dtype, device=batch.x.device)
+        ends = torch.tensor(sorted(self.distance.threshold(value) for value in allowed), dtype=dtype)
+        ends = torch.nextafter(ends, torch.tensor([-torch.inf, torch.inf], dtype=dtype)).to(batch.x.device)
+        return ends[0].expand(batch.x.size(0)), ends[1].expand(batch.x.size(0))
 
 
 class BatchHardMiner(BatchEasyHardMiner):

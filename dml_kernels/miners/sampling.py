@@ -31,6 +31,7 @@ class UniformMiner(Miner):
     """
 
     log_weight = "uniform"
+    cutoff, nonzero_loss_cutoff = 0.5, 1.4  # of the weighted draws below
 
     def __init__(self, triplets_per_anchor: int | None = None, **options: Any):
         super().__init__(**options)
@@ -73,12 +74,11 @@ class UniformMiner(Miner):
         found = functional.masked_argmax(
             batch.x[a], batch.w, batch.y[a], batch.c, metric=self.distance.metric,
             normalize=self.distance.normalize_embeddings, which="different", exclude=exclude, noise_seed=seed,
-            log_weight=self.log_weight, **self._weight_options(),
+            log_weight=self.log_weight, cutoff=self.cutoff,
+            nonzero_loss_cutoff=self.nonzero_loss_cutoff,
         )  # fmt: skip
-        return found.different
-
-    def _weight_options(self) -> dict[str, float]:
-        return {}
+        assert found.different is not None
+        return found.different.index
 
 
 class DistanceWeightedMiner(UniformMiner):
@@ -101,6 +101,3 @@ class DistanceWeightedMiner(UniformMiner):
     def default_distance(self) -> distances.Distance:
         """Euclidean, of unit vectors."""
         return distances.LpDistance()
-
-    def _weight_options(self) -> dict[str, float]:
-        return {"cutoff": self.cutoff, "nonzero_loss_cutoff": self.nonzero_loss_cutoff}

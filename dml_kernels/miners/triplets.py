@@ -42,9 +42,10 @@ class TripletMarginMiner(Miner):
         """Positives of a tile a piece at a time, each against all its row's entries."""
         found = [batch.x.new_empty((0, 3), dtype=torch.int64)]
         for tile in tiles(batch, self.distance):
-            for pairs in pieces(tile.same.nonzero(), batch.w.size(0), TILE_ELEMENTS):
+            for pairs in pieces(tile.same.nonzero(), batch.w.size(0), TILE_ELEMENTS // 4):
                 row, p = pairs.unbind(1)
-                slack = tile.scores[row, p, None] - tile.scores[row]
-                place, n = (self._wanted(slack) & tile.different[row]).nonzero().unbind(1)
-                found.append(torch.stack([row[place] + tile.rows.start, p[place], n], 1))
+                slack = tile.scores[row].neg_().add_(tile.scores[row, p, None])
+                place, n = self._wanted(slack).logical_and_(tile.different[row]).nonzero().unbind(1)
+                if n.numel():
+                    found.append(torch.stack([row[place] + tile.rows.start, p[place], n], 1))
         return torch.cat(found).unbind(1)
