@@ -11,6 +11,7 @@ import sys
 import torch
 
 from dml_kernels import functional as F
+from dml_kernels import miners
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
@@ -50,6 +51,22 @@ def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
     small, large = problem(8, 6), problem(n, k)
     peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
     return {"peak": peak, "gradients": (n + k * given) * d * 4}
+
+
+def mine(n: int) -> dict:
+    """Peak of each miner on n rows of well separated classes of 8, so that few tuples are listed."""
+
+    def problem(n):
+        y = torch.arange(n) // 8
+        return torch.randn(n // 8, 32).repeat_interleave(8, 0) + 0.02 * torch.randn(n, 32), y
+
+    kinds = {
+        miners.TripletMarginMiner(type_of_triplets="hard"), miners.PairMarginMiner(0.9, 0.3), miners.BatchHardMiner(),
+        miners.MultiSimilarityMiner(), miners.BatchEasyHardMiner(), miners.UniformMiner(2),
+        miners.DistanceWeightedMiner(triplets_per_anchor=2),
+    }  # fmt: skip
+    data, small = problem(n), problem(80)
+    return {type(kind).__name__: peak_extra_bytes(lambda k=kind: k(*data), lambda k=kind: k(*small)) for kind in kinds}
 
 
 def windows(backend: str, m: int, d: int) -> dict:

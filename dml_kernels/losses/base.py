@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.contract import as_int64, check_labels
+
+__all__ = [
+    "REDUCTIONS", "LossEntry", "as_int64", "check_class_weight", "check_labels", "check_reduction",
+    "values_can_be_read",
+]  # fmt: skip
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -28,25 +35,6 @@ class LossEntry:
     paper: str
     options: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
     family: str = "proxies"
-
-
-def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
-    """An integer tensor as int64 on the device of ``like``; any integer dtype and CPU values are accepted."""
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(values).__name__}")
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers; got {values.dtype}. Use {name}.long()")
-    return values.to(device=like.device, dtype=torch.int64)
-
-
-def check_labels(labels: Tensor, embeddings: Tensor, name: str = "labels") -> Tensor:
-    """Labels as (N,) int64 on the embeddings' device; any integer dtype and CPU labels are accepted."""
-    values = as_int64(name, labels, embeddings)
-    if labels.shape != embeddings.shape[:1]:
-        raise ValueError(
-            f"{name} must have shape ({embeddings.shape[0]},), one for each embedding; got {tuple(labels.shape)}"
-        )
-    return values
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:

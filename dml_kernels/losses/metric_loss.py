@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import distances, reducers
-from ..ops.contract import check_pair
+from ..batch import Batch, make_batch
 from ..reducers import Terms
-from .base import check_labels
-
-
-class Batch(NamedTuple):
-    """What a loss compares: checked, labels as int64 on the embeddings' device.
-
-    Args:
-        x: (N, D) embeddings. y: (N,) their labels, None where the tuples say all.
-        w: (M, D) what they are compared with: the batch itself, or the references. c: (M,) their labels.
-        exclude: (N,) bank index of each row's own copy, -1 for none; None where the references hold no copies.
-        tuples: a miner's pairs (a1, p, a2, n) or triplets (a, p, n); None for all that the labels make.
-    """
-
-    x: Tensor
-    y: Tensor | None
-    w: Tensor
-    c: Tensor | None
-    exclude: Tensor | None
-    tuples: tuple[Tensor, ...] | None
-
-
-def check_tuples(tuples: Any, like: Tensor) -> tuple[Tensor, ...] | None:
-    """A miner's tuple as int64 index tensors on the embeddings' device: 3 of one length, or 4 of two lengths."""
-    if tuples is None:
-        return None
-    if not isinstance(tuples, Sequence) or len(tuples) not in (3, 4):
-        got = f"{len(tuples)} of them" if isinstance(tuples, Sequence) else type(tuples).__name__
-        raise ValueError(f"indices_tuple must be triplets (a, p, n) or pairs (a1, p, a2, n); got {got}")
-    out = tuple(torch.as_tensor(t, device=like.device).long() for t in tuples)
-    lengths = [t.numel() for t in out]
-    groups = [lengths] if len(out) == 3 else [lengths[:2], lengths[2:]]
-    if any(t.dim() != 1 for t in out) or any(len(set(group)) > 1 for group in groups):
-        raise ValueError(
-            "indices_tuple needs one-dimensional index tensors, of one length for (a, p, n) and of equal lengths "
-            f"within (a1, p) and (a2, n); got {[tuple(t.shape) for t in out]}"
-        )
-    return out
 
 
 class MetricLoss(torch.nn.Module):
@@ -118,20 +81,7 @@ class MetricLoss(torch.nn.Module):
         ref_labels: Tensor | None, exclude: Tensor | None = None,
     ) -> Batch:  # fmt: skip
         """The call's arguments, checked. ``exclude`` marks own copies among the references."""
-        w = embeddings if ref_emb is None else ref_emb
-        check_pair(embeddings, w, ("embeddings", "embeddings" if ref_emb is None else "ref_emb"))
-        tuples = check_tuples(indices_tuple, embeddings)
-        if labels is None and tuples is None:
-            raise ValueError("labels are needed where no indices_tuple says which pairs to compare")
-        y = None if labels is None else check_labels(labels, embeddings)
-        if (ref_emb is None) != (ref_labels is None) and not (ref_labels is None and tuples is not None):
-            missing = "ref_labels" if ref_labels is None else "ref_emb"
-            raise ValueError(f"ref_emb and ref_labels come together; {missing} is missing")
-        if ref_emb is None:
-            own = torch.arange(embeddings.size(0), device=embeddings.device)
-            return Batch(embeddings, y, w, y, own, tuples)
-        c = None if ref_labels is None else check_labels(ref_labels, w, "ref_labels")
-        return Batch(embeddings, y, w, c, exclude, tuples)
+        return make_batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, exclude)
 
     def reduced(self, batch: Batch) -> Tensor:
         """The parts to one number, with the embeddings' regulariser."""

@@ -124,6 +124,25 @@ def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, intege
         raise ValueError(f"{name} is on {t.device} and x on {like.device}; use {name}.to({str(like.device)!r})")
 
 
+def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
+    """An integer tensor as int64 on the device of ``like``; any integer dtype and CPU values are accepted."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(values).__name__}")
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {values.dtype}. Use {name}.long()")
+    return values.to(device=like.device, dtype=torch.int64)
+
+
+def check_labels(labels: Tensor, embeddings: Tensor, name: str = "labels") -> Tensor:
+    """Labels as (N,) int64 on the embeddings' device; any integer dtype and CPU labels are accepted."""
+    values = as_int64(name, labels, embeddings)
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({embeddings.shape[0]},), one for each embedding; got {tuple(labels.shape)}"
+        )
+    return values
+
+
 def check_number(name: str, value: float) -> float:
     try:
         number = float(value)
@@ -209,3 +228,10 @@ def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, i
         _require_numbers(variance, False, "variance must be finite")
         if device == "cpu" and bool(variance < 0):
             raise ValueError(f"variance must not be negative; got {variance.item()}")
+
+
+def check_thresholds(*thresholds: Tensor | None) -> None:
+    """Thresholds are finite. Runs inside the op, like check_values."""
+    for t in thresholds:
+        if t is not None and (t.is_cpu or (t.is_cuda and os.environ.get("DML_CHECK", "0") == "1")):
+            _require_numbers(t, False, "threshold must be finite")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .clustering import ClusterIndex
+from ..clustering import ClusterIndex
 
 __all__ = ["MagnetBatchSampler"]
 

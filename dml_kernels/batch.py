@@ -1,0 +1,108 @@
+"""What a loss or a miner compares: the arguments people already pass, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .distances import Distance
+from .ops.contract import check_labels, check_pair
+
+# Scores held at once by what walks them tile by tile: 16 MB in fp32.
+TILE_ELEMENTS = 1 << 22
+IGNORE_INDEX = -100
+
+
+class Batch(NamedTuple):
+    """Embeddings and what they are compared with; labels as int64 on the embeddings' device.
+
+    Args:
+        x: (N, D) embeddings. y: (N,) their labels, None where the tuples say all.
+        w: (M, D) what they are compared with: the batch itself, or the references. c: (M,) their labels.
+        exclude: (N,) bank index of each row's own copy, -1 for none; None where the references hold no copies.
+        tuples: a miner's pairs (a1, p, a2, n) or triplets (a, p, n); None for all that the labels make.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    w: Tensor
+    c: Tensor | None
+    exclude: Tensor | None
+    tuples: tuple[Tensor, ...] | None
+
+
+class Tile(NamedTuple):
+    """A run of rows against the whole bank: scores (R, M), larger is closer, and which entries are in which set."""
+
+    rows: slice
+    scores: Tensor
+    same: Tensor
+    different: Tensor
+
+
+def check_tuples(tuples: Any, like: Tensor) -> tuple[Tensor, ...] | None:
+    """A miner's tuple as int64 index tensors on the embeddings' device: 3 of one length, or 4 of two lengths."""
+    if tuples is None:
+        return None
+    if not isinstance(tuples, Sequence) or len(tuples) not in (3, 4):
+        got = f"{len(tuples)} of them" if isinstance(tuples, Sequence) else type(tuples).__name__
+        raise ValueError(f"indices_tuple must be triplets (a, p, n) or pairs (a1, p, a2, n); got {got}")
+    out = tuple(torch.as_tensor(t, device=like.device).long() for t in tuples)
+    lengths = [t.numel() for t in out]
+    groups = [lengths] if len(out) == 3 else [lengths[:2], lengths[2:]]
+    if any(t.dim() != 1 for t in out) or any(len(set(group)) > 1 for group in groups):
+        raise ValueError(
+            "indices_tuple needs one-dimensional index tensors, of one length for (a, p, n) and of equal lengths "
+            f"within (a1, p) and (a2, n); got {[tuple(t.shape) for t in out]}"
+        )
+    return out
+
+
+def make_batch(
+    embeddings: Tensor, labels: Tensor | None, indices_tuple: Any = None, ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None, exclude: Tensor | None = None,
+) -> Batch:  # fmt: skip
+    """The arguments of a loss's or miner's call, checked. ``exclude`` marks own copies among the references.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
+    """
+    w = embeddings if ref_emb is None else ref_emb
+    check_pair(embeddings, w, ("embeddings", "embeddings" if ref_emb is None else "ref_emb"))
+    tuples = check_tuples(indices_tuple, embeddings)
+    if labels is None and tuples is None:
+        raise ValueError("labels are needed where no indices_tuple says which pairs to compare")
+    y = None if labels is None else check_labels(labels, embeddings)
+    if (ref_emb is None) != (ref_labels is None) and not (ref_labels is None and tuples is not None):
+        missing = "ref_labels" if ref_labels is None else "ref_emb"
+        raise ValueError(f"ref_emb and ref_labels come together; {missing} is missing")
+    if ref_emb is None:
+        own = torch.arange(embeddings.size(0), device=embeddings.device)
+        return Batch(embeddings, y, w, y, own, tuples)
+    c = None if ref_labels is None else check_labels(ref_labels, w, "ref_labels")
+    return Batch(embeddings, y, w, c, exclude, tuples)
+
+
+def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
+    """The scores of a run of rows at a time, at most ``TILE_ELEMENTS`` of them (one row at least)."""
+    x, y, w, c, exclude, _ = batch
+    assert y is not None
+    assert c is not None
+    step = max(1, TILE_ELEMENTS // w.size(0))
+    known = c != IGNORE_INDEX
+    for start in range(0, x.size(0), step):
+        rows = slice(start, start + step)
+        values = functional.normalized_distance(x[rows], w, distance.metric, normalize=distance.normalize_embeddings)
+        same = y[rows, None] == c
+        different = ~same & known & (y[rows, None] != IGNORE_INDEX)
+        same &= known
+        if exclude is not None:
+            own = exclude[rows, None] == torch.arange(w.size(0), device=w.device)
+            same &= ~own
+            different &= ~own
+        values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+        yield Tile(rows, values if distance.is_inverted else values.neg_(), same, different)

@@ -1,0 +1,68 @@
+"""What every miner shares: the call, and the listing of a set tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distances
+from ..batch import Batch, Tile, make_batch, tiles
+
+
+class Miner(torch.nn.Module):
+    """Looks at a batch and names pairs or triplets; a subclass states ``mine``.
+
+    Args:
+        distance: of :mod:`dml_kernels.distances`, or pytorch-metric-learning's of the same name; None: the miner's own.
+        collect_stats: must be False: nothing is recorded during a step.
+    """
+
+    distance_kinds: tuple[type[distances.Distance], ...] = (distances.Distance,)
+
+    def __init__(self, *, distance: Any = None, collect_stats: bool = False):
+        super().__init__()
+        name = type(self).__name__
+        if collect_stats:
+            raise ValueError(f"{name} records nothing during a step; use collect_stats=False")
+        self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, name)
+
+    def default_distance(self) -> distances.Distance:
+        """The distance where none is given."""
+        return distances.LpDistance()
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tuples of a checked batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Index tuples of embeddings (N, D) with labels (N,), against references (M, D) where given.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
+        """
+        if labels is None:
+            raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
+        return self.mine(make_batch(embeddings, labels, None, ref_emb, ref_labels))
+
+    def listed(self, batch: Batch, *choices: Callable[[Tile], Tensor]) -> tuple[Tensor, ...]:
+        """(rows, columns) of the entries that each choice, a mask over a tile, picks; rows ascending."""
+        found: list[list[Tensor]] = [[] for _ in choices]
+        for tile in tiles(batch, self.distance):
+            for places, choice in zip(found, choices, strict=True):
+                place = choice(tile).nonzero()
+                place[:, 0] += tile.rows.start
+                if place.numel():
+                    places.append(place)
+        empty = batch.x.new_empty((0, 2), dtype=torch.int64)
+        return tuple(column for places in found for column in torch.cat([empty, *places]).unbind(1))
+
+
+def pieces(places: Tensor, width: int, elements: int) -> Iterator[Tensor]:
+    """A list in parts whose rows of ``width`` entries stay within so many elements."""
+    return iter(places.split(max(1, elements // max(width, 1)))) if places.numel() else iter(())

@@ -1,0 +1,118 @@
+"""One positive and one negative for each anchor: the hardest, the easiest, or those beyond the other one."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..batch import Batch
+from .base import Miner
+
+
+class BatchEasyHardMiner(Miner):
+    """For each anchor a positive and a negative, by strategy (Xuan et al. 2020, arXiv 1904.04370): (a1, p, a2, n).
+
+    ``hard``: the furthest positive, the closest negative. ``easy``: the closest positive, the furthest negative.
+    ``semihard``: the hardest of those beyond the other one: the closest negative that is further than the anchor's
+    chosen positive; the furthest positive that is closer than its chosen negative. ``all``: every one. Anchors for
+    which one of the two is missing are left out.
+
+    Args:
+        pos_strategy, neg_strategy: the strategies; not ``semihard`` for both, nor ``semihard`` with ``all``.
+        allowed_pos_range, allowed_neg_range: (low, high), both in, of distances (or similarities) to choose within.
+
+    Raises:
+        ValueError: an unknown strategy or a pair of them that makes no sense.
+    """
+
+    HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
+    all_batch_mining_strategies = (HARD, SEMIHARD, EASY, ALL)
+
+    def __init__(
+        self,
+        pos_strategy: str = EASY,
+        neg_strategy: str = SEMIHARD,
+        allowed_pos_range: tuple[float, float] | None = None,
+        allowed_neg_range: tuple[float, float] | None = None,
+        **options: Any,
+    ):
+        super().__init__(**options)
+        both = {pos_strategy, neg_strategy}
+        if not both <= set(self.all_batch_mining_strategies):
+            raise ValueError(f"strategies are {', '.join(self.all_batch_mining_strategies)}; got {sorted(both)}")
+        if both == {self.SEMIHARD} or both == {self.SEMIHARD, self.ALL}:
+            raise ValueError(f"pos_strategy={pos_strategy!r} with neg_strategy={neg_strategy!r} names no pair: one of "
+                             "the two must be chosen before the other can lie beyond it")  # fmt: skip
+        self.pos_strategy, self.neg_strategy = pos_strategy, neg_strategy
+        self.allowed_pos_range, self.allowed_neg_range = allowed_pos_range, allowed_neg_range
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Each set's choice by one streamed search; a semi-hard one after the other's."""
+        chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        for kind in ("same", "different") if self.pos_strategy != self.SEMIHARD else ("different", "same"):
+            if self._strategy(kind) != self.ALL:
+                other = next(iter(chosen.values()), None)
+                chosen[kind] = self._search(batch, kind, None if other is None else other[1])
+        pairs = []
+        keep = torch.stack([index >= 0 for index, _ in chosen.values()]).all(0) if len(chosen) == 2 else None
+        for kind in ("same", "different"):
+            if kind in chosen:
+                index = chosen[kind][0]
+                rows = (index >= 0 if keep is None else keep).nonzero().squeeze(1)
+                pairs += [rows, index[rows]]
+            else:
+                pairs += self.listed(batch, operator.attrgetter(kind))
+        return tuple(pairs)
+
+    def _strategy(self, kind: str) -> str:
+        return self.pos_strategy if kind == "same" else self.neg_strategy
+
+    def _search(self, batch: Batch, kind: str, other: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(index, score) of one set's choice; ``other`` is the score of the other set's."""
+        strategy = self._strategy(kind)
+        # A hard negative is the closest, a hard positive the furthest; semi-hard is the hardest that is left.
+        largest = (strategy != self.EASY) == (kind == "different")
+        low, high = self._range(batch, kind)
+        if strategy == self.SEMIHARD:
+            assert other is not None
+            # Beyond the other one, and nothing for an anchor without it: no number lies beyond NaN.
+            other = torch.where(other.isfinite(), other, torch.nan)
+            if kind == "different":
+                high = other if high is None else torch.minimum(high, other)
+            else:
+                low = other if low is None else torch.maximum(low, other)
+        assert batch.y is not None
+        found = functional.masked_argmax(
+            batch.x, batch.w, batch.y, batch.c, metric=self.distance.metric,
+            normalize=self.distance.normalize_embeddings, which=kind, largest_same=largest, largest_different=largest,
+            bounds=(low, high), exclude=batch.exclude,
+        )  # fmt: skip
+        choice = found.same if kind == "same" else found.different
+        assert choice is not None
+        return choice.index, choice.score
+
+    def _range(self, batch: Batch, kind: str) -> tuple[Tensor | None, Tensor | None]:
+        """The allowed range as an open interval of scores, (N,) each."""
+        allowed = self.allowed_pos_range if kind == "same" else self.allowed_neg_range
+        if allowed is None:
+            return None, None
+        dtype = torch.float64 if batch.x.dtype == torch.float64 else torch.float32
+        ends = torch.tensor(sorted(self.distance.threshold(value) for value in allowed), dtype=dtype)
+        ends = torch.nextafter(ends, torch.tensor([-torch.inf, torch.inf], dtype=dtype)).to(batch.x.device)
+        return ends[0].expand(batch.x.size(0)), ends[1].expand(batch.x.size(0))
+
+
+class BatchHardMiner(BatchEasyHardMiner):
+    """Each anchor's furthest positive and closest negative (Hermans et al. 2017, arXiv 1703.07737): (a, p, n)."""
+
+    def __init__(self, **options: Any):
+        super().__init__(pos_strategy=self.HARD, neg_strategy=self.HARD, **options)
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """One triplet an anchor that has both."""
+        a, p, _, n = super().mine(batch)
+        return a, p, n

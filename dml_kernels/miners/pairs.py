@@ -1,0 +1,59 @@
+"""Pairs that violate a margin, or are hard beside the hardest of the other kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distances
+from ..batch import Batch, Tile
+from .base import Miner
+
+
+class PairMarginMiner(Miner):
+    """Positive pairs further apart than ``pos_margin``, negative pairs closer than ``neg_margin``: (a1, p, a2, n).
+
+    Margins are in the distance's own units; with a similarity, positives below ``pos_margin`` and negatives above
+    ``neg_margin``.
+    """
+
+    def __init__(self, pos_margin: float = 0.2, neg_margin: float = 0.8, **options: Any):
+        super().__init__(**options)
+        self.pos_margin, self.neg_margin = pos_margin, neg_margin
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Pairs beyond the margins."""
+        low, high = self.distance.threshold(self.pos_margin), self.distance.threshold(self.neg_margin)
+        return self.listed(batch, lambda t: t.same & (t.scores < low), lambda t: t.different & (t.scores > high))
+
+
+class MultiSimilarityMiner(Miner):
+    """Pairs that are hard beside the anchor's hardest pair of the other kind (Wang et al. 2019, arXiv 1904.06627).
+
+    A positive is kept when its score, less ``epsilon``, is below the anchor's closest negative's; a negative when its
+    score, plus ``epsilon``, is above the anchor's furthest positive's. Gives (a1, p, a2, n). An anchor without
+    positives keeps no negatives, one without negatives no positives.
+    """
+
+    def __init__(self, epsilon: float = 0.1, **options: Any):
+        super().__init__(**options)
+        self.epsilon = epsilon
+
+    def default_distance(self) -> distances.Distance:
+        """Cosine similarity."""
+        return distances.CosineSimilarity()
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Pairs by the two rules, from one pass over the scores."""
+
+        def positives(t: Tile) -> Tensor:
+            closest = torch.where(t.different, t.scores, -torch.inf).amax(1, keepdim=True)
+            return t.same & (t.scores - self.epsilon < closest)
+
+        def negatives(t: Tile) -> Tensor:
+            furthest = torch.where(t.same, t.scores, torch.inf).amin(1, keepdim=True)
+            return t.different & (t.scores + self.epsilon > furthest)
+
+        return self.listed(batch, positives, negatives)

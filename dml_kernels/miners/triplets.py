@@ -1,0 +1,51 @@
+"""Triplets by how far they violate a margin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import TILE_ELEMENTS, Batch, tiles
+from .base import Miner, pieces
+
+TYPES = ("all", "hard", "semihard", "easy")
+
+
+class TripletMarginMiner(Miner):
+    """Every triplet (a, p, n) of one kind, by d_an - d_ap (for a similarity, s_ap - s_an).
+
+    ``all``: at most ``margin``. ``hard``: of those, at most 0. ``semihard``: of those, over 0. ``easy``: over the
+    margin. Time O(N M K) for K positives an anchor, and the list is as long as it is: TripletMarginLoss without a
+    miner sums ``all`` exactly in O(N M log M), and lists nothing.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+
+    def __init__(self, margin: float = 0.2, type_of_triplets: str = "all", **options: Any):
+        super().__init__(**options)
+        if type_of_triplets not in TYPES:
+            raise ValueError(f"type_of_triplets must be one of {', '.join(TYPES)}; got {type_of_triplets!r}")
+        self.margin, self.type_of_triplets = margin, type_of_triplets
+
+    def _wanted(self, slack: Tensor) -> Tensor:
+        if self.type_of_triplets == "easy":
+            return slack > self.margin
+        wanted = slack <= self.margin
+        if self.type_of_triplets == "hard":
+            return wanted & (slack <= 0)
+        return wanted & (slack > 0) if self.type_of_triplets == "semihard" else wanted
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Positives of a tile a piece at a time, each against all its row's entries."""
+        found = [batch.x.new_empty((0, 3), dtype=torch.int64)]
+        for tile in tiles(batch, self.distance):
+            for pairs in pieces(tile.same.nonzero(), batch.w.size(0), TILE_ELEMENTS // 4):
+                row, p = pairs.unbind(1)
+                slack = tile.scores[row].neg_().add_(tile.scores[row, p, None])
+                place, n = self._wanted(slack).logical_and_(tile.different[row]).nonzero().unbind(1)
+                if n.numel():
+                    found.append(torch.stack([row[place] + tile.rows.start, p[place], n], 1))
+        return torch.cat(found).unbind(1)

@@ -1,0 +1,119 @@
+"""Class-balanced batches: some classes, the same number of examples of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+def _check_positive(name: str, value: int) -> int:
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name} must be a positive integer; got {value}")
+    return int(value)
+
+
+class MPerClassSampler(Sampler[int]):
+    """``m`` examples of each class in turn, for ``DataLoader(dataset, batch_size=B, sampler=...)``.
+
+    Without ``batch_size`` a pass goes through all classes in a new order; with it every run of ``batch_size`` indices
+    holds ``batch_size / m`` different classes, drawn anew for each. A class of fewer than ``m`` examples gives all it
+    has, and some of them again.
+
+    Args:
+        labels: (n,) of the data, integers; a tensor, array or list. Those of ``ignore_index`` are never drawn.
+        m: examples of a class.
+        batch_size: that of the DataLoader; a multiple of m, at most m times the number of classes.
+        length_before_new_iter: indices of an epoch, rounded down to whole batches (or passes).
+        seed: of the draws; None: one from torch's generator at each epoch, so ``torch.manual_seed`` fixes them. With a
+            seed, call :meth:`set_epoch` before each epoch, as with ``DistributedSampler``: epoch and seed say all, so
+            a run that goes on from a checkpoint draws what it would have drawn.
+        ignore_index: the label of examples to leave out.
+
+    Raises:
+        ValueError: no labels, sizes that do not fit; the message names the numbers.
+    """
+
+    def __init__(
+        self,
+        labels: Any,
+        m: int,
+        batch_size: int | None = None,
+        length_before_new_iter: int = 100000,
+        *,
+        seed: int | None = None,
+        ignore_index: int = -100,
+    ):
+        values = (labels.detach().cpu() if isinstance(labels, Tensor) else torch.as_tensor(labels)).numpy()
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(f"labels must be integers of shape (n,); got {values.dtype} {values.shape}")
+        self.m_per_class, self.seed, self.epoch = _check_positive("m", m), seed, 0
+        self.batch_size = None if batch_size is None else _check_positive("batch_size", batch_size)
+        # The examples class after class, and where each class starts: O(n), whatever the number of classes.
+        self._examples = np.argsort(values, kind="stable")
+        kept = values[self._examples] != ignore_index
+        self._examples = self._examples[kept]
+        self.labels, self._starts, self._sizes = self._classes(values[self._examples])
+        if not self.labels.size:
+            raise ValueError("labels name no example to draw")
+        one_pass = self.m_per_class * self.labels.size
+        unit = one_pass if self.batch_size is None else self.batch_size
+        if self.batch_size is not None and (unit % self.m_per_class or unit > one_pass):
+            raise ValueError(
+                f"batch_size must be a multiple of m = {self.m_per_class} and at most m times the "
+                f"{self.labels.size} classes, {one_pass}; got {unit}"
+            )
+        length = _check_positive("length_before_new_iter", length_before_new_iter)
+        if length < unit:
+            if self.batch_size is not None:
+                raise ValueError(f"length_before_new_iter must be at least batch_size = {unit}; got {length}")
+            unit = length  # one pass, cut
+        self.list_size = length - length % unit
+
+    def _classes(self, sorted_labels: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+        return np.unique(sorted_labels, return_index=True, return_counts=True)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration is; each has draws of its own. Needs ``seed``."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.list_size
+
+    def __iter__(self) -> Iterator[int]:
+        seed = int(torch.randint(1 << 62, ())) if self.seed is None else self.seed
+        generator = np.random.default_rng((seed, self.epoch))
+        classes = self.labels.size if self.batch_size is None else self.batch_size // self.m_per_class
+        left = self.list_size
+        while left > 0:
+            # Drawing k of C classes is O(k) here: a run of small batches over a million classes stays cheap.
+            drawn = generator.choice(self.labels.size, classes, replace=False, shuffle=True)
+            for which in drawn[: -(-left // self.m_per_class)]:
+                start, size = self._starts[which], self._sizes[which]
+                places = generator.permutation(size)[: self.m_per_class] if size <= 4 * self.m_per_class else (
+                    generator.choice(size, self.m_per_class, replace=False)
+                )  # fmt: skip
+                if size < self.m_per_class:
+                    again = generator.integers(size, size=self.m_per_class - size)
+                    places = np.concatenate([places, again])
+                yield from self._examples[start + places[:left]].tolist()
+                left -= min(left, self.m_per_class)
+
+
+class NPairsSampler(MPerClassSampler):
+    """Two examples of each of ``batch_size / 2`` classes: the batches of the N-pairs loss (Sohn 2016, NIPS).
+
+    Classes with a single example make no pair and are left out. The arguments are :class:`MPerClassSampler`'s.
+    """
+
+    def __init__(self, labels: Any, batch_size: int, length_before_new_iter: int = 100000, **options: Any):
+        super().__init__(labels, 2, batch_size, length_before_new_iter, **options)
+
+    def _classes(self, sorted_labels: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+        labels, starts, sizes = super()._classes(sorted_labels)
+        pairs = sizes > 1
+        return labels[pairs], starts[pairs], sizes[pairs]
