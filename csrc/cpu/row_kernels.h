@@ -53,6 +53,15 @@ struct RowKernels {
   void (*products_bf16)(const A* v, A f, const A* r, bf16* out, std::int64_t n);
   void (*widen)(const bf16* v, A* out, std::int64_t n);
   void (*add_bf16)(A* total, const bf16* v, std::int64_t n);
+  // Of n columns' pooled scores, the number of the first of a column's centres that has it.
+  void (*max_pool)(const A* s, std::int64_t centres, A* pooled, std::int32_t* first, std::int64_t n);
+  // slope: of the pooled score in each centre's, unless null; work: 2 n (centres + 1) values.
+  void (*softmax_pool)(const A* s, std::int64_t centres, A gamma, A* work, A* pooled, A* slope, std::int64_t n);
+  // In place: slope_ck ds_c.
+  void (*spread)(const A* ds, std::int64_t centres, A* slope, std::int64_t n);
+  // Circle loss's weights alpha and logits z of the different set.
+  void (*circle)(const A* s, const Row<A>& row, const Columns<A>& columns, A m, A* alpha, A* z, std::int64_t n);
+  void (*multiply_by)(A* v, const A* f, std::int64_t n);
 };
 
 namespace baseline {

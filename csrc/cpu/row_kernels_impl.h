@@ -260,6 +260,8 @@ void add_bf16(A* total, const bf16* v, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) total[j] += A(from_bf16(half[j]));
 }
 
+#include "policy_kernels_impl.h"
+
 }  // namespace
 
 template <class A>
@@ -282,6 +284,11 @@ const RowKernels<A>& table() {
       .products_bf16 = products_bf16<A>,
       .widen = widen<A>,
       .add_bf16 = add_bf16<A>,
+      .max_pool = max_pool<A>,
+      .softmax_pool = softmax_pool<A>,
+      .spread = spread<A>,
+      .circle = circle<A>,
+      .multiply_by = multiply_by<A>,
   };
   return kernels;
 }
