@@ -55,30 +55,38 @@ bool all_within(Tensor values, std::int64_t low, std::int64_t high, std::int64_t
   return ok;
 }
 
+Policy policy(std::int64_t kind, std::int64_t centres, double number, const Tensor& w) {
+  const Policy found{Policy::Kind(kind), centres, number};
+  STD_TORCH_CHECK(centres >= 1 && w.size(0) % centres == 0 && (found.pools() || centres == 1),
+                  "dml_kernels: w must have whole classes of ", centres, " centres");
+  return found;
+}
+
 // `kind` is an empty tensor whose dtype is the products'.
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
-                                                        OptionalTensor exclude, OptionalTensor scale,
-                                                        OptionalTensor col_scale, OptionalTensor col_bias,
-                                                        std::int64_t metric, bool normalize, double k_same,
-                                                        double o_same, double k_different, double o_different,
-                                                        double eps, std::int64_t ignore_index, bool sums) {
-  const std::int64_t n = x.size(0), m = w.size(0);
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
+    Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
+    OptionalTensor col_scale, OptionalTensor col_bias, std::int64_t metric, bool normalize, double k_same,
+    double o_same, double k_different, double o_different, double eps, std::int64_t ignore_index,
+    std::int64_t kind_of_policy, std::int64_t centres, double number, bool sums) {
+  const Policy rule = policy(kind_of_policy, centres, number, w);
+  const std::int64_t n = x.size(0), m = w.size(0) / centres;
   const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, acc); };
   Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
-  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+  const Labels label = labels(n, m, y, c, exclude, ignore_index);
   const LogitArgs args{k_same,
                        o_same,
                        k_different,
                        o_different,
                        vector(scale, n, "scale"),
                        vector(col_scale, m, "col_scale"),
-                       vector(col_bias, m, "col_bias")};
+                       vector(col_bias, m, "col_bias"),
+                       rule};
   const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), sums ? sum_same.mutable_data_ptr() : nullptr,
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side, centres);
     masked_logsumexp_fwd<P>(problem, label, args, out);
   });
   return {same, different, sum_same, sum_different};
@@ -89,16 +97,19 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                    Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
                    OptionalTensor exclude, OptionalTensor scale, OptionalTensor col_scale, OptionalTensor col_bias,
                    std::int64_t metric, bool normalize, double k_same, double o_same, double k_different,
-                   double o_different, double eps, std::int64_t ignore_index) {
-  const std::int64_t n = x.size(0), m = w.size(0);
-  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+                   double o_different, double eps, std::int64_t ignore_index, std::int64_t kind_of_policy,
+                   std::int64_t centres, double number) {
+  const Policy rule = policy(kind_of_policy, centres, number, w);
+  const std::int64_t n = x.size(0), m = w.size(0) / centres;
+  const Labels label = labels(n, m, y, c, exclude, ignore_index);
   const LogitArgs args{k_same,
                        o_same,
                        k_different,
                        o_different,
                        vector(scale, n, "scale"),
                        vector(col_scale, m, "col_scale"),
-                       vector(col_bias, m, "col_bias")};
+                       vector(col_bias, m, "col_bias"),
+                       rule};
   const auto optional = [n](const Tensor& t, const char* name) { return t.numel() ? vector(t, n, name) : Vector{}; };
   const LseIn in{vector(grad_same, n, "grad_same"),
                  vector(grad_different, n, "grad_different"),
@@ -111,7 +122,7 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                            target(grad_col_bias, m, "grad_col_bias")};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
+    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side, centres);
     masked_logsumexp_bwd<P>(problem, label, args, in, targets);
   });
 }
@@ -223,14 +234,16 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
   m.def(
       "mlse_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, "
       "Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, "
-      "float k_different, float o_different, float eps, int ignore_index, bool sums) "
+      "float k_different, float o_different, float eps, int ignore_index, int policy, int centres, float number, "
+      "bool sums) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_scale, "
       "Tensor(e!) grad_col_bias, Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, "
       "Tensor grad_sum_different, Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, "
       "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
-      "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
+      "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index, int policy, "
+      "int centres, float number) -> ()");
   m.def(
       "proxy_nca_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
       "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) "

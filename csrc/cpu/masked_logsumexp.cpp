@@ -30,7 +30,7 @@ struct Setup {
   Setup(const Problem<P>& problem, const Labels& labels, const LogitArgs& args)
       : problem(problem), labels(labels), args(args), index(labels.y, problem.x.rows, labels.c, labels.ignore),
         scale(read_all<A>(args.scale, problem.x.rows, A(1))),
-        one_logit(args.k_same == args.k_different && args.o_same == args.o_different) {}
+        one_logit(args.k_same == args.k_different && args.o_same == args.o_different && !args.policy.quadratic()) {}
 };
 
 // One thread's walk: tiles of a slice, row blocks of a tile, rows of a block, each row split into its two sets.
@@ -40,19 +40,26 @@ class Walk {
   using A = Acc<P>;
   static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
-  Walk(const Setup<P>& setup, bool keep_scores)
-      : scores(setup.problem), setup_(setup), keep_scores_(keep_scores || !setup.one_logit),
-        q_(setup.args.col_scale ? setup.problem.plan.tile : 0), b_(setup.problem.plan.tile) {}
+  Walk(const Setup<P>& setup, bool keep_scores, bool gradients)
+      : scores(setup.problem), pool(setup.args.policy, setup.problem.plan.tile, gradients), setup_(setup),
+        keep_scores_(keep_scores || !setup.one_logit), q_(setup.args.col_scale ? setup.problem.plan.tile : 0),
+        b_(setup.problem.plan.tile), alpha_(setup.args.policy.quadratic() ? setup.problem.plan.tile : 0) {}
 
   TileScores<P> scores;
-  std::vector<A> same;  // the logits of the row's own label in this tile
+  Pool<A> pool;
+  std::int64_t first = 0, count = 0;  // columns of this tile: bank entries, or classes whose centres are pooled
+  std::vector<A> same;                // the logits of the row's own label in this tile
+  std::vector<A> same_alpha;          // and their weights, where the policy has such
   const std::int32_t* positions = nullptr;
 
   const A* q() const { return q_.empty() ? nullptr : q_.data(); }
+  const A* s() const { return setup_.args.policy.pools() ? pool.scores() : scores.s.data(); }
+  const A* alpha() const { return alpha_.data(); }
 
   void load(std::int64_t tile) {
     scores.load(tile);
-    const std::int64_t first = scores.first, n = scores.count;
+    first = scores.first / setup_.args.policy.centres, count = scores.count / setup_.args.policy.centres;
+    const std::int64_t n = count;
     if (!q_.empty()) setup_.args.col_scale.read(first, n, q_.data());
     biased_ = bool(setup_.args.col_bias);
     if (biased_) {
@@ -69,17 +76,23 @@ class Walk {
   void split(std::int64_t i) {
     const LogitArgs& args = setup_.args;
     const A t = setup_.scale[i];
-    const A* b = biased_ ? b_.data() : nullptr;
-    scores.score_row(i, A(args.k_different) * t, A(args.o_different), q(), b, keep_scores_);
-    const std::int64_t excluded = setup_.labels.exclude ? setup_.labels.exclude[i] - scores.first : -1;
-    const bool excludes = setup_.labels.exclude && excluded >= 0 && excluded < scores.count;
+    logits(i, A(args.k_different) * t, A(args.o_different), biased_ ? b_.data() : nullptr);
+    const std::int64_t excluded = setup_.labels.exclude ? setup_.labels.exclude[i] - first : -1;
+    const bool excludes = setup_.labels.exclude && excluded >= 0 && excluded < count;
     positions = pairs_.of(i);
     same.resize(pairs_.count(i));
+    if (args.policy.quadratic()) same_alpha.resize(same.size());
     for (std::size_t p = 0; p < same.size(); ++p) {
       const std::int32_t j = positions[p];
       A& z = scores.z[j];
-      same[p] =
-          setup_.one_logit ? z : logit(scores.s[j], A(args.k_same) * t, A(args.o_same), q() ? q_[j] : A(1), b_[j]);
+      if (setup_.one_logit) {
+        same[p] = z;
+      } else {
+        const A score = s()[j], q = q_.empty() ? A(1) : q_[j];
+        A kt = A(args.k_same) * t;
+        if (args.policy.quadratic()) kt *= same_alpha[p] = std::max(A(1 + args.policy.number) - q * score, A(0));
+        same[p] = logit(score, kt, A(args.o_same), q, b_[j]);
+      }
       if (excludes && j == excluded) same[p] = minus_infinity;
       z = minus_infinity;
     }
@@ -105,9 +118,24 @@ class Walk {
   }
 
  private:
+  // scores.z of row i's columns, as if all were of other labels.
+  void logits(std::int64_t i, A kt, A o, const A* b) {
+    const Policy& policy = setup_.args.policy;
+    if (policy.kind == Policy::Kind::linear) return scores.score_row(i, kt, o, q(), b, keep_scores_);
+    scores.score_row(i);
+    const Row<A> row{A(1), A(0), kt, o};
+    const Columns<A> columns{nullptr, nullptr, q(), b};
+    if (policy.quadratic()) {
+      row_kernels<A>().circle(s(), row, columns, A(policy.number), alpha_.data(), scores.z.data(), count);
+    } else {
+      pool.pool(scores.s.data(), count);
+      row_kernels<A>().logits(Metric::dot, s(), row, columns, scores.z.data(), nullptr, count);
+    }
+  }
+
   const Setup<P>& setup_;
   bool keep_scores_, biased_ = false;
-  std::vector<A> q_, b_;
+  std::vector<A> q_, b_, alpha_;
   TilePairs pairs_;
 };
 
@@ -163,7 +191,7 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
   std::vector<RowState<A>> states(problem.plan.slices * n);
   const auto none = [] {};
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
-    Walk<P> walk(setup, false);
+    Walk<P> walk(setup, false, false);
     RowState<A>* state = nullptr;
     const auto row = [&](std::int64_t, std::int64_t i) {
       if (setup.index.ignored(i)) return;
@@ -173,7 +201,7 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
         lse.add(above, k.sum_exp(z, count, above));  // the maximum may have lost a NaN: the sum has not
         if (sums) sum += k.sum_used(z, count);
       };
-      reduce(walk.scores.z.data(), walk.scores.count, state[i].different, state[i].sum_different);
+      reduce(walk.scores.z.data(), walk.count, state[i].different, state[i].sum_different);
       if (!walk.same.empty()) reduce(walk.same.data(), walk.same.size(), state[i].same, state[i].sum_same);
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
@@ -217,25 +245,26 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
   Gradients<P> gradients(problem, targets.x, targets.w);
   const std::int64_t column_parts = problem.plan.by_rows ? slices : 1;
-  ColumnGradient<A> columns_q(targets.col_scale.data, column_parts, problem.w.rows);
-  ColumnGradient<A> columns_b(targets.col_bias.data, column_parts, problem.w.rows);
+  const std::int64_t columns = problem.w.rows / args.policy.centres;
+  ColumnGradient<A> columns_q(targets.col_scale.data, column_parts, columns);
+  ColumnGradient<A> columns_b(targets.col_bias.data, column_parts, columns);
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     const bool root = problem.metric == Metric::euclidean;
-    Walk<P> walk(setup, root || scale_grads);
+    Walk<P> walk(setup, root || scale_grads, true);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
     ColumnSum<A> dq, db;          // of this tile
     std::int64_t at_slice = 0;
     const auto begin = [&] {
       out.begin_tile();
-      if (columns_q.wanted()) dq.reset(walk.scores.count);
-      if (columns_b.wanted()) db.reset(walk.scores.count);
+      if (columns_q.wanted()) dq.reset(walk.count);
+      if (columns_b.wanted()) db.reset(walk.count);
     };
     const auto row = [&](std::int64_t local, std::int64_t i) {
       if (setup.index.ignored(i)) return out.empty_row(local);
       walk.split(i);
       A *dz = walk.scores.z.data(), *same = walk.same.data();
-      const std::int64_t count = walk.scores.count, own = walk.same.size();
+      const std::int64_t count = walk.count, own = walk.same.size();
       const std::int32_t* at = walk.positions;
       k.weights(dz, count, lse_different[i], g_different[i], h_different[i]);
       k.weights(same, own, lse_same[i], g_same[i], h_same[i]);
@@ -248,6 +277,10 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       // it; else that common factor stays outside.
       const bool inside = scale_grads || !setup.one_logit;
       if (inside) k.scale(dz, A(args.k_different), count);
+      if (args.policy.quadratic()) {
+        k.multiply_by(dz, walk.alpha(), count);
+        for (std::int64_t p = 0; p < own; ++p) same[p] *= walk.same_alpha[p];
+      }
       double offsets = scale_grads ? args.o_different * k.sum(dz, count) : 0;
       for (std::int64_t p = 0; p < own; ++p) {
         dz[at[p]] = inside ? A(args.k_same) * same[p] : same[p];
@@ -255,17 +288,22 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       }
       const A t = setup.scale[i];
       if (scale_grads) {
-        const double total =
-            k.scale_grads(dz, walk.scores.s.data(), walk.q(), t, columns_q.wanted() ? dq.next() : nullptr, count);
+        const double total = k.scale_grads(dz, walk.s(), walk.q(), t, columns_q.wanted() ? dq.next() : nullptr, count);
         if (row_scale) row_scale[i] += total - offsets;
       }
-      k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
+      if (args.policy.pools()) {
+        k.score_grad(dz, count, walk.q(), nullptr);
+        dz = walk.pool.spread(dz, count);
+        if (root) k.score_grad(dz, walk.scores.count, nullptr, walk.scores.s.data());
+      } else {
+        k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
+      }
       out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
     const auto end = [&] {
       out.end_tile();
-      columns_q.keep(at_slice, walk.scores.first, walk.scores.count, dq);
-      columns_b.keep(at_slice, walk.scores.first, walk.scores.count, db);
+      columns_q.keep(at_slice, walk.first, walk.count, dq);
+      columns_b.keep(at_slice, walk.first, walk.count, db);
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice), at_slice = slice;

@@ -2,6 +2,7 @@
 #pragma once
 #include "gradients.h"
 #include "labels.h"
+#include "policies.h"
 
 namespace dml::cpu {
 
@@ -30,6 +31,7 @@ struct Labels {
 struct LogitArgs {
   double k_same, o_same, k_different, o_different;
   Vector scale, col_scale, col_bias;  // scale has stride 0 for a scalar
+  Policy policy = {};
 };
 
 struct LseOut {

@@ -60,6 +60,15 @@ struct RowKernels {
   // In place: sign z where low <= z <= high, else (and for NaN) -inf.
   void (*within)(A* z, A sign, A low, A high, std::int64_t n);
   std::int64_t (*count_used)(const A* z, std::int64_t n);  // those above -inf
+  // Of n columns' pooled scores, the number of the first of a column's centres that has it.
+  void (*max_pool)(const A* s, std::int64_t centres, A* pooled, std::int32_t* first, std::int64_t n);
+  // slope: of the pooled score in each centre's, unless null; work: 2 n (centres + 1) values.
+  void (*softmax_pool)(const A* s, std::int64_t centres, A gamma, A* work, A* pooled, A* slope, std::int64_t n);
+  // In place: slope_ck ds_c.
+  void (*spread)(const A* ds, std::int64_t centres, A* slope, std::int64_t n);
+  // Circle loss's weights alpha and logits z of the different set.
+  void (*circle)(const A* s, const Row<A>& row, const Columns<A>& columns, A m, A* alpha, A* z, std::int64_t n);
+  void (*multiply_by)(A* v, const A* f, std::int64_t n);
 };
 
 namespace baseline {

@@ -288,6 +288,7 @@ std::int64_t count_used(const A* z, std::int64_t n) {
   constexpr A out = -std::numeric_limits<A>::infinity();
   return std::int64_t(fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + (z[j] > out ? A(1) : A(0)); }, plus<A>));
 }
+#include "policy_kernels_impl.h"
 
 }  // namespace
 
@@ -316,6 +317,11 @@ const RowKernels<A>& table() {
       .indicate = indicate<A>,
       .within = within<A>,
       .count_used = count_used<A>,
+      .max_pool = max_pool<A>,
+      .softmax_pool = softmax_pool<A>,
+      .spread = spread<A>,
+      .circle = circle<A>,
+      .multiply_by = multiply_by<A>,
   };
   return kernels;
 }

@@ -1,8 +1,10 @@
 #include "tiles.h"
 
+#include <numeric>
+
 namespace dml::cpu {
 
-Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size, Cut cut) {
+Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size, Cut cut, std::int64_t group) {
   constexpr std::int64_t widest = 512, most_slices = 16, tile_bytes = 512 << 10, part_bytes = 32 << 20;
   constexpr std::int64_t fewest_rows = 128;  // of a slice: the bank is loaded once for each
   const auto up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
@@ -14,6 +16,8 @@ Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t eleme
   const std::int64_t kept = (plan.by_rows ? m : n) * d * std::max<std::int64_t>(element_size, 4);
   const std::int64_t slices = std::clamp<std::int64_t>(part_bytes / std::max<std::int64_t>(kept, 1), 4, most_slices);
   plan.tile = std::clamp(up(plan.by_rows ? m : up(m, slices), 16) * 16, std::int64_t{64}, widest);
+  const std::int64_t even = std::lcm(std::int64_t{16}, group), step = even <= plan.tile ? even : group;
+  plan.tile = std::max(plan.tile / step, std::int64_t{1}) * step;
   plan.row_block = std::clamp<std::int64_t>(tile_bytes / (plan.tile * element_size), 16, std::max<std::int64_t>(n, 16));
   plan.tiles = up(m, plan.tile);
   plan.slices = std::min(plan.by_rows ? n / fewest_rows : plan.tiles, slices);

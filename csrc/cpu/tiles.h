@@ -22,7 +22,9 @@ struct Plan {
   std::int64_t tile, row_block, slices, tiles, rows;
   bool by_rows;
 
-  static Plan of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size, Cut cut);
+  // Tiles, and so slices of the bank, hold whole groups of `group` bank entries.
+  static Plan of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t element_size, Cut cut,
+                 std::int64_t group = 1);
 
   // A slice is tiles [first_tile(slice), end_tile(slice)) x rows [first_row(slice), end_row(slice)).
   std::int64_t first_tile(std::int64_t slice) const { return by_rows ? 0 : slice * tiles / slices; }
@@ -41,9 +43,9 @@ struct Problem {
   Side<P> rows;
   Plan plan;
 
-  Problem(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut)
+  Problem(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut, std::int64_t group = 1)
       : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
-        plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P), cut)) {
+        plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P), cut, group)) {
     rows.load(x, 0, x.rows, normalize, eps);
   }
 };
@@ -76,6 +78,9 @@ class TileScores {
 
   // The tile's memory, row by row: raw products, which a backward overwrites with its weights.
   Mat<P> products(std::int64_t n) { return {tile_.data(), n, count, count}; }
+
+  // s of row i, with no logit.
+  void score_row(std::int64_t i) { score_row(i, A(1), A(0), nullptr, nullptr, true); }
 
   // z (and s where `keep_scores`) of row i for one set's factor and offset; `near` lists distances from differences.
   void score_row(std::int64_t i, A kt, A o, const A* q, const A* b, bool keep_scores) {

@@ -11,6 +11,7 @@ from .library import EXTENSION
 
 name = "cpu"
 METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
+POLICY_CODES = {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3}
 REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 LOG_WEIGHT_CODES = {"uniform": 0, "distance": 1}
 PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
@@ -22,8 +23,8 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"runs on the CPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"multiplies float32, float64 and bfloat16; not {dtype}"
-    if policy != "linear":
-        return f"logit policy {policy!r} is not implemented here"
+    if policy != "linear" and op != "masked_logsumexp":
+        return f"{op} has no logit policy, such as {policy!r}"
     if EXTENSION.module is None:
         return f"the extension is {EXTENSION.reason}"
     if op in PAIR_OPS and not hasattr(_ops(), PAIR_OPS[op]):
@@ -60,14 +61,14 @@ def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) ->
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *_numbers(spec), spec.sums)
+    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *_numbers(spec), *_policy(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     targets = [_like(t, need) for t, need in zip((bank.x, bank.w, None, *bank[6:]), needs, strict=True)]
     if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *_numbers(spec))
+    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *_numbers(spec), *_policy(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], bank)
     return _wanted(targets, needs)
@@ -167,6 +168,11 @@ def _plain(bank: Bank) -> Bank:
 
 def _widened(vectors):
     return [t.float() if t is not None and t.dtype == torch.float16 else t for t in vectors]
+
+
+def _policy(spec: Spec) -> tuple:
+    """Its code, the bank rows to a column, and its last number: m or gamma."""
+    return POLICY_CODES[spec.policy], spec.centres, spec.policy_params[-1] if spec.policy_params else 0.0
 
 
 def _numbers(spec: Spec) -> tuple:

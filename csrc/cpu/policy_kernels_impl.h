@@ -1,0 +1,64 @@
+// The vector loops of the logit policies (policies.h), part of row_kernels_impl.h. A class's scores stand side by side in
+// s, `centres` of them; the loops run over the classes.
+
+template <class A>
+void max_pool(const A* __restrict__ s, std::int64_t centres, A* __restrict__ pooled, std::int32_t* __restrict__ first,
+              std::int64_t n) {
+  for (std::int64_t c = 0; c < n; ++c) pooled[c] = s[c * centres], first[c] = 0;
+  for (std::int64_t k = 1; k < centres; ++k)
+    for (std::int64_t c = 0; c < n; ++c) {
+      const A v = s[c * centres + k];
+      const bool larger = v > pooled[c] || v != v;  // NaN stays
+      pooled[c] = larger ? v : pooled[c];
+      first[c] = larger ? std::int32_t(k) : first[c];
+    }
+}
+
+// Relative to the class's maximum, so that neither the exponentials nor the sum lose digits.
+template <class A>
+void softmax_pool(const A* __restrict__ s, std::int64_t centres, A gamma, A* __restrict__ work, A* __restrict__ pooled,
+                  A* __restrict__ slope, std::int64_t n) {
+  A* __restrict__ below = work, * __restrict__ e = work + n * centres;  // centre by centre
+  A* __restrict__ total = e + n * centres, * __restrict__ mean = total + n;
+  for (std::int64_t c = 0; c < n; ++c) pooled[c] = s[c * centres], total[c] = mean[c] = 0;
+  for (std::int64_t k = 0; k < centres; ++k)
+    for (std::int64_t c = 0; c < n; ++c) {
+      const A v = s[c * centres + k];
+      below[k * n + c] = v;
+      pooled[c] = v > pooled[c] ? v : pooled[c];
+    }
+  for (std::int64_t k = 0; k < centres; ++k)
+    for (std::int64_t c = 0; c < n; ++c) {
+      const A v = below[k * n + c] - pooled[c], weight = exp_of<A>(v / gamma);
+      below[k * n + c] = v, e[k * n + c] = weight;
+      total[c] += weight, mean[c] += weight * v;
+    }
+  for (std::int64_t c = 0; c < n; ++c) mean[c] /= total[c], pooled[c] += mean[c];
+  if (!slope) return;
+  for (std::int64_t k = 0; k < centres; ++k)
+    for (std::int64_t c = 0; c < n; ++c)
+      slope[c * centres + k] = e[k * n + c] / total[c] * (1 + (below[k * n + c] - mean[c]) / gamma);
+}
+
+template <class A>
+void spread(const A* __restrict__ ds, std::int64_t centres, A* __restrict__ slope, std::int64_t n) {
+  for (std::int64_t c = 0; c < n; ++c)
+    for (std::int64_t k = 0; k < centres; ++k) slope[c * centres + k] *= ds[c];
+}
+
+template <class A>
+void circle(const A* __restrict__ s, const Row<A>& row, const Columns<A>& columns, A m, A* __restrict__ alpha,
+            A* __restrict__ z, std::int64_t n) {
+  const A kt = row.kt, o = row.o;
+  const A* __restrict__ q = columns.q, * __restrict__ b = columns.b;
+  for (std::int64_t j = 0; j < n; ++j) {
+    const A v = q ? q[j] * s[j] : s[j], weight = v + m > A(0) ? v + m : A(0);
+    alpha[j] = weight;
+    z[j] = kt * weight * (v - o) + (b ? b[j] : A(0));
+  }
+}
+
+template <class A>
+void multiply_by(A* __restrict__ v, const A* __restrict__ f, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) v[j] *= f[j];
+}
