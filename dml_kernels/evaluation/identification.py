@@ -3,7 +3,7 @@
 The score of a probe and an identity is that of the identity's nearest gallery vector ("max") or of its mean ("mean").
 Over the probes whose identity is in the gallery (known) and those whose identity is not (unknown),
 
-    rank of a known probe       1 + identities scored above its own
+    rank of a known probe       1 + identities scored above its own; of equal scores the lowest label comes first
     CMC(r)                      known probes of rank <= r / known probes, every probe answered: closed set
     FAR(t)                      unknown probes with a score >= t for any identity / unknown probes
     DIR(t, r)                   known probes of rank <= r whose own score is >= t / known probes

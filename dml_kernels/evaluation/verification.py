@@ -45,7 +45,7 @@ __all__ = [
     "verify_scores",
 ]
 
-EXACT_PAIRS = 1 << 22  # up to here all scores are kept and sorted, some 0.5 GB in scikit-learn
+EXACT_PAIRS = 1 << 22  # up to here all scores are kept and sorted, some 0.4 GB in scikit-learn
 BINS = 1 << 16
 
 
