@@ -1,18 +1,47 @@
-"""Judging embeddings, streamed: retrieval (Recall@K, R-precision, MAP@R) and classification (kNC, kNN).
+"""Judging embeddings, streamed.
+
+retrieval       Recall@K, precision@1, R-precision, MAP@R, MRR
+clustering      NMI and AMI of a k-means partition (faiss, scikit-learn)
+classification  soft k nearest clusters, k nearest neighbours
+verification    1:1, ROC-AUC, TAR at a FAR, EER, best threshold, accuracy by folds; `pairs` draws and scores them
+identification  1:K, CMC; open set: DIR at a false alarm rate, rejection
+few_shot        N-way K-shot by the nearest class mean
 
 Nothing of size N x M is built; the result does not depend on the sizes of the tiles. CPU and CUDA tensors.
 """
 
 from .classification import Classification, k_nearest_clusters, k_nearest_neighbours
-from .retrieval import RetrievalResult, evaluate, map_at_r, nearest, recall_at_k
+from .clustering import ClusteringResult, cluster_agreement
+from .few_shot import FewShotResult, few_shot_accuracy
+from .identification import Identification, IdentificationResult, evaluate_identification, identify
+from .pairs import pair_scores, sample_pairs
+from .retrieval import RetrievalResult, evaluate, evaluate_retrieval, map_at_r, nearest, recall_at_k
+from .verification import FoldAccuracy, VerificationResult, fold_accuracy, verify, verify_pairs, verify_scores
 
 __all__ = [
     "Classification",
+    "ClusteringResult",
+    "FewShotResult",
+    "FoldAccuracy",
+    "Identification",
+    "IdentificationResult",
     "RetrievalResult",
+    "VerificationResult",
+    "cluster_agreement",
     "evaluate",
+    "evaluate_identification",
+    "evaluate_retrieval",
+    "few_shot_accuracy",
+    "fold_accuracy",
+    "identify",
     "k_nearest_clusters",
     "k_nearest_neighbours",
     "map_at_r",
     "nearest",
+    "pair_scores",
     "recall_at_k",
+    "sample_pairs",
+    "verify",
+    "verify_pairs",
+    "verify_scores",
 ]

@@ -15,13 +15,13 @@ class and finite log-probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import streaming
+from .extras import Progress, reporter
 from .streaming import Problem
 
 __all__ = ["Classification", "k_nearest_clusters", "k_nearest_neighbours"]
@@ -73,7 +73,7 @@ def k_nearest_clusters(
     empty: Tensor | None = None,
     ignore_index: int = -100,
     tile: tuple[int, int] | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = None,
 ) -> Classification:
     """Soft k-nearest-cluster classification (kNC; formula at the top of the module).
 
@@ -107,15 +107,15 @@ def k_nearest_clusters(
             raise ValueError(f"{name} holds values beyond {LARGEST:g}: distances overflow")
     k = min(_check_count("k", k), len(centers))
     out = _new_result(problem, _check_count("top", top))
-    for rows, _, found in streaming.stream_all(problem, k):
-        squared = _squared_distances(problem, rows, found)
-        # Less the smallest before the division: the nearest then has weight 1, however small sigma^2 is.
-        logits = (squared.amin(dim=1, keepdim=True) - squared) / (2 * sigma2)
-        groups = _Groups(problem.gallery_labels[found])
-        scores = groups.logsumexp(logits) - torch.logsumexp(logits, dim=1, keepdim=True)
-        groups.keep_best(out, rows, scores.float(), scores.float())
-        if progress:
-            progress(len(rows))
+    with reporter(progress, len(embeddings), "classification", "embeddings") as report:
+        for rows, _, found in streaming.stream_all(problem, k):
+            squared = _squared_distances(problem, rows, found)
+            # Less the smallest before the division: the nearest then has weight 1, however small sigma^2 is.
+            logits = (squared.amin(dim=1, keepdim=True) - squared) / (2 * sigma2)
+            groups = _Groups(problem.gallery_labels[found])
+            scores = groups.logsumexp(logits) - torch.logsumexp(logits, dim=1, keepdim=True)
+            groups.keep_best(out, rows, scores.float(), scores.float())
+            report(len(rows))
     return out
 
 
@@ -129,7 +129,7 @@ def k_nearest_neighbours(
     exclude: Tensor | None = None,
     metric: str = "cosine",
     tile: tuple[int, int] | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = None,
 ) -> Classification:
     """k-nearest-neighbour classification by majority vote; a tied vote goes to the class with the nearest member.
 
@@ -152,12 +152,12 @@ def k_nearest_neighbours(
         raise ValueError("exclude leaves an embedding without any reference")
     k = min(_check_count("k", k), problem.reachable)
     out = _new_result(problem, _check_count("top", top))
-    for rows, _, found in streaming.stream_all(problem, k):
-        groups = _Groups(problem.gallery_labels[found])
-        votes, first = groups.counts(), groups.first_places()
-        groups.keep_best(out, rows, votes * (k + 1) - first, (votes / k).log())
-        if progress:
-            progress(len(rows))
+    with reporter(progress, len(embeddings), "classification", "embeddings") as report:
+        for rows, _, found in streaming.stream_all(problem, k):
+            groups = _Groups(problem.gallery_labels[found])
+            votes, first = groups.counts(), groups.first_places()
+            groups.keep_best(out, rows, votes * (k + 1) - first, (votes / k).log())
+            report(len(rows))
     return out
 
 

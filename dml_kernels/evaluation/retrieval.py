@@ -1,4 +1,4 @@
-"""Retrieval metrics, streamed: Recall@K, R-precision and MAP@R without an N x M matrix.
+"""Retrieval metrics, streamed: Recall@K, R-precision, MAP@R and MRR without an N x M matrix.
 
 For a query i let R_i be the number of gallery entries of its class (itself left out) and rel_i(j) be 1 when its j-th
 nearest gallery entry is of its class, else 0. Every metric is a mean over the queries with R_i > 0:
@@ -6,15 +6,17 @@ nearest gallery entry is of its class, else 0. Every metric is a mean over the q
     Recall@k_i      1 if any of rel_i(1) ... rel_i(k) is 1, else 0      (Jegou et al., 2011; as used on CUB, SOP)
     R-precision_i   (1 / R_i) sum_{j <= R_i} rel_i(j)
     MAP@R_i         (1 / R_i) sum_{j <= R_i} rel_i(j) P_i(j),   P_i(j) = (1 / j) sum_{l <= j} rel_i(l)
+    MRR_i           1 / min {j : rel_i(j) = 1}, over the whole ranking
 
-MAP@R and its motive are in Musgrave, Belongie and Lim, "A Metric Learning Reality Check", ECCV 2020, arXiv 2003.08505.
-All are fractions in [0, 1].
+Precision@1 is Recall@1. R-precision, MAP@R and their motive are in Musgrave, Belongie and Lim, "A Metric Learning
+Reality Check", ECCV 2020, arXiv 2003.08505. All are fractions in [0, 1].
 
 Method: `streaming`, with K the larger of max(k) and the largest R_i of a chunk of queries.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +25,15 @@ import torch
 from torch import Tensor
 
 from . import streaming
+from .clustering import cluster_agreement
+from .extras import Progress, reporter
 from .streaming import Problem
 
-__all__ = ["RetrievalResult", "evaluate", "map_at_r", "nearest", "recall_at_k"]
+__all__ = ["RetrievalResult", "evaluate", "evaluate_retrieval", "map_at_r", "nearest", "recall_at_k"]
+
+AT_R = ("r_precision", "mean_average_precision_at_r")
+CLUSTERED = ("nmi", "ami")
+MEASURES = ("precision_at_1", "recall", *AT_R, "mean_reciprocal_rank", *CLUSTERED)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class RetrievalResult:
     """Metrics of one pass: fractions in [0, 1], means over `queries`.
 
     recall: k -> Recall@k. queries: how many counted. skipped: how many were left out because the gallery
-    holds no other member of their class.
+    holds no other member of their class. mean_reciprocal_rank: None where it was not asked for.
     """
 
     recall: dict[int, float]
@@ -41,6 +49,8 @@ class RetrievalResult:
     r_precision: float
     queries: int
     skipped: int
+    precision_at_1: float
+    mean_reciprocal_rank: float | None = None
 
 
 def evaluate(
@@ -52,8 +62,9 @@ def evaluate(
     ref_labels: Tensor | None = None,
     exclude: Tensor | None = None,
     metric: str = "cosine",
+    reciprocal_rank: bool = False,
     tile: tuple[int, int] | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = None,
 ) -> RetrievalResult:
     """Recall@k for every k, MAP@R and R-precision in one streamed pass (formulas at the top of the module).
 
@@ -65,8 +76,10 @@ def evaluate(
                     the queries too. Default: none with a gallery of its own, arange(N) without.
     metric          "cosine"; "dot"; or "euclidean" (nearest first; differences taken directly: exact, slow;
                     on unit vectors it ranks as "cosine" does)
+    reciprocal_rank also the mean reciprocal rank, exact at any depth: queries without a hit among the neighbours of
+                    the pass go through the gallery twice more
     tile            (queries, gallery entries) scored at a time; bounds the memory, does not change the result
-    progress        called with the number of queries just finished
+    progress        called with the number of queries just finished; True: a tqdm bar
 
     Returns a RetrievalResult. A query whose class has no other member in the gallery is left out of every
     mean and counted in `skipped`. Extra memory: O(N + M), and per tile about 28 bytes an entry.
@@ -74,53 +87,132 @@ def evaluate(
     Raises ValueError for wrong shapes, an empty set, k out of [1, reachable gallery], NaN or infinite
     embeddings, an unknown metric, or when no query has a positive; TypeError for wrong dtypes.
     """
-    if (ref_embeddings is None) != (ref_labels is None):
-        raise ValueError("ref_embeddings and ref_labels belong together: give both or neither")
-    problem = streaming.check(embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile)
+    problem = _check(embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile)
     ks = _check_k(k, problem.reachable)
+    with reporter(progress, len(labels), "retrieval", "queries") as report:
+        return _measure(problem, ks, True, reciprocal_rank, report)
+
+
+def evaluate_retrieval(
+    embeddings: Tensor,
+    labels: Tensor,
+    gallery: Tensor | None = None,
+    gallery_labels: Tensor | None = None,
+    *,
+    metrics: Sequence[str] = ("precision_at_1", "recall", *AT_R),
+    k: Sequence[int] = (1, 2, 4, 8),
+    exclude: Tensor | None = None,
+    metric: str = "cosine",
+    clusters: int | None = None,
+    seed: int = 0,
+    tile: tuple[int, int] | None = None,
+    progress: Progress = None,
+) -> dict[str, float]:
+    """The metrics named, flat and ready for a log: {"precision_at_1": ..., "recall_at_8": ..., "queries": ...}.
+
+    metrics         of "precision_at_1", "recall" (gives "recall_at_k" for every k), "r_precision",
+                    "mean_average_precision_at_r", "mean_reciprocal_rank", "nmi", "ami". Without the two at R only
+                    max(k) neighbours are looked for, however large the classes are.
+    clusters, seed  of the k-means behind nmi and ami, which look at the queries alone (`cluster_agreement`; on unit
+                    vectors where metric is "cosine")
+    gallery, exclude, metric, tile, progress, memory and errors: as `evaluate`, which calls the gallery ref_embeddings
+
+    "queries" and "skipped" count the queries that entered the means and those whose class the gallery does not hold.
+    Raises ValueError for an unknown name too.
+    """
+    unknown = [name for name in metrics if name not in MEASURES]
+    if unknown or not metrics:
+        raise ValueError(f"metrics must be some of {', '.join(MEASURES)}; got {', '.join(unknown) or 'none'}")
+    problem = _check(embeddings, labels, gallery, gallery_labels, exclude, metric, tile)
+    found: dict[str, float] = {}
+    if set(metrics) - set(CLUSTERED):
+        ks = _check_k(k, problem.reachable) if "recall" in metrics else _check_k((1,), problem.reachable)
+        with reporter(progress, len(labels), "retrieval", "queries") as report:
+            at_r, reciprocal = bool(set(AT_R) & set(metrics)), "mean_reciprocal_rank" in metrics
+            result = _measure(problem, ks, at_r, reciprocal, report)
+        values = {
+            "precision_at_1": result.precision_at_1,
+            "r_precision": result.r_precision,
+            "mean_average_precision_at_r": result.map_at_r,
+            "mean_reciprocal_rank": result.mean_reciprocal_rank,
+        }
+        for name in metrics:
+            if name == "recall":
+                found.update({f"recall_at_{depth}": value for depth, value in result.recall.items()})
+            elif (value := values.get(name)) is not None:
+                found[name] = value
+        found.update(queries=result.queries, skipped=result.skipped)
+    if set(metrics) & set(CLUSTERED):
+        normalize, adjusted = metric == "cosine", "ami" in metrics
+        agreement = cluster_agreement(
+            embeddings, labels, clusters=clusters, seed=seed, normalize=normalize, adjusted=adjusted
+        )
+        found.update({name: getattr(agreement, name) for name in CLUSTERED if name in metrics})
+    return found
+
+
+def _measure(
+    problem: Problem, ks: tuple[int, ...], at_r: bool, reciprocal: bool, report: Callable[[int], object]
+) -> RetrievalResult:
+    """The pass. Without at_r, max(ks) neighbours are enough, and the two metrics at R are NaN."""
     positives = _count_positives(problem)
     counted = positives > 0
     if not bool(counted.any()):
         raise ValueError("no query has another member of its class in the gallery: nothing to evaluate")
 
-    device = problem.queries.device
-    first_hit = torch.full((len(positives),), torch.iinfo(torch.int64).max, device=device)
-    average_precision = torch.zeros(len(positives), dtype=torch.float64, device=device)
-    r_precision = torch.zeros_like(average_precision)
+    device, unseen = problem.queries.device, torch.iinfo(torch.int64).max
+    first_hit = torch.full((len(positives),), unseen, device=device)
+    average_precision = torch.full((len(positives),), math.nan, dtype=torch.float64, device=device)
+    r_precision = average_precision.clone()
     # Queries with like R share a chunk, so that one large class does not widen everybody's top-K.
     order = torch.argsort(positives, stable=True)
     order = order[counted[order]]
     skipped = len(positives) - len(order)
-    if progress and skipped:
-        progress(skipped)
-    for rows, _, found in streaming.stream(problem, order, positives.clamp(min=max(ks))):
+    if skipped:
+        report(skipped)
+    wanted = positives.clamp(min=max(ks)) if at_r else torch.full_like(positives, max(ks))
+    for rows, _, found in streaming.stream(problem, order, wanted):
         relevant = problem.gallery_labels[found] == problem.labels[rows, None]
         depth = torch.arange(1, found.shape[1] + 1, device=device)
-        hit_depth = torch.where(relevant, depth, torch.iinfo(torch.int64).max)
-        first_hit[rows] = hit_depth.amin(dim=1)
-        within_r = relevant & (depth <= positives[rows, None])
-        hits = within_r.cumsum(dim=1, dtype=torch.float64)
-        average_precision[rows] = (within_r * hits / depth).sum(dim=1) / positives[rows]
-        r_precision[rows] = hits[:, -1] / positives[rows]
-        if progress:
-            progress(len(rows))
+        first_hit[rows] = torch.where(relevant, depth, unseen).amin(dim=1)
+        if at_r:
+            within_r = relevant & (depth <= positives[rows, None])
+            hits = within_r.cumsum(dim=1, dtype=torch.float64)
+            average_precision[rows] = (within_r * hits / depth).sum(dim=1) / positives[rows]
+            r_precision[rows] = hits[:, -1] / positives[rows]
+        if reciprocal:
+            missed = rows[first_hit[rows] == unseen]
+            if len(missed):
+                first_hit[missed] = streaming.first_ranks(problem, missed)
+        report(len(rows))
 
-    first_hit, average_precision = first_hit[counted], average_precision[counted]
+    first_hit = first_hit[counted]
     return RetrievalResult(
         recall={depth: (first_hit <= depth).double().mean().item() for depth in ks},
-        map_at_r=average_precision.mean().item(),
+        map_at_r=average_precision[counted].mean().item(),
         r_precision=r_precision[counted].mean().item(),
         queries=len(order),
         skipped=skipped,
+        precision_at_1=(first_hit <= 1).double().mean().item(),
+        mean_reciprocal_rank=first_hit.double().reciprocal().mean().item() if reciprocal else None,
     )
 
 
-def recall_at_k(embeddings: Tensor, labels: Tensor, k: Sequence[int] = (1, 10), **options: Any) -> dict[int, float]:
+def recall_at_k(
+    embeddings: Tensor,
+    labels: Tensor,
+    k: Sequence[int] = (1, 10),
+    *,
+    ref_embeddings: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    **options: Any,
+) -> dict[int, float]:
     """k -> Recall@k: the fraction of queries with a member of their class among their k nearest.
 
-    Arguments and errors as `evaluate`, which gives MAP@R in the same pass.
+    Arguments and errors as `evaluate`, which gives MAP@R in the same pass; max(k) neighbours are sought here, not R.
     """
-    return evaluate(embeddings, labels, k, **options).recall
+    found = evaluate_retrieval(embeddings, labels, ref_embeddings, ref_labels, metrics=("recall",), k=k, **options)
+    return {int(depth): found[f"recall_at_{int(depth)}"] for depth in k}
 
 
 def map_at_r(embeddings: Tensor, labels: Tensor, **options: Any) -> float:
@@ -153,6 +245,20 @@ def nearest(
     for rows, score, found in streaming.stream_all(problem, k):
         scores[rows], indices[rows] = score, found
     return scores, indices
+
+
+def _check(
+    embeddings: Tensor,
+    labels: Tensor,
+    ref_embeddings: Tensor | None,
+    ref_labels: Tensor | None,
+    exclude: Tensor | None,
+    metric: str,
+    tile: tuple[int, int] | None,
+) -> Problem:
+    if (ref_embeddings is None) != (ref_labels is None):
+        raise ValueError("ref_embeddings and ref_labels belong together: give both or neither")
+    return streaming.check(embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile)
 
 
 def _count_positives(problem: Problem) -> Tensor:

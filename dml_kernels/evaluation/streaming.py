@@ -44,14 +44,21 @@ class Problem:
 
     def queries_of(self, rows: Tensor) -> Tensor:
         """Queries as they are scored, fp64."""
-        return _prepare(self.queries[rows], self.unit_queries or self.metric == "cosine")
+        return prepare(self.queries[rows], self.unit_queries or self.metric == "cosine")
 
     def gallery_of(self, start: int) -> Tensor:
         """A tile's gallery entries as they are scored, fp64."""
-        return _prepare(self.gallery[start : start + self.tile[1]], self.metric == "cosine")
+        return prepare(self.gallery[start : start + self.tile[1]], self.metric == "cosine")
+
+    def scores(self, queries: Tensor, refs: Tensor) -> Tensor:
+        """Scores of prepared queries (n, D) and gallery entries (m, D), larger is nearer: (n, m) fp32."""
+        if self.metric == "euclidean":
+            return -torch.cdist(queries, refs, compute_mode="donot_use_mm_for_euclid_dist").float()
+        return (queries @ refs.T).float()
 
 
-def _prepare(vectors: Tensor, unit: bool) -> Tensor:
+def prepare(vectors: Tensor, unit: bool) -> Tensor:
+    """Vectors in fp64, each divided by its norm where `unit`; one of norm 0 stays."""
     vectors = vectors.double()
     if not unit:
         return vectors
@@ -71,7 +78,7 @@ def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Te
         depth = int(wanted[rows].max())
         rows = rows[: max(1, query_chunk * ref_chunk // (ref_chunk + depth))]
         keys = _top_keys(problem, rows, int(wanted[rows].max()))
-        yield rows, _score_of(keys), INDEX_MASK - (keys & INDEX_MASK)
+        yield rows, score_of(keys), index_of(keys)
         start += len(rows)
 
 
@@ -81,25 +88,42 @@ def stream_all(problem: Problem, depth: int) -> Iterator[tuple[Tensor, Tensor, T
     return stream(problem, everyone, torch.full_like(everyone, depth))
 
 
-def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
-    """The `depth` largest keys of each row over the whole gallery, (len(rows), depth) int64, largest first."""
+def tile_keys(problem: Problem, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (start, keys) for each tile of the gallery, keys (len(rows), tile) int64; an excluded entry's is lowest."""
     queries = problem.queries_of(rows)
     exclude = problem.exclude[rows]
-    best: Tensor | None = None
     for start in range(0, len(problem.gallery), problem.tile[1]):
         refs = problem.gallery_of(start)
-        if problem.metric == "euclidean":
-            scores = -torch.cdist(queries, refs, compute_mode="donot_use_mm_for_euclid_dist")
-        else:
-            scores = queries @ refs.T
-        keys = key_of(scores.float(), start)
+        keys = key_of(problem.scores(queries, refs), start)
         (mine,) = torch.nonzero((exclude >= start) & (exclude < start + len(refs)), as_tuple=True)
         keys[mine, exclude[mine] - start] = LOWEST_KEY | (INDEX_MASK - exclude[mine])
-        if best is not None:
-            keys = torch.cat([best, keys], dim=1)
-        best = keys.topk(min(depth, keys.shape[1]), dim=1).values
+        yield start, keys
+
+
+def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
+    """The `depth` largest keys of each row over the whole gallery, (len(rows), depth) int64, largest first."""
+    best: Tensor | None = None
+    for _, keys in tile_keys(problem, rows):
+        merged = keys if best is None else torch.cat([best, keys], dim=1)
+        best = merged.topk(min(depth, merged.shape[1]), dim=1).values
     assert best is not None
     return best
+
+
+def first_ranks(problem: Problem, rows: Tensor) -> Tensor:
+    """Rank (1 is nearest) of the nearest gallery entry of each row's own class, (len(rows),) int64.
+
+    Two passes over the gallery: the best key of the own class, then how many keys are above it. Rows whose class has
+    no entry must not be among them.
+    """
+    best = torch.full((len(rows),), LOWEST_KEY, dtype=torch.int64, device=rows.device)
+    for start, keys in tile_keys(problem, rows):
+        own = problem.gallery_labels[start : start + keys.shape[1]] == problem.labels[rows, None]
+        best = torch.maximum(best, torch.where(own, keys, LOWEST_KEY).amax(dim=1))
+    above = torch.zeros_like(best)
+    for _, keys in tile_keys(problem, rows):
+        above += (keys > best[:, None]).sum(dim=1)
+    return above + 1
 
 
 def key_of(scores: Tensor, start: int) -> Tensor:
@@ -111,7 +135,13 @@ def key_of(scores: Tensor, start: int) -> Tensor:
     return bits.long().bitwise_left_shift_(32).bitwise_or_(INDEX_MASK - index)
 
 
-def _score_of(keys: Tensor) -> Tensor:
+def index_of(keys: Tensor) -> Tensor:
+    """The gallery index in a key, int64."""
+    return INDEX_MASK - (keys & INDEX_MASK)
+
+
+def score_of(keys: Tensor) -> Tensor:
+    """The score in a key, fp32."""
     ordered = (keys >> 32).int()
     return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
 

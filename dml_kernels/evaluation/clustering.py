@@ -1,0 +1,117 @@
+"""Do clusters of the embeddings agree with the classes? NMI and AMI of a k-means partition.
+
+With U the classes and V the clusters of the same N examples, entropies H and mutual information I(U, V),
+
+    NMI = I(U, V) / ((H(U) + H(V)) / 2)                                     (Manning et al. 2008, section 16.3)
+    AMI = (I(U, V) - E[I]) / ((H(U) + H(V)) / 2 - E[I])                     (Vinh, Epps and Bailey 2010)
+
+E[I] is the expectation over random partitions of the same sizes. NMI grows with the number of clusters even for
+noise, which AMI takes away; neither sees much of an embedding (Musgrave et al. 2020, arXiv 2003.08505, section 2.3).
+k-means by faiss, the scores by scikit-learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..clustering.kmeans import load_faiss
+from . import streaming
+from .extras import Progress, load_sklearn_metrics, reporter
+
+__all__ = ["ClusteringResult", "cluster_agreement"]
+
+BLOCK = 1 << 20  # entries of the embeddings converted and assigned at a time
+
+
+@dataclass(frozen=True)
+class ClusteringResult:
+    """nmi in [0, 1]; ami at most 1 and about 0 for noise, NaN where not asked for; assignments (N,) int64, CPU."""
+
+    nmi: float
+    ami: float
+    clusters: int
+    assignments: Tensor
+
+
+def cluster_agreement(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    clusters: int | None = None,
+    normalize: bool = True,
+    iterations: int = 20,
+    seed: int = 0,
+    adjusted: bool = True,
+    training_rows: int = 1 << 18,
+    progress: Progress = None,
+) -> ClusteringResult:
+    """NMI and AMI (formulas at the top of the module) of `labels` and a k-means partition of the embeddings.
+
+    embeddings      (N, D) floating point, CPU or CUDA; labels (N,) integers
+    clusters        k; default: the number of classes among the labels
+    normalize       unit vectors first
+    iterations      of Lloyd's; seed: of the initial centroids and of the sample
+    adjusted        AMI too; its expectation takes time in (classes x clusters), minutes at 10,000 of each
+    training_rows   the most examples that k-means is trained on, a sample without repeats; all N are assigned
+    progress        called with the number of examples just assigned; True: a tqdm bar
+
+    Extra memory: 4 min(N, training_rows) D bytes, the centroids, O(N) for the assignments, and fixed blocks. One class
+    and one cluster agree fully: NMI and AMI 1, by scikit-learn's convention.
+
+    Raises ValueError for wrong shapes, an empty set, NaN or infinity, clusters out of [1, N] or above training_rows;
+    TypeError for wrong dtypes; ImportError without faiss or scikit-learn.
+    """
+    streaming.check_vectors("embeddings", embeddings)
+    labels = streaming.check_integers("labels", labels, len(embeddings), torch.device("cpu"))
+    count, width = embeddings.shape
+    wanted = len(labels.unique()) if clusters is None else clusters
+    if int(wanted) != wanted or not 1 <= wanted <= count:
+        raise ValueError(f"clusters must be an integer in [1, {count}], the number of embeddings; got {clusters}")
+    wanted = int(wanted)
+    if min(count, training_rows) < wanted:
+        raise ValueError(f"training_rows={training_rows} is fewer than the {wanted} clusters")
+    scores, faiss = load_sklearn_metrics(), load_faiss()
+    embeddings = embeddings.detach()
+
+    generator = torch.Generator().manual_seed(seed)
+    everyone = torch.arange(count)
+    sample = everyone if count <= training_rows else torch.randperm(count, generator=generator)[:training_rows]
+    # About their mean: far from the origin single precision would lose the distances.
+    mean = torch.zeros(width, dtype=torch.float64, device=embeddings.device)
+    for _, part in _blocks(embeddings, everyone, normalize):
+        mean += part.sum(dim=0) / count
+    training = np.empty((len(sample), width), dtype=np.float32)
+    for start, part in _blocks(embeddings, sample, normalize):
+        training[start : start + len(part)] = (part - mean).float().cpu().numpy()
+    means = faiss.Kmeans(
+        width, wanted, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=1 << 30
+    )
+    means.train(training)
+    del training
+    assignments = torch.empty(count, dtype=torch.int64)
+    with reporter(progress, count, "clusters", "examples") as report:
+        for start, part in _blocks(embeddings, everyone, normalize):
+            _, found = means.index.search((part - mean).float().cpu().numpy(), 1)
+            assignments[start : start + len(part)] = torch.from_numpy(found[:, 0])
+            report(len(part))
+    given, made = labels.numpy(), assignments.numpy()
+    return ClusteringResult(
+        nmi=float(scores.normalized_mutual_info_score(given, made)),
+        ami=float(scores.adjusted_mutual_info_score(given, made)) if adjusted else math.nan,
+        clusters=wanted,
+        assignments=assignments,
+    )
+
+
+def _blocks(embeddings: Tensor, rows: Tensor, unit: bool) -> Iterator[tuple[int, Tensor]]:
+    """(start, fp64 vectors) of the rows asked for, a bounded block at a time."""
+    block = max(1, BLOCK // embeddings.shape[1])
+    for start in range(0, len(rows), block):
+        index = rows[start : start + block].to(embeddings.device)
+        yield start, streaming.prepare(embeddings[index], unit)

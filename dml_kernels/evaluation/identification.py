@@ -1,0 +1,228 @@
+"""Identification, 1:K: whose embedding is this, and is it anybody's in the gallery? Closed and open set.
+
+The score of a probe and an identity is that of the identity's nearest gallery vector ("max") or of its mean ("mean").
+Over the probes whose identity is in the gallery (known) and those whose identity is not (unknown),
+
+    rank of a known probe       1 + identities scored above its own; of equal scores the lowest label comes first
+    CMC(r)                      known probes of rank <= r / known probes, every probe answered: closed set
+    FAR(t)                      unknown probes with a score >= t for any identity / unknown probes
+    DIR(t, r)                   known probes of rank <= r whose own score is >= t / known probes
+    DIR at FAR f                DIR at the lowest threshold t with FAR(t) <= f
+
+FAR is the false alarm rate, FPIR in NIST's and IJB's papers, DIR the detection and identification rate, TPIR there:
+Phillips, Grother and Micheals, "Evaluation Methods in Face Recognition", Handbook of Face Recognition 2011;
+Grother and Phillips, "Models of large population recognition performance", CVPR 2004; IJB-C (Maze et al. 2018). With
+fewer than 1 / f unknown probes FAR f cannot be told: NaN and a warning.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import streaming
+from .extras import Progress, reporter
+from .streaming import Problem
+from .verification import check_far
+
+__all__ = ["Identification", "IdentificationResult", "evaluate_identification", "identify"]
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The k nearest identities of N probes: identities (N, k) int64, labels of the gallery, and scores (N, k) fp32."""
+
+    identities: Tensor
+    scores: Tensor
+
+    def predictions(self, threshold: float, unknown: int = -1) -> Tensor:
+        """The nearest identity where its score reaches the threshold, else `unknown` (rejected): (N,) int64."""
+        return torch.where(self.scores[:, 0].double() >= threshold, self.identities[:, 0], unknown)
+
+
+@dataclass(frozen=True)
+class IdentificationResult:
+    """Fractions in [0, 1] (formulas at the top of the module).
+
+    rank_1 and cmc (rank -> CMC) of the known probes, NaN without any. dir_at_far: {(f, rank): DIR}, and
+    threshold_at_far: {f: lowest threshold}, for `Identification.predictions`; NaN where there are too few unknown
+    probes. known, unknown, identities: how many probes of each kind, and identities in the gallery.
+    """
+
+    rank_1: float
+    cmc: dict[int, float]
+    dir_at_far: dict[tuple[float, int], float]
+    threshold_at_far: dict[float, float]
+    known: int
+    unknown: int
+    identities: int
+
+
+def identify(
+    probes: Tensor,
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    k: int = 1,
+    *,
+    template: str = "max",
+    metric: str = "cosine",
+    tile: tuple[int, int] | None = None,
+    progress: Progress = None,
+) -> Identification:
+    """The k nearest identities of each probe, nearest first; equal scores rank by lowest label.
+
+    probes          (N, D) floating point, CPU or CUDA
+    gallery         (M, D) enrolled vectors with their identities gallery_labels (M,) integers, several each or one
+    template        "max": an identity scores as its nearest vector; "mean": as the mean of its vectors, unit ones where
+                    metric is "cosine"
+    metric, tile    as `evaluate`
+    progress        called with the number of probes just finished; True: a tqdm bar
+
+    Extra memory: O(N k + M) and per tile some 40 bytes an entry; for "mean" the templates too, 8 bytes an entry.
+
+    Raises ValueError for wrong shapes, an empty set, k out of [1, identities], NaN or infinity, an unknown metric or
+    template; TypeError for wrong dtypes.
+    """
+    problem, names = _check(probes, gallery, gallery_labels, template, metric, tile)
+    if int(k) != k or not 1 <= k <= len(names):
+        raise ValueError(f"k={k} is out of range: the gallery holds {len(names)} identities")
+    count, device = len(probes), probes.device
+    identities = torch.empty(count, k, dtype=torch.int64, device=device)
+    scores = torch.empty(count, k, device=device)
+    order = torch.argsort(problem.gallery_labels, stable=True)
+    with reporter(progress, count, "identification", "probes") as report:
+        start = 0
+        # Fewer rows where k is large: the running top-k stays within the tile.
+        step = max(1, problem.tile[0] * problem.tile[1] // (problem.tile[1] + k))
+        for start in range(0, count, step):
+            rows = torch.arange(start, min(start + step, count), device=device)
+            keys: Tensor | None = None
+            for part in _identity_keys(problem, rows, order):
+                merged = part if keys is None else torch.cat([keys, part], dim=1)
+                keys = merged.topk(min(k, merged.shape[1]), dim=1).values
+            assert keys is not None
+            scores[rows] = streaming.score_of(keys)
+            identities[rows] = names[streaming.index_of(keys)]
+            report(len(rows))
+    return Identification(identities, scores)
+
+
+def evaluate_identification(
+    probes: Tensor,
+    probe_labels: Tensor,
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    *,
+    ranks: Sequence[int] = (1, 5, 10),
+    far: Sequence[float] = (0.01, 0.1),
+    template: str = "max",
+    metric: str = "cosine",
+    tile: tuple[int, int] | None = None,
+    progress: Progress = None,
+) -> IdentificationResult:
+    """CMC at the ranks and, where there are unknown probes, DIR at each false alarm rate and rank.
+
+    probe_labels    (N,) integers: a label that the gallery lacks makes a probe unknown
+    ranks           those above the number of identities count as that
+    far             false alarm rates in (0, 1]; the threshold is set by the unknown probes given here
+    Others, memory and errors as `identify` with k = max(ranks). Without unknown probes both open-set dictionaries are
+    empty.
+    """
+    rates = check_far(far)
+    depths = tuple(int(rank) for rank in ranks)
+    if not depths or min(depths) < 1:
+        raise ValueError(f"ranks must be positive integers; got {ranks}")
+    streaming.check_vectors("probes", probes)
+    probe_labels = streaming.check_integers("probe_labels", probe_labels, len(probes), probes.device)
+    streaming.check_vectors("gallery", gallery)
+    gallery_labels = streaming.check_integers("gallery_labels", gallery_labels, len(gallery), probes.device)
+    names = gallery_labels.unique()
+    deepest = min(max(depths), len(names))
+    found = identify(
+        probes, gallery, gallery_labels, deepest, template=template, metric=metric, tile=tile, progress=progress
+    )
+    known = torch.isin(probe_labels, names)
+    mated = (found.identities == probe_labels[:, None])[known]
+    own = found.scores[known]
+
+    def share(hits: Tensor, rank: int) -> float:
+        return hits[:, :rank].any(dim=1).double().mean().item()
+
+    alarms = found.scores[~known, 0].sort(descending=True).values
+    thresholds = {rate: _threshold(alarms, rate) for rate in rates} if len(alarms) else {}
+    # A NaN threshold gives no answer, and not the answer "none".
+    detected = {
+        (rate, rank): math.nan if math.isnan(cut) else share(mated & (own.double() >= cut), rank)
+        for rate, cut in thresholds.items()
+        for rank in depths
+    }
+    return IdentificationResult(
+        rank_1=share(mated, 1),
+        cmc={rank: share(mated, rank) for rank in depths},
+        dir_at_far=detected,
+        threshold_at_far=thresholds,
+        known=int(known.sum()),
+        unknown=len(alarms),
+        identities=len(names),
+    )
+
+
+def _threshold(alarms: Tensor, rate: float) -> float:
+    """The lowest threshold that at most rate * len(alarms) of the unknown probes' best scores (descending) reach."""
+    if rate * len(alarms) < 1:
+        warnings.warn(f"FAR {rate:g} needs {math.ceil(1 / rate)} unknown probes; got {len(alarms)}", stacklevel=4)
+        return math.nan
+    # Counted as verification counts: alarms / probes <= rate, in one rounding.
+    allowed = int((torch.arange(1, len(alarms) + 1, dtype=torch.float64) / len(alarms) <= rate).sum())
+    if allowed == len(alarms):
+        return -math.inf
+    return torch.nextafter(alarms[allowed], torch.full_like(alarms[allowed], math.inf)).item()
+
+
+def _identity_keys(problem: Problem, rows: Tensor, order: Tensor) -> Iterator[Tensor]:
+    """Yield keys (len(rows), identities) of whole identities; order: the gallery by identity, numbered from 0."""
+    queries = problem.queries_of(rows)
+    unfinished = torch.full((len(rows),), -math.inf, device=rows.device)  # the best of the identity that goes on
+    for start in range(0, len(order), problem.tile[1]):
+        part = order[start : start + problem.tile[1]]
+        owners = problem.gallery_labels[part]
+        scores = problem.scores(queries, streaming.prepare(problem.gallery[part], problem.metric == "cosine"))
+        first, last = int(owners[0]), int(owners[-1])
+        best = torch.full((len(rows), last - first + 1), -math.inf, device=rows.device)
+        best.scatter_reduce_(1, (owners - first).expand(len(rows), -1), scores, "amax")
+        best[:, 0] = torch.maximum(best[:, 0], unfinished)
+        after = start + len(part)
+        if after < len(order) and int(problem.gallery_labels[order[after]]) == last:
+            unfinished, best = best[:, -1].clone(), best[:, :-1]
+        else:
+            unfinished = torch.full_like(unfinished, -math.inf)
+        if best.shape[1]:
+            yield streaming.key_of(best, first)
+
+
+def _check(
+    probes: Tensor, gallery: Tensor, gallery_labels: Tensor, template: str, metric: str, tile: tuple[int, int] | None
+) -> tuple[Problem, Tensor]:
+    """The problem with identities numbered by ascending label, and their labels."""
+    if template not in ("max", "mean"):
+        raise ValueError(f"template must be max or mean; got {template!r}")
+    streaming.check_vectors("probes", probes)
+    streaming.check_vectors("gallery", gallery)
+    problem = streaming.check(
+        probes, None, gallery, gallery_labels, None, metric, tile, names=("gallery", "gallery_labels")
+    )
+    names, numbers, sizes = problem.gallery_labels.unique(return_inverse=True, return_counts=True)
+    templates = problem.gallery
+    if template == "mean":
+        templates = torch.zeros(len(names), gallery.shape[1], dtype=torch.float64, device=gallery.device)
+        for start in range(0, len(gallery), problem.tile[1]):
+            part = numbers[start : start + problem.tile[1]]
+            templates.index_add_(0, part, problem.gallery_of(start) / sizes[part, None])
+        numbers = torch.arange(len(names), device=gallery.device)
+    none = torch.empty(0, dtype=torch.int64, device=gallery.device)
+    return Problem(problem.queries, none, templates, numbers, problem.exclude, metric, problem.tile), names

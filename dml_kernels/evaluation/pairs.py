@@ -1,0 +1,117 @@
+"""Pairs for verification: drawn from labels, scored, checked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import streaming
+from .extras import Progress, reporter
+
+__all__ = ["check_pairs", "pair_scores", "sample_pairs"]
+
+BLOCK = 1 << 19  # entries of vectors gathered at a time
+
+
+def sample_pairs(
+    labels: Tensor, *, max_positives: int = 100_000, negatives: int | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of rows of `labels` (N,) integers: (first, second, same), two (P,) int64 and a (P,) bool, on the CPU.
+
+    All pairs of one class or, where there are more, max_positives of them drawn evenly; and as many pairs of two
+    classes (or `negatives`, or all there are where they are fewer). No pair twice, none of a row with itself; the same
+    seed gives the same pairs. Mated pairs come first. Memory O(N + P).
+
+    Raises ValueError where there is no pair of one kind or counts are not positive; TypeError for labels that are no
+    integers.
+    """
+    if not isinstance(labels, Tensor) or labels.dim() != 1:
+        raise ValueError("labels must be a (count,) tensor")
+    labels = streaming.check_integers("labels", labels, len(labels), torch.device("cpu"))
+    for name, value in (("max_positives", max_positives), ("negatives", 1 if negatives is None else negatives)):
+        if int(value) != value or value < 1:
+            raise ValueError(f"{name} must be a positive integer; got {value}")
+    order = torch.argsort(labels, stable=True)
+    place = torch.arange(len(labels))
+    _, sizes = torch.unique_consecutive(labels[order], return_counts=True)
+    end = sizes.cumsum(0).repeat_interleave(sizes)  # in sorted order: where the class of each place ends
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(partners: Tensor, first_partner: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Pairs of a place and one of its partners, which follow each other from first_partner on."""
+        running = partners.cumsum(0)
+        chosen = _choose(int(running[-1]) if len(running) else 0, most, generator)
+        one = torch.searchsorted(running, chosen, right=True)
+        two = first_partner[one] + chosen - (running[one] - partners[one])
+        return order[one], order[two]
+
+    mated = draw(end - 1 - place, place + 1, int(max_positives))
+    other = draw(len(labels) - end, end, len(mated[0]) if negatives is None else int(negatives))
+    if not len(mated[0]) or not len(other[0]):
+        raise ValueError(
+            "labels give no pair of one class" if not len(mated[0]) else "labels give no pair of two classes"
+        )
+    first, second = (torch.cat(ends) for ends in zip(mated, other))
+    same = torch.arange(len(first)) < len(mated[0])
+    return first, second, same
+
+
+def _choose(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """All of range(count), or `most` of them drawn evenly without repeats: int64, ascending."""
+    if count <= most:
+        return torch.arange(count)
+    if count <= 2 * most:
+        return torch.randperm(count, generator=generator)[:most].sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < most:
+        fresh = torch.randint(count, (most - len(drawn) + 64,), generator=generator)
+        drawn = torch.cat([drawn, fresh]).unique()
+    return drawn[torch.randperm(len(drawn), generator=generator)[:most]].sort().values
+
+
+def pair_scores(
+    embeddings: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    ref_embeddings: Tensor | None = None,
+    metric: str = "cosine",
+    progress: Progress = None,
+) -> Tensor:
+    """Scores of listed pairs, (P,) fp32: the cosine, the dot product, or minus the Euclidean distance.
+
+    first, second: (P,) integers, rows of embeddings (N, D), and of ref_embeddings (M, D) where that is given.
+    Memory O(P) beside blocks of a fixed size. Raises as `verify`; ValueError for an index out of range.
+    """
+    problem = streaming.check(embeddings, None, ref_embeddings, None, None, metric, None)
+    device = problem.queries.device
+    first = streaming.check_integers("first", first, len(first), device)
+    second = streaming.check_integers("second", second, len(first), device)
+    for name, rows, count in (("first", first, len(embeddings)), ("second", second, len(problem.gallery))):
+        if len(rows) and bool(((rows < 0) | (rows >= count)).any()):
+            raise ValueError(f"{name} must hold indices in [0, {count})")
+    scores = torch.empty(len(first), device=device)
+    block = max(1, BLOCK // embeddings.shape[1])
+    with reporter(progress, len(first), "pairs", "pairs") as report:
+        for start in range(0, len(first), block):
+            part = slice(start, start + block)
+            a = problem.queries_of(first[part])
+            b = streaming.prepare(problem.gallery[second[part]], metric == "cosine")
+            near = -torch.linalg.vector_norm(a - b, dim=1) if metric == "euclidean" else (a * b).sum(dim=1)
+            scores[part] = near.float()
+            report(len(a))
+    return scores
+
+
+def check_pairs(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (P,) and same (P,) as bool, both detached and on the CPU, or an error that names the wrong one."""
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        raise TypeError(f"scores must be a floating point tensor; got {getattr(scores, 'dtype', type(scores))}")
+    if scores.dim() != 1 or not len(scores):
+        raise ValueError(f"scores must be a non-empty (pairs,) tensor; got shape {tuple(scores.shape)}")
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores hold NaN or infinity")
+    same = streaming.check_integers("same", same, len(scores), torch.device("cpu"))
+    if not bool(((same == 0) | (same == 1)).all()):
+        raise ValueError("same must hold 0 and 1 (or False and True) alone: is each pair of one class?")
+    return scores.detach().cpu(), same.bool()
