@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, 
   const ScalarType acc = accumulation(kind);
   Tensor same = make(acc), different = make(acc), count_same = make(ScalarType::Long),
          count_different = make(ScalarType::Long);
-  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+  const Labels label = labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
   const HingeOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), count_same.mutable_data_ptr<std::int64_t>(),
                      count_different.mutable_data_ptr<std::int64_t>()};
@@ -45,7 +45,7 @@ void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slop
                     bool normalize, double eps, std::int64_t ignore_index) {
   const std::int64_t n = x.size(0);
   STD_TORCH_CHECK(!slope_own || !c, "dml_kernels: a row's own column needs labels that are columns");
-  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+  const Labels label = labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
   const HingeSlopes slopes{vector(slope_same, n, "slope_same"), vector(slope_different, n, "slope_different"),
                            vector(slope_own, n, "slope_own")};
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
   Tensor index_s = make(same, ScalarType::Long), score_s = make(same, acc), count_s = make(same, ScalarType::Long);
   Tensor index_d = make(different, ScalarType::Long), score_d = make(different, acc),
          count_d = make(different, ScalarType::Long);
-  const Labels label = labels(x, w, y, c, exclude, ignore_index);
+  const Labels label = labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
   const ArgmaxArgs args{vector(low, n, "low"),
                         vector(high, n, "high"),
                         same,

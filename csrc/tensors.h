@@ -38,9 +38,8 @@ inline const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, con
   return t ? integers(*t, n, name) : nullptr;
 }
 
-inline Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& c,
+inline Labels labels(std::int64_t n, std::int64_t m, const Tensor& y, const OptionalTensor& c,
                      const OptionalTensor& exclude, std::int64_t ignore_index) {
-  const std::int64_t n = x.size(0), m = w.size(0);
   return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
 }
 
