@@ -106,6 +106,14 @@ def test_all_pairs_exact_and_in_bins(metric, separate):
         assert coarse.tar_at_far[rate] - 1e-12 <= tar[rate] <= coarse.tar_at_far[rate] + coarse.tar_error[rate] + 1e-12
     assert coarse.accuracy <= balanced + 1e-12
 
+    scores = all_scores(embeddings, gallery, metric)[keep]
+    for rate, cut in coarse.threshold_at_far.items():
+        assert np.mean(scores[~same] >= cut) <= rate
+        assert np.mean(scores[same] >= cut) == pytest.approx(coarse.tar_at_far[rate], abs=1e-12)
+    cut = coarse.best_threshold
+    halves = np.mean(scores[same] >= cut), np.mean(scores[~same] < cut)
+    assert np.mean(halves) == pytest.approx(coarse.accuracy, abs=1e-12)
+
     fine = verify(embeddings, labels, far=FAR, metric=metric, bins=1 << 20, **options)
     assert fine.roc_auc == pytest.approx(auc, abs=1e-5)
     assert fine.tar_at_far == pytest.approx(tar, abs=1e-3)
@@ -117,6 +125,16 @@ def test_the_result_is_the_same_at_any_tile():
         wanted = verify(embeddings, labels, bins=bins)
         for tile in ((1, 120), (120, 1), (50, 13), (13, 50)):
             assert verify(embeddings, labels, bins=bins, tile=tile) == wanted
+
+
+def test_progress_counts_embeddings_and_pairs():
+    embeddings, labels = clustered(100, 9, 5)
+    seen = []
+    verify(embeddings, labels, bins=64, tile=(16, 16), progress=seen.append)
+    assert seen == [16] * 6 + [4]
+    listed = []
+    verify_pairs(embeddings, *sample_pairs(labels), progress=listed.append, far=(0.1,))
+    assert sum(listed) == len(sample_pairs(labels)[0])
 
 
 def test_many_pairs_go_to_bins(monkeypatch):
