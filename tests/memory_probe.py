@@ -67,6 +67,24 @@ def mine(n: int) -> dict:
     }  # fmt: skip
     data, small = problem(n), problem(80)
     return {type(kind).__name__: peak_extra_bytes(lambda k=kind: k(*data), lambda k=kind: k(*small)) for kind in kinds}
+def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
+    """As step, of masked_hinge_sum, or of masked_argmax by score or drawn."""
+
+    def problem(n, m):
+        x, w = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
+        return x, w, torch.randint(0, m, (n,))
+
+    def run(x, w, y):
+        if what == "hinge":
+            out = F.masked_hinge_sum(x, w, y, different=(1, 1.3), relative=True, backend=backend)
+            out.different.sum().backward()
+            return x.grad, w.grad
+        draw = {"noise_seed": 3, "log_weight": "distance"} if what == "draw" else {}
+        return F.masked_argmax(x, w, y, backend=backend, **draw)
+
+    small, large = problem(8, 600), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": (n + m) * d * 4 if what == "hinge" else 0}
 
 
 def windows(backend: str, m: int, d: int) -> dict:

@@ -1,4 +1,4 @@
-"""masked_argmax: choices against the dense search, bounds, ties, and draws: their bits, their repeatability, their law."""
+"""masked_argmax: choices against the dense search, bounds, ties; draws: their bits, their repeatability, their law."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ import pytest
 import torch
 from features import FEATURES
 from helpers import (
-    BF16, DTYPES, FP32, FP64, METRICS, MIXED, Problem, assert_same_bits, on_backends, on_backends_and, on_metrics,
-    randint, randn,
+    BF16,
+    DTYPES,
+    FP32,
+    FP64,
+    METRICS,
+    MIXED,
+    Problem,
+    assert_same_bits,
+    on_backends,
+    on_backends_and,
+    on_metrics,
+    randint,
+    randn,
 )  # fmt: skip
 
 from dml_kernels import functional as F
@@ -62,7 +73,7 @@ def assert_right(p: Problem, dtype, backend, **more):
 def test_every_shape(shape, dtype, backend):
     which = SHAPES.index(shape) + 3 * (dtype == BF16)
     p = Problem.random(*shape, *METRICS[which % len(METRICS)], seed=sum(shape))
-    n, d, m = p.sizes
+    n, _, m = p.sizes
     p.options["c"], p.y = randint(0, 3, m, seed=5), randint(0, 3, n, seed=6)
     largest_same, largest_different = LARGEST[which % 3]
     assert_right(p, dtype, backend, largest_same=largest_same, largest_different=largest_different)
@@ -248,7 +259,7 @@ def drawn_from(weight, metric, normalize, backend, d=8, seed=11, n=211, m=3001, 
 
 
 @on_backends
-@pytest.mark.parametrize("d", [1, 2, 3, 4, 8, 128, 1024])
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 8, 300])
 @pytest.mark.parametrize(("weight", "metric", "normalize"), DRAWS)
 def test_a_draw_is_the_dense_draw(weight, metric, normalize, d, backend):
     m = 300 if d > 8 else 3001
