@@ -28,7 +28,7 @@ from helpers import check as check_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 from dml_kernels import functional as F
-from dml_kernels import reference
+from dml_kernels import reference, torch_backend
 from dml_kernels.ops import backend as backends
 
 POOLS = ("max_pool", "softmax_pool")
@@ -248,6 +248,25 @@ def test_pooling_differentiates_twice(metric, normalize, policy, backend):
     inputs = [t.requires_grad_() for t in given]
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+
+
+@on_policies
+@pytest.mark.parametrize("k", [3, 40, 64])
+def test_chunks_of_whole_classes_make_no_difference(k, policy, monkeypatch):
+    """The torch backend's, and the double backward of every backend: many chunks, the last of them ragged."""
+    sizes = (5, 47, k if policy in POOLS else 1, 4)
+
+    def both(elements):
+        monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", elements)
+        p = problem(policy, sizes[2], sizes[0], sizes[1], sizes[3], "sqeuclidean", True, seed=1)
+        FEATURES["everything_at_once"](p)
+        leaves = p.leaves(FP64)
+        out = p.ours(leaves, "torch")
+        total = sum(torch.where(v > -math.inf, v, 0).square().sum() for v in out.values())
+        first = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
+
+    torch.testing.assert_close(both(1 << 6), both(1 << 20), rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
