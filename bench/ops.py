@@ -25,7 +25,8 @@ LSE = ("n", "n")
 class OpCase:
     """run(x, w, problem, backend) -> outputs, of the shapes named; wants: the gradients taken.
 
-    passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w).
+    passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w, problem); dense:
+    how many N x M matrices that holds.
     """
 
     name: str
@@ -33,7 +34,8 @@ class OpCase:
     run: Callable[[Tensor, Tensor, Problem, str], Outputs]
     wants: str = ""
     passes: int = 0
-    peer: Callable[[Tensor, Tensor], Outputs] | None = None
+    peer: Callable[[Tensor, Tensor, Problem], Outputs] | None = None
+    dense: float = 4.0
 
 
 def _lse(name: str, metric: str, wants: str, passes: int, few: bool = False) -> OpCase:
@@ -59,7 +61,7 @@ def _distance(name: str, metric: str, wants: str, passes: int) -> OpCase:
         return (functional.normalized_distance(x, w, metric, backend=backend),)
 
     plain = PLAIN_DISTANCE.get(metric)
-    peer = None if plain is None else lambda x, w: (plain(x, w),)
+    peer = None if plain is None else lambda x, w, problem: (plain(x, w),)
     return OpCase(f"distance {metric}{name}", ("nm",), run, wants, passes, peer)
 
 
@@ -67,7 +69,49 @@ def _normalize(name: str, wants: str) -> OpCase:
     def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
         return (functional.normalize(w, backend=backend),)
 
-    return OpCase(f"normalize{name}", ("md",), run, wants, peer=lambda x, w: (F.normalize(w),))
+    return OpCase(f"normalize{name}", ("md",), run, wants, peer=lambda x, w, problem: (F.normalize(w),))
+
+
+def _dense_pair(z: Tensor, same: Tensor) -> Outputs:
+    return z.masked_fill(~same, -torch.inf).logsumexp(1), z.masked_fill(same, -torch.inf).logsumexp(1)
+
+
+# Centres a class of the pooled cases: M, a multiple of it, counts the centres.
+CENTRES = 5
+
+
+def _pooled(policy: str, pool: Callable[[Tensor], Tensor], *params: float) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        y, given = problem.y // CENTRES, (CENTRES, *params)
+        out = functional.masked_logsumexp(x, w, y, scale=8.0, policy=policy, policy_params=given, backend=backend)
+        return out.same, out.different
+
+    def dense(x: Tensor, w: Tensor, problem: Problem) -> Outputs:
+        s = (F.normalize(x) @ F.normalize(w).T).view(x.size(0), -1, CENTRES)
+        z = 8 * pool(s).float()
+        return _dense_pair(z, (problem.y // CENTRES)[:, None] == torch.arange(z.size(1)))
+
+    return OpCase(f"lse cosine, {policy} of {CENTRES}, gradients", LSE, run, "xw", 4, dense, dense=8.0)
+
+
+def _circle(m: float, gamma: float) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        out = functional.masked_logsumexp(
+            x, w, problem.c[problem.y], problem.c, scale=gamma, policy="quadratic", policy_params=(m,), backend=backend
+        )
+        return out.same, out.different
+
+    def dense(x: Tensor, w: Tensor, problem: Problem) -> Outputs:
+        s = (F.normalize(x) @ F.normalize(w).T).float()
+        same = problem.c[problem.y][:, None] == problem.c
+        positive = -gamma * (1 + m - s).relu().detach() * (s - (1 - m))
+        return _dense_pair(torch.where(same, positive, gamma * (s + m).relu().detach() * (s - m)), same)
+
+    return OpCase("lse cosine, quadratic, 10 classes, gradients", LSE, run, "xw", 4, dense, dense=8.0)
+
+
+def _softmax_pool(s: Tensor, gamma: float = 0.1) -> Tensor:
+    return (torch.softmax(s / gamma, 2) * s).sum(2)
 
 
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
@@ -78,6 +122,9 @@ CASES = (
     _lse(", frozen rows", "cosine", "w", 3),
     _lse(", 10 classes", "cosine", "", 1, few=True),
     _lse(", 10 classes, gradients", "cosine", "xw", 4, few=True),
+    _pooled("max_pool", lambda s: s.max(2).values),
+    _pooled("softmax_pool", _softmax_pool, 0.1),
+    _circle(m=0.4, gamma=80.0),
     *(_distance("", metric, "", 1) for metric in METRICS),
     *(_distance(", gradients", metric, "xw", 3) for metric in METRICS),
     _normalize("", ""),
@@ -113,13 +160,13 @@ def _contenders(op: OpCase) -> list[Contender]:
         return Contender(f"{op.name} ({backend})", case, make, variant=backend, passes=op.passes)
 
     def peer_step(problem: Problem) -> Step:
-        return _step(op, op.peer, problem)
+        return _step(op, lambda x, w: op.peer(x, w, problem), problem)
 
     found = [ours(backend) for backend in BACKENDS]
     if op.peer is not None:
         title = f"{op.name} (plain PyTorch)"
         found.append(
-            Contender(title, case, peer_step, kind="peer", variant="plain PyTorch", dense=4.0, passes=op.passes)
+            Contender(title, case, peer_step, kind="peer", variant="plain PyTorch", dense=op.dense, passes=op.passes)
         )
     return found
 

@@ -37,6 +37,24 @@ def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") 
     return {"peak": peak, "gradients": gradients}
 
 
+def pooled(backend: str, policy: str, n: int, m: int, k: int, d: int) -> dict:
+    """As step, of both log-sum-exps of n rows over m classes of k centres."""
+
+    def problem(n, m):
+        x, w = torch.randn(n, d, requires_grad=True), torch.randn(m * k, d, requires_grad=True)
+        return x, w, torch.randint(0, m, (n,))
+
+    def run(x, w, y):
+        params = (k,) if policy == "max_pool" else (k, 0.1)
+        out = F.masked_logsumexp(x, w, y, scale=8.0, policy=policy, policy_params=params, backend=backend)
+        (out.different - out.same).sum().backward()
+        return x.grad, w.grad
+
+    small, large = problem(8, 200), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": sum(t.numel() * t.element_size() for t in large[:2])}
+
+
 def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
     """As step, of the Magnet loss of n rows in k clusters, with centres of their own where `given`."""
 

@@ -144,7 +144,7 @@ def test_a_refusal_says_which_backend_and_why():
     assert F.masked_logsumexp(*half).same.dtype == torch.float32
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", [op for op in backends.OPS if op != "masked_logsumexp"])
 @pytest.mark.parametrize("policy", ["quadratic", "max_pool", "softmax_pool"])
 def test_a_policy_nobody_implements_is_refused_by_all_with_reasons(op, policy):
     verdicts = backends.explain(op, "cpu", torch.float32, policy)

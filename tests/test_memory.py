@@ -119,6 +119,15 @@ def test_points_that_have_collapsed_take_no_more_memory(backend):
 
 
 @on_backends
+@pytest.mark.parametrize("policy", ["max_pool", "softmax_pool"])
+def test_pooling_builds_no_matrix_of_rows_and_classes_or_centres(policy, backend):
+    """256 x 100,000 fp32 would be 102 MB once, and three times that with a class's 3 centres."""
+    found = probe("pooled", backend, policy, 256, 100_000, 3, 16)
+    extra = (found["peak"] - found["gradients"]) / MB
+    assert extra <= 64, f"{extra:.0f} MB beside the gradients"
+
+
+@on_backends
 @pytest.mark.parametrize("given", [0, 1], ids=["batch means", "given centres"])
 def test_magnet_builds_no_matrix_of_examples_and_clusters(given, backend):
     """8,192 x 4,096 fp32 would be 134 MB, once."""

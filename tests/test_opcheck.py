@@ -65,7 +65,25 @@ ON_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @ON_DTYPES
 @WHICH
 def test_masked_logsumexp(which, dtype, backend):
-    b, s = bank(dtype, which), spec(dtype, which, backend)
+    check_logsumexp(bank(dtype, which), spec(dtype, which, backend))
+
+
+@on_backends
+@pytest.mark.parametrize(("policy", "params"), [("quadratic", [0.25]), ("max_pool", [4.0]), ("softmax_pool", [4, 0.1])])
+def test_masked_logsumexp_with_a_policy(policy, params, backend):
+    x, w, y, c, exclude, scale, col_scale, col_bias = bank(torch.float32, "full")
+    columns = M if policy == "quadratic" else M // 4
+    exclude, c, col_scale, col_bias = (
+        exclude.clamp_max(columns - 1),
+        c[:columns],
+        col_scale[:columns],
+        col_bias[:columns],
+    )
+    numbers = spec(torch.float32, "full", backend)[:-3]
+    check_logsumexp((x, w, y, c, exclude, scale, col_scale, col_bias), (*numbers, policy, params, backend))
+
+
+def check_logsumexp(b, s):
     check(lse.fwd, (*b, *s))
     out = lse.fwd(*b, *s)
     grads = [randn(*t.shape, seed=9).to(t.dtype) for t in out]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -29,7 +28,7 @@ from helpers import check as check_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 from dml_kernels import functional as F
-from dml_kernels import reference
+from dml_kernels import reference, torch_backend
 from dml_kernels.ops import backend as backends
 
 POOLS = ("max_pool", "softmax_pool")
@@ -120,13 +119,14 @@ def with_feature(name, policy, sizes, metric, normalize, seed):
     return p
 
 
-@on_backends_and((FP32, FP64))
-@on_policies
-@pytest.mark.parametrize("name", NAMES)
+# Without Circle at scale 10,000: a near tie of two logits decides the error there, the dense expression's as ours.
+OPTIONS = [(n, p) for n in NAMES for p in (*POOLS, "quadratic") if (n, p) != ("scale_ten_thousand", "quadratic")]
+
+
+@on_backends_and((FP32,))
+@pytest.mark.parametrize(("name", "policy"), OPTIONS)
 def test_every_option_is_accurate(name, policy, dtype, backend):
-    if policy == "quadratic" and name == "scale_ten_thousand":
-        pytest.skip("one near tie of two logits decides the error there, the dense expression's as much as ours")
-    which = NAMES.index(name) + len(policy) + (dtype == FP64)
+    which = NAMES.index(name) + len(policy)
     check(with_feature, (name, policy, (3, 19, 43, 12), *METRICS[which % len(METRICS)]), dtype, backend)
 
 
@@ -250,6 +250,25 @@ def test_pooling_differentiates_twice(metric, normalize, policy, backend):
     assert gradgradcheck(function, inputs)
 
 
+@on_policies
+@pytest.mark.parametrize("k", [3, 40, 64])
+def test_chunks_of_whole_classes_make_no_difference(k, policy, monkeypatch):
+    """The torch backend's, and the double backward of every backend: many chunks, the last of them ragged."""
+    sizes = (5, 47, k if policy in POOLS else 1, 4)
+
+    def both(elements):
+        monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", elements)
+        p = problem(policy, sizes[2], sizes[0], sizes[1], sizes[3], "sqeuclidean", True, seed=1)
+        FEATURES["everything_at_once"](p)
+        leaves = p.leaves(FP64)
+        out = p.ours(leaves, "torch")
+        total = sum(torch.where(v > -math.inf, v, 0).square().sum() for v in out.values())
+        first = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), list(leaves.values()))
+
+    torch.testing.assert_close(both(1 << 6), both(1 << 20), rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Quadratic
 
@@ -320,14 +339,11 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, policy, any_threads):
 @on_backends
 @on_policies
 def test_compiled_whole_equals_eager(policy, backend):
-    function = functools.partial(outputs, policy, (9, 11, 3, 4), "sqeuclidean", FP32)
-
     def step(x, w, y):
         k = 3 if policy in POOLS else 1
         out = F.masked_logsumexp(x, w, y, policy=policy, policy_params=params_of(policy, k), backend=backend)
         return (out.different - out.same).sum()
 
-    assert len(function(backend)) == 9
     rows = centres(policy, params_of(policy, 3)) * 11
     x, w = randn(9, 4, seed=1).float().requires_grad_(), randn(rows, 4, seed=2).float().requires_grad_()
     y = randint(0, 11, 9, seed=3)
