@@ -172,7 +172,7 @@ template <class A, class Weights>
 Failure launch(const Comparison& problem, const Weights& weights, Blocks blocks, void* scratch, Stream stream) {
   if (blocks.rows + blocks.columns == 0) return nullptr;
   const Chunks chunks = chunks_for<A>(problem.x.cols);
-  const std::size_t bytes = (tile_rows + sum_rows<A>) * (chunks.size + tile_pad) * sizeof(A);
+  const std::size_t bytes = (tile_rows + sum_rows<A>)*(chunks.size + tile_pad) * sizeof(A);
   const auto function = problem.metric == Metric::dot ? kernel<A, false, Weights> : kernel<A, true, Weights>;
   if (const Failure failure = allow_shared(function, bytes)) return failure;
   DML_LAUNCH(function, unsigned(blocks.rows + blocks.columns), block_threads, bytes, static_cast<cudaStream_t>(stream),

@@ -21,6 +21,8 @@
 #define DML_SHARED(T, name, count) __shared__ T name[count]
 #define DML_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define DML_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define DML_LAUNCH_TOGETHER(kernel, grid, block, shared, stream, ...) \
+  launch_together(kernel, grid, block, shared, stream, __VA_ARGS__)
 #endif
 
 namespace dml::cuda {
@@ -198,6 +200,10 @@ template <class Kernel>
 Failure allow_shared(Kernel, std::size_t) {
   return nullptr;
 }
+template <class Kernel>
+std::int64_t resident_blocks(Kernel, std::size_t, std::int64_t wanted) {
+  return wanted < 5 ? wanted : 5;
+}
 inline Failure launch_failure() { return nullptr; }
 #else
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -215,6 +221,28 @@ Failure allow_shared(Kernel kernel, std::size_t bytes) {
   if (bytes <= 32768) return nullptr;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// How many of the wanted blocks a cooperative launch may have: those that the device runs at once.
+template <class Kernel>
+std::int64_t resident_blocks(Kernel kernel, std::size_t bytes, std::int64_t wanted) {
+  const std::int64_t count = processors();
+  if (wanted <= count) return wanted;
+  int each = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block_threads, bytes);
+  return wanted < each * count ? wanted : each * count;
+}
+
+template <class... Parameters>
+void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream,
+                     std::type_identity_t<Parameters>... arguments) {
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &cooperative, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // launch_failure() reports
 }
 
 inline Failure launch_failure() {

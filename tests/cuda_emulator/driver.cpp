@@ -80,7 +80,7 @@ Failure drive(const std::string& what, Kind kind) {
 #else
   [[maybe_unused]] const std::int64_t m = 70;
 #endif
-  [[maybe_unused]] const std::int64_t n = 21, d = what.find("narrow") == 0 ? 5 : 36;
+  [[maybe_unused]] const std::int64_t n = 21, d = what == "wide" ? 150 : what.find("narrow") == 0 ? 5 : 36;
   [[maybe_unused]] const bool dot = what.find("dot") != std::string::npos;
   [[maybe_unused]] const Comparison problem{
       matrix(kind, n, d), matrix(kind, m, d), dot ? Metric::dot : Metric::euclidean, true, kind.wide, 1e-12};
@@ -111,7 +111,7 @@ Failure drive(const std::string& what, Kind kind) {
   if (what.find("backward") == std::string::npos)
     return normalize_forward(problem.x, 1e-12, target(kind, n * d), nullptr);
   return normalize_backward(matrix(kind, n, d), problem.x, 1e-12, target(kind, n * d), nullptr);
-#elif defined(DRIVE_magnet)
+#elif defined(DRIVE_magnet_forward) || defined(DRIVE_magnet_backward)
   const bool given = what.find("given") != std::string::npos;
   MagnetArgs args{problem.x,
                   given ? matrix(kind, 9, d) : Matrix{},
@@ -126,12 +126,14 @@ Failure drive(const std::string& what, Kind kind) {
                   true,
                   kind.wide,
                   Reduction::mean};
+#if defined(DRIVE_magnet_forward)
   const MagnetOut out{sums(kind, 1), sums(kind, n), sums(kind, 1)};
-  if (what.find("backward") == std::string::npos)
-    return magnet_forward(args, out, allocate(magnet_forward_bytes(args)), nullptr);
+  return magnet_forward(args, out, allocate(magnet_forward_bytes(args)), nullptr);
+#else
   return magnet_backward(args, vector(kind, n), vector(kind, n).data,
                          {target(kind, n * d), given ? target(kind, 9 * d) : Target{}, target(kind, 1)},
                          allocate(magnet_backward_bytes(args)), nullptr);
+#endif
 #endif
 }
 

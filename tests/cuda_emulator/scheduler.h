@@ -84,8 +84,8 @@ inline bool release_barrier(Block& block, unsigned waiting, unsigned done) {
 inline bool run(Block& block) {
   Machine& m = machine();
   const auto count = [&](State state) {
-    return unsigned(std::count_if(block.fibers.begin(), block.fibers.end(),
-                                  [state](const Fiber& f) { return f.state == state; }));
+    return unsigned(
+        std::count_if(block.fibers.begin(), block.fibers.end(), [state](const Fiber& f) { return f.state == state; }));
   };
   std::vector<unsigned> order(block.fibers.size());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;

@@ -18,7 +18,8 @@ THREADS = 128
 REGISTERS = 65536  # of a multiprocessor
 # Blocks of THREADS that a multiprocessor must hold, as the launch bounds say: for float, for double.
 BLOCKS = {
-    "lse_forward": (4, 3), "lse_backward": (4, 3), "distance": (4, 3), "normalize": (6, 6), "magnet": (4, 4),
+    "lse_forward": (4, 3), "lse_backward": (4, 3), "distance": (4, 3), "normalize": (6, 6), "magnet_forward": (4, 4),
+    "magnet_backward": (4, 4),
 }  # fmt: skip
 STATIC_SHARED = 16384  # launchers leave this much of the limit to static arrays
 

@@ -21,7 +21,8 @@ CASES = {
     "lse_backward": ("euclidean", "dot", "proxy_nca", "narrow"),
     "distance": ("forward", "dot backward", "narrow backward"),
     "normalize": ("forward", "backward", "narrow backward"),
-    "magnet": ("forward", "given forward", "backward", "given backward"),
+    "magnet_forward": ("means", "given"),
+    "magnet_backward": ("means", "given", "wide"),
 }
 DTYPES = ("f32", "f64", "bf16")
 # Each a missing or misplaced piece of one line: (file, line as it is, line with the bug, who must see it, its words).
