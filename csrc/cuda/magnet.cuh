@@ -92,7 +92,7 @@ __device__ void norms(const MagnetArgs& args, A* r) {
   const int lane = threadIdx.x % warp_lanes;
   for (int i = threadIdx.x / warp_lanes; i < args.x.rows; i += block_threads / warp_lanes) {
     A sum = 0;
-    for (std::int64_t k = lane * 4; k < args.x.cols; k += warp_lanes * 4) sum += square(load_quad<A>(args.x, i, k));
+    over_row<A>(args.x, i, [&](const auto& run) { sum += square(run); });
     bool unit;
     const A scale = inverse_norm(warp_sum(sum), A(args.eps), unit);
     if (lane == 0) r[i] = scale;
