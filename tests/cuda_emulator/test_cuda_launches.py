@@ -65,3 +65,15 @@ def test_logit_policies_are_refused_when_the_backend_is_chosen(policy):
         assert not verdict.ok
         assert policy in verdict.reason
     assert backends.choose("masked_logsumexp", torch.device("cpu"), torch.float32, "linear", "cuda") == "cuda"
+
+
+def test_the_modelled_crossover_is_where_the_choice_changes():
+    crossover = pytest.importorskip("bench.gpu.crossover", reason="the benchmarks are not beside these tests")
+    chip, at = crossover.CHIPS["H100"], {}
+    for d in (64, 128, 512):
+        at[d] = crossover.crossover(chip, d, 4, graph=True)
+        assert backends.SMALL / 2 < at[d] < 2 * backends.SMALL
+        n = round((backends.SMALL / d) ** 0.5)
+        ahead = [times[0] < times[1] for m in (n // 4, 4 * n) for times in [crossover.step(chip, n, m, d, 4, True)]]
+        assert ahead == [True, False]
+    assert crossover.main([]) == 0
