@@ -15,7 +15,7 @@ from dml_kernels.ops.backend import SMALL
 
 
 class Chip(NamedTuple):
-    """Datasheet rates: multiprocessors, clock in Hz; flops a second of bf16, of fp32 as three tf32; cache bytes a second."""
+    """Datasheet rates: multiprocessors, clock in Hz; a second: flops of bf16, of fp32 as three tf32; bytes of cache."""
 
     processors: int
     clock: float
