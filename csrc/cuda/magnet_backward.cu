@@ -166,18 +166,25 @@ __global__ void __launch_bounds__(block_threads, 4)
   DML_BATCH(batch);
   const int n = int(args.x.rows), groups = (n + rows_per_block - 1) / rows_per_block;
   const Workspace<A> work(dynamic, n, columns);
-  if (args.normalize) norms(args, work.r);
+  // Scratch: distances (N, slots), gradients of unit rows (N, D), r (N,) for blocks that measure no distance.
+  A *grad_rows = distances + n * slots, *r = grad_rows + n * args.x.cols;
+  const bool measures = int(blockIdx.x) < groups;
+  if (args.normalize && measures) norms(args, work.r);
   count_rows(batch, n, sizes);
   for (int group = blockIdx.x; group < groups; group += gridDim.x)
     distances_of(args, batch, work, sizes, group, distances, slots);
+  if (args.normalize && blockIdx.x == 0)
+    for (int i = threadIdx.x; i < n; i += block_threads) r[i] = work.r[i];
   grid_barrier(ticket, gridDim.x);
+  if (args.normalize && !measures)
+    for (int i = threadIdx.x; i < n; i += block_threads) work.r[i] = r[i];  // known after the barriers of hinges()
 
   A* g = work.rows(batch.slots);
-  const Problem<A> problem{args, targets, batch,    work, sizes, distances, different, slots, distances + n * slots,
-                           g,    g + n,   g + 2 * n};
+  const Problem<A> problem{args,      targets, batch,     work, sizes, distances,
+                           different, slots,   grad_rows, g,    g + n, g + 2 * n};
   const Slopes<A> slopes = hinges(problem, grad, parts);
   const bool whole = args.x.cols <= columns;
-  bool staged = whole && int(blockIdx.x) < groups;  // by distances_of
+  bool staged = whole && measures;  // by distances_of
   for (int mine = blockIdx.x; mine < batch.slots; mine += gridDim.x) {
     __syncthreads();  // factors of the cluster before have been read
     cluster_gradients(problem, slopes, mine, staged);
@@ -191,7 +198,7 @@ __global__ void __launch_bounds__(block_threads, 4)
 }  // namespace
 
 std::size_t magnet_backward_bytes(const MagnetArgs& args) {
-  return args.x.rows * (slots_at_most(args) + args.x.cols) * (args.wide ? 8 : 4);
+  return args.x.rows * (slots_at_most(args) + args.x.cols + 1) * (args.wide ? 8 : 4);
 }
 
 Failure magnet_backward(const MagnetArgs& args, const Vector& grad, const void* different, const MagnetTargets& targets,

@@ -49,7 +49,7 @@ BUGS = {
     "no fence after the other blocks have been waited for": (
         "grid_barrier.cuh", "    }\n    __threadfence();", "    }", "thread", "data race"),
     "a barrier of all blocks that not all reach": (
-        "magnet_backward.cu", "  grid_barrier(ticket, gridDim.x);", "  if (blockIdx.x) grid_barrier(ticket, gridDim.x);",
+        "magnet_backward.cu", "grid_barrier(ticket, gridDim.x);", "if (blockIdx.x) grid_barrier(ticket, gridDim.x);",
         "address", "none arrives"),
     "a barrier of all blocks in a launch that is not cooperative": (
         "magnet_backward.cu", "DML_LAUNCH_TOGETHER", "DML_LAUNCH", "address", "not cooperative"),
