@@ -2,133 +2,16 @@
 // (register.cpp) and the fused Proxy-NCA. Compiled into the extension only with CUDA; under the tests' emulator the same
 // code serves CPU tensors.
 #if defined(DML_WITH_CUDA) || defined(DML_CUDA_EMULATOR)
+#include "register_cuda.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#ifndef DML_CUDA_EMULATOR
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
-#endif
 
-#include <optional>
 #include <tuple>
-
-#include "cuda/ops.h"
 
 namespace {
 
 using namespace dml;
 using namespace dml::cuda;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-#ifdef DML_CUDA_EMULATOR
-bool on_device(const Tensor& t) { return t.is_cpu(); }
-
-struct Launch {
-  explicit Launch(const Tensor&) {}
-  Stream stream = nullptr;
-};
-#else
-bool on_device(const Tensor& t) { return t.is_cuda(); }
-
-// The tensors' device made the current one, and its current stream.
-struct Launch {
-  explicit Launch(const Tensor& t) : guard(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  Stream stream = nullptr;
-};
-#endif
-
-void check(Failure failure, const char* op) {
-  STD_TORCH_CHECK(!failure, "dml_kernels: ", op, " on the GPU: ", failure);
-}
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "dml_kernels: ", name, " must be float32, float64, bfloat16 or float16");
-      return Dtype::f32;
-  }
-}
-
-Matrix matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && on_device(t), "dml_kernels: ", name, " must be a matrix on the device");
-  const Dtype dtype = dtype_of(t, name);
-  const auto address = reinterpret_cast<std::uintptr_t>(t.const_data_ptr());
-  const std::uintptr_t unit = dtype == Dtype::f32 || dtype == Dtype::f64 ? 16 : 8;
-  const bool quads = t.stride(1) == 1 && t.stride(0) % 4 == 0 && address % unit == 0;
-  return {t.const_data_ptr(), dtype, quads, t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
-Vector vector(const Tensor& t, std::int64_t n, const char* name) {
-  STD_TORCH_CHECK((t.dim() == 0 || (t.dim() == 1 && t.size(0) == n)) && on_device(t), "dml_kernels: ", name,
-                  " must have ", n, " elements on the device");
-  return {t.const_data_ptr(), dtype_of(t, name), t.dim() == 0 ? 0 : t.stride(0)};
-}
-
-Vector vector(const OptionalTensor& t, std::int64_t n, const char* name) { return t ? vector(*t, n, name) : Vector{}; }
-
-Vector vector_unless_empty(const Tensor& t, std::int64_t n, const char* name) {
-  return t.numel() == 0 ? Vector{} : vector(t, n, name);
-}
-
-const std::int64_t* integers(const Tensor& t, std::int64_t n, const char* name) {
-  STD_TORCH_CHECK(
-      t.dim() == 1 && t.size(0) == n && t.is_contiguous() && t.scalar_type() == ScalarType::Long && on_device(t),
-      "dml_kernels: ", name, " must be ", n, " contiguous int64 on the device");
-  return t.const_data_ptr<std::int64_t>();
-}
-
-const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, const char* name) {
-  return t ? integers(*t, n, name) : nullptr;
-}
-
-// Contiguous; or empty where no gradient is wanted.
-Target target(const Tensor& t, std::int64_t size, const char* name) {
-  if (t.numel() == 0) return {nullptr, Dtype::f32};
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && on_device(t), "dml_kernels: ", name,
-                  " has the wrong shape or device");
-  return {t.mutable_data_ptr(), dtype_of(t, name)};
-}
-
-// Contiguous of the accumulation type.
-const void* sums(const Tensor& t, std::int64_t n, bool wide, const char* name) {
-  STD_TORCH_CHECK(t.numel() == n && t.is_contiguous() && on_device(t) &&
-                      t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                  "dml_kernels: ", name, " must be ", n, " contiguous values of the accumulation type");
-  return t.const_data_ptr();
-}
-
-// Sums in fp64 where the rows are fp64, in fp32 otherwise.
-Comparison comparison(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps) {
-  const Matrix rows = matrix(x, "x"), bank = matrix(w, "w");
-  STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
-  STD_TORCH_CHECK((rows.dtype == Dtype::f64) == (bank.dtype == Dtype::f64), "dml_kernels: fp64 with another dtype");
-  return {rows, bank, Metric(metric), normalize, rows.dtype == Dtype::f64, eps};
-}
-
-ScalarType accumulation(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }
-
-// Scratch memory from torch's allocator, so that it belongs to the stream and to a graph under capture.
-struct Scratch {
-  Scratch(const Tensor& like, std::size_t bytes)
-      : memory(torch::stable::new_empty(like, {std::int64_t((bytes + 7) / 8)}, ScalarType::Double)) {}
-  void* data() const { return memory.numel() ? memory.mutable_data_ptr() : nullptr; }
-  Tensor memory;
-};
 
 Tensor normalize_fwd(Tensor x, double eps) {
   const Launch launch(x);

@@ -6,27 +6,40 @@ namespace {
 
 constexpr int rows_per_block = block_threads / warp_lanes;
 
-template <class A, bool backward>
+// `count` values of a row at a time, in aligned loads and stores: 8 halves, 4 of any dtype, or 1.
+template <class A, bool backward, int count>
 __global__ void __launch_bounds__(block_threads, 6)
     normalize_kernel(const Matrix x, const Matrix grad, const A eps, const Target out) {
   const std::int64_t row = std::int64_t(blockIdx.x) * rows_per_block + threadIdx.x / warp_lanes, d = x.cols;
   if (row >= x.rows) return;
-  const int lane = threadIdx.x % warp_lanes;
+  const std::int64_t first = threadIdx.x % warp_lanes * count, step = warp_lanes * count;
+  const auto load_from = [row](const Matrix& m, std::int64_t k) -> Run<A, count> {
+    if constexpr (count == 1)
+      return {load<A>(m, row, k)};
+    else
+      return load_aligned<A, count>(m, row, k);
+  };
   A square = 0, product = 0;
-  for (std::int64_t k = lane * 4; k < d; k += warp_lanes * 4) {
-    const Quad<A> values = load_quad<A>(x, row, k);
-    const Quad<A> g = backward ? load_quad<A>(grad, row, k) : values;
+  DML_UNROLL_BY(2)
+  for (std::int64_t k = first; k < d; k += step) {
+    const Run<A, count> values = load_from(x, k), g = backward ? load_from(grad, k) : values;
     DML_UNROLL
-    for (int i = 0; i < 4; ++i) square += values.v[i] * values.v[i], product += values.v[i] * g.v[i];
+    for (int i = 0; i < count; ++i) square += values.v[i] * values.v[i], product += values.v[i] * g.v[i];
   }
   bool unit;
   const A r = inverse_norm(warp_sum(square), eps, unit);
   // x^.g; where the row is shorter than eps its norm is a constant.
   const A along = backward && unit ? warp_sum(product) * r : A(0);
-  for (std::int64_t k = lane; k < d; k += warp_lanes) {
-    const A value = load<A>(x, row, k) * r;
-    const A result = backward ? r * (load<A>(grad, row, k) - along * value) : value;
-    store(out.data, out.dtype, row * d + k, result);
+  DML_UNROLL_BY(2)
+  for (std::int64_t k = first; k < d; k += step) {
+    Run<A, count> values = load_from(x, k);
+    const Run<A, count> g = backward ? load_from(grad, k) : values;
+    DML_UNROLL
+    for (int i = 0; i < count; ++i) {
+      values.v[i] *= r;
+      if (backward) values.v[i] = r * (g.v[i] - along * values.v[i]);
+    }
+    store_run(out, row * d + k, values);
   }
 }
 
@@ -35,9 +48,16 @@ Failure launch(const Matrix& x, const Matrix& grad, double eps, Target out, Stre
   if (x.rows == 0) return nullptr;
   const std::int64_t blocks = (x.rows + rows_per_block - 1) / rows_per_block;
   if (blocks > 0x7fffffff) return "normalize takes at most 8 billion rows";
+  const auto fits = [&](int count) {
+    return x.together >= count && grad.together >= count && x.cols % count == 0 &&
+           reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0;
+  };
   return with_accumulation(x.dtype == Dtype::f64, [&](auto zero) {
     using A = decltype(zero);
-    const auto kernel = normalize_kernel<A, backward>;
+    constexpr int most = std::is_same_v<A, float> ? 8 : 4;
+    const auto kernel = fits(most) ? normalize_kernel<A, backward, most>
+                        : fits(4)  ? normalize_kernel<A, backward, 4>
+                                   : normalize_kernel<A, backward, 1>;
     DML_LAUNCH(kernel, unsigned(blocks), block_threads, 0, static_cast<cudaStream_t>(stream), x, grad, A(eps), out);
     return launch_failure();
   });

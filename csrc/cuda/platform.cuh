@@ -21,6 +21,8 @@
 #define DML_SHARED(T, name, count) __shared__ T name[count]
 #define DML_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define DML_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define DML_LAUNCH_TOGETHER(kernel, grid, block, shared, stream, ...) \
+  launch_together(kernel, grid, block, shared, stream, __VA_ARGS__)
 #endif
 
 namespace dml::cuda {
@@ -114,44 +116,106 @@ __device__ __forceinline__ A load(const Matrix& m, std::int64_t i, std::int64_t 
   }
 }
 
-// --- four values
+// --- several values of a row
+
+template <class A, int count>
+struct alignas(16) Run {
+  A v[count];
+};
 
 template <class A>
-struct alignas(16) Quad {
-  A v[4];
-};
+using Quad = Run<A, 4>;
 
 template <class A>
 struct alignas(2 * sizeof(A)) Pair {
   A v[2];
 };
 
-// Columns [j, j + 4) of row i, in one load of 16 bytes (8 for halves, two of 16 for double); columns from `cols` on are 0.
-template <class A>
-__device__ __forceinline__ Quad<A> load_quad(const Matrix& m, std::int64_t i, std::int64_t j) {
-  Quad<A> out;
-  if (m.quads && j + 4 <= m.cols) {
-    const std::int64_t at = i * m.row_stride + j;
-    if constexpr (std::is_same_v<A, double>) {
-      const auto* pairs = reinterpret_cast<const Pair<double>*>(static_cast<const double*>(m.data) + at);
-      [[maybe_unused]] const Pair<double> low = pairs[0], high = pairs[1];
-      out = {low.v[0], low.v[1], high.v[0], high.v[1]};
-    } else if (m.dtype == Dtype::f32) {
-      out = *reinterpret_cast<const Quad<float>*>(static_cast<const float*>(m.data) + at);
+// Columns [j, j + count) of row i, all there, in aligned loads that `together` allows. 8 are for halves alone: fp32 goes
+// over a warp's threads in loads of 16 bytes that lie side by side.
+template <class A, int count>
+__device__ __forceinline__ Run<A, count> load_aligned(const Matrix& m, std::int64_t i, std::int64_t j) {
+  const std::int64_t at = i * m.row_stride + j;
+  Run<A, count> out;
+  if constexpr (std::is_same_v<A, double>) {
+    const auto* pairs = reinterpret_cast<const Pair<double>*>(static_cast<const double*>(m.data) + at);
+    [[maybe_unused]] const Pair<double> low = pairs[0], high = pairs[1];
+    out = {low.v[0], low.v[1], high.v[0], high.v[1]};
+  } else {
+    if constexpr (count == 4)
+      if (m.dtype == Dtype::f32) return *reinterpret_cast<const Quad<float>*>(static_cast<const float*>(m.data) + at);
+    const std::uint16_t* halves = static_cast<const std::uint16_t*>(m.data) + at;
+    std::uint32_t words[count / 2];
+    if constexpr (count == 8) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(halves);
+      words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
     } else {
-      const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(m.data) + at);
-      const std::uint32_t words[2] = {bits.x, bits.y};
-      DML_UNROLL
-      for (int k = 0; k < 4; ++k) {
-        const std::uint16_t half = std::uint16_t(words[k / 2] >> (16 * (k % 2)));
-        out.v[k] = m.dtype == Dtype::bf16 ? widen_bf16(half) : widen_f16(half);
+      const uint2 bits = *reinterpret_cast<const uint2*>(halves);
+      words[0] = bits.x, words[1] = bits.y;
+    }
+    DML_UNROLL
+    for (int k = 0; k < count; ++k) {
+      const std::uint16_t half = std::uint16_t(words[k / 2] >> (16 * (k % 2)));
+      out.v[k] = m.dtype == Dtype::bf16 ? widen_bf16(half) : widen_f16(half);
+    }
+  }
+  return out;
+}
+
+// Columns [j, j + count) of row i however they lie, count 4 or 8; columns from `cols` on are 0.
+template <class A, int count>
+__device__ __forceinline__ Run<A, count> load_run(const Matrix& m, std::int64_t i, std::int64_t j) {
+  if (m.together >= count && j + count <= m.cols) return load_aligned<A, count>(m, i, j);
+  Run<A, count> out;
+  DML_UNROLL
+  for (int k = 0; k < count; ++k) out.v[k] = j + k < m.cols ? load<A>(m, i, j + k) : A(0);
+  return out;
+}
+
+// A warp calls function(run) with all columns of row i.
+template <class A, class Function>
+__device__ __forceinline__ void over_row(const Matrix& m, std::int64_t i, Function function) {
+  const int lane = threadIdx.x % warp_lanes;
+  if constexpr (std::is_same_v<A, float>) {
+    if (m.together == 8) {
+      for (std::int64_t k = lane * 8; k < m.cols; k += warp_lanes * 8) function(load_run<A, 8>(m, i, k));
+      return;
+    }
+  }
+  for (std::int64_t k = lane * 4; k < m.cols; k += warp_lanes * 4) function(load_run<A, 4>(m, i, k));
+}
+
+template <class A, int count>
+__device__ __forceinline__ A square(const Run<A, count>& run) {
+  A sum = 0;
+  DML_UNROLL
+  for (int k = 0; k < count; ++k) sum += run.v[k] * run.v[k];
+  return sum;
+}
+
+// Values to `at`, a multiple of `count` in a target whose rows are; 1, 4 or 8 (halves alone) values in one store.
+template <class A, int count>
+__device__ __forceinline__ void store_run(Target to, std::int64_t at, const Run<A, count>& run) {
+  if constexpr (count == 1) {
+    store(to.data, to.dtype, at, run.v[0]);
+  } else if constexpr (std::is_same_v<A, double>) {
+    auto* pairs = reinterpret_cast<Pair<double>*>(static_cast<double*>(to.data) + at);
+    pairs[0] = {run.v[0], run.v[1]}, pairs[1] = {run.v[2], run.v[3]};
+  } else {
+    if constexpr (count == 4) {
+      if (to.dtype == Dtype::f32) {
+        *reinterpret_cast<Quad<float>*>(static_cast<float*>(to.data) + at) = run;
+        return;
       }
     }
-    return out;
+    struct alignas(2 * count) Halves {
+      std::uint16_t v[count];
+    } halves;
+    DML_UNROLL
+    for (int k = 0; k < count; ++k)
+      halves.v[k] = to.dtype == Dtype::bf16 ? narrow_bf16(run.v[k]) : narrow_f16(run.v[k]);
+    *reinterpret_cast<Halves*>(static_cast<std::uint16_t*>(to.data) + at) = halves;
   }
-  DML_UNROLL
-  for (int k = 0; k < 4; ++k) out.v[k] = j + k < m.cols ? load<A>(m, i, j + k) : A(0);
-  return out;
 }
 
 // --- reductions: the same order every time
@@ -198,6 +262,10 @@ template <class Kernel>
 Failure allow_shared(Kernel, std::size_t) {
   return nullptr;
 }
+template <class Kernel>
+std::int64_t resident_blocks(Kernel, std::size_t, std::int64_t wanted) {
+  return wanted < 5 ? wanted : 5;
+}
 inline Failure launch_failure() { return nullptr; }
 #else
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -215,6 +283,28 @@ Failure allow_shared(Kernel kernel, std::size_t bytes) {
   if (bytes <= 32768) return nullptr;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// How many of the wanted blocks a cooperative launch may have: those that the device runs at once.
+template <class Kernel>
+std::int64_t resident_blocks(Kernel kernel, std::size_t bytes, std::int64_t wanted) {
+  const std::int64_t count = processors();
+  if (wanted <= count) return wanted;
+  int each = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block_threads, bytes);
+  return wanted < each * count ? wanted : each * count;
+}
+
+template <class... Parameters>
+void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream,
+                     std::type_identity_t<Parameters>... arguments) {
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &cooperative, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);  // launch_failure() reports
 }
 
 inline Failure launch_failure() {

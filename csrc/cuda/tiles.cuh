@@ -14,7 +14,7 @@ constexpr int tile_pad = 4;     // so that rows of a tile begin in different ban
 
 // D in chunks of shared memory: `whole` where one holds all of it, so that tiles are read once and scaled in place.
 struct Chunks {
-  int size;  // a multiple of 4
+  int size;  // a multiple of 8
   bool whole;
 
   __device__ int stride() const { return size + tile_pad; }
@@ -23,31 +23,36 @@ struct Chunks {
 // `rows`: of all tiles together.
 template <class A>
 Chunks chunks_of(std::int64_t d, int rows, std::int64_t bytes) {
-  const std::int64_t most = (bytes / std::int64_t(rows * sizeof(A)) - tile_pad) / 4 * 4, all = (d + 3) / 4 * 4;
+  const std::int64_t most = (bytes / std::int64_t(rows * sizeof(A)) - tile_pad) / 8 * 8, all = (d + 7) / 8 * 8;
   return {int(all < most ? all : most), all <= most};
+}
+
+template <class A, int count>
+__device__ __forceinline__ void stage_runs(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks,
+                                           const A* norms, A* tile) {
+  const int runs = chunks.size / count;
+  DML_UNROLL_BY(4)
+  for (int at = threadIdx.x; at < rows * runs; at += block_threads) {
+    const int row = at / runs, column = at % runs * count;
+    Run<A, count> run{};
+    if (first + row < m.rows) run = load_run<A, count>(m, first + row, k + column);
+    if (norms) {
+      DML_UNROLL
+      for (int i = 0; i < count; ++i) run.v[i] /= norms[row];
+    }
+    auto* to = reinterpret_cast<Quad<A>*>(tile + row * chunks.stride() + column);
+    DML_UNROLL
+    for (int i = 0; i < count; i += 4) to[i / 4] = {run.v[i], run.v[i + 1], run.v[i + 2], run.v[i + 3]};
+  }
 }
 
 // Rows [first, first + rows), columns [k, k + chunk) of a matrix into a tile, over `norms` where given; 0 beyond the edges.
 template <class A>
 __device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks, const A* norms,
                       A* tile) {
-  const int quads = chunks.size / 4;
-  DML_UNROLL_BY(4)
-  for (int at = threadIdx.x; at < rows * quads; at += block_threads) {
-    const int row = at / quads, column = at % quads * 4;
-    Quad<A> quad{};
-    if (first + row < m.rows) quad = load_quad<A>(m, first + row, k + column);
-    if (norms) {
-      DML_UNROLL
-      for (int i = 0; i < 4; ++i) quad.v[i] /= norms[row];
-    }
-    *reinterpret_cast<Quad<A>*>(tile + row * chunks.stride() + column) = quad;
-  }
-}
-
-template <class A>
-__device__ __forceinline__ A square(const Quad<A>& quad) {
-  return quad.v[0] * quad.v[0] + quad.v[1] * quad.v[1] + quad.v[2] * quad.v[2] + quad.v[3] * quad.v[3];
+  if constexpr (std::is_same_v<A, float>)
+    if (m.together == 8) return stage_runs<A, 8>(m, first, rows, k, chunks, norms, tile);
+  stage_runs<A, 4>(m, first, rows, k, chunks, norms, tile);
 }
 
 // One side of the pairs: a matrix, its tile and max(|row|, eps) of the tile's rows. Rows are divided by it: times its
@@ -74,8 +79,7 @@ struct Side {
         for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4)
           sum += square(*reinterpret_cast<const Quad<A>*>(values + k));
       } else if (first + row < matrix.rows) {
-        for (std::int64_t k = lane * 4; k < matrix.cols; k += warp_lanes * 4)
-          sum += square(load_quad<A>(matrix, first + row, k));
+        over_row<A>(matrix, first + row, [&](const auto& run) { sum += square(run); });
       }
       const A norm = at_least(sqrt(warp_sum(sum)), eps);
       if (lane == 0) norms[row] = norm;

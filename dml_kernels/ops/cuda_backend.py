@@ -135,7 +135,7 @@ def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
 
 
 def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
-    """In two launches: distances, then gradients."""
+    """In one launch: distances, a barrier of all blocks, gradients; larger batches as the composition."""
     if not _fits(inputs):
         return composed("magnet").magnet_bwd(grad, different, needs, inputs, spec)
     targets = [_like(t, need, inputs.x) for t, need in zip((inputs.x, *inputs[3:]), needs, strict=True)]

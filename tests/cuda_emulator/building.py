@@ -31,7 +31,7 @@ def sources(csrc: Path) -> list[Path]:
 
 def digest(*parts: object) -> str:
     """Names a build by everything that goes into it."""
-    files = [*sorted(CSRC.glob("c*/*")), CSRC / "register_cuda.cpp", *sorted(HERE.glob("*.[hc]*"))]
+    files = [*sorted(CSRC.glob("c*/*")), *sorted(CSRC.glob("register_cuda*")), *sorted(HERE.glob("*.[hc]*"))]
     text = b"".join(f.read_bytes() for f in files if f.is_file()) + repr((parts, torch.__version__)).encode()
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -56,7 +56,7 @@ def library() -> Path:
         return out
     torch_dir = Path(torch.__file__).parent
     headers = (f"-isystem{torch_dir}/include", f"-isystem{torch_dir}/include/torch/csrc/api/include")
-    files = [*sources(CSRC), CSRC / "register_cuda.cpp"]
+    files = [*sources(CSRC), CSRC / "register_cuda.cpp", HERE / "counter.cpp"]
     objects = compile_objects(CSRC, files, out.parent, ("-O2", *TORCH_FLAGS, *headers))
     unfinished = out.with_suffix(f".{os.getpid()}")  # test processes side by side may build the same
     run((compiler(), "-shared", *objects, f"-L{torch_dir}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-o", unfinished))

@@ -53,7 +53,7 @@ void fill(void* data, Kind kind, std::size_t n) {
 Matrix matrix(Kind kind, std::int64_t rows, std::int64_t cols) {
   void* data = allocate(rows * cols * kind.size());
   fill(data, kind, rows * cols);
-  return {data, kind.dtype, cols % 4 == 0, rows, cols, cols, 1};
+  return {data, kind.dtype, kind.size() == 2 && cols % 8 == 0 ? 8 : cols % 4 == 0 ? 4 : 1, rows, cols, cols, 1};
 }
 
 [[maybe_unused]] Target target(Kind kind, std::int64_t n) { return {allocate(n * kind.size()), kind.dtype}; }
@@ -80,7 +80,10 @@ Failure drive(const std::string& what, Kind kind) {
 #else
   [[maybe_unused]] const std::int64_t m = 70;
 #endif
-  [[maybe_unused]] const std::int64_t n = 21, d = what.find("narrow") == 0 ? 5 : 36;
+  [[maybe_unused]] const std::int64_t n = 21, d = what == "wide"             ? 150
+                                                  : what.find("narrow") == 0 ? 5
+                                                  : kind.size() == 2         ? 40
+                                                                             : 36;
   [[maybe_unused]] const bool dot = what.find("dot") != std::string::npos;
   [[maybe_unused]] const Comparison problem{
       matrix(kind, n, d), matrix(kind, m, d), dot ? Metric::dot : Metric::euclidean, true, kind.wide, 1e-12};
@@ -111,7 +114,7 @@ Failure drive(const std::string& what, Kind kind) {
   if (what.find("backward") == std::string::npos)
     return normalize_forward(problem.x, 1e-12, target(kind, n * d), nullptr);
   return normalize_backward(matrix(kind, n, d), problem.x, 1e-12, target(kind, n * d), nullptr);
-#elif defined(DRIVE_magnet)
+#elif defined(DRIVE_magnet_forward) || defined(DRIVE_magnet_backward)
   const bool given = what.find("given") != std::string::npos;
   MagnetArgs args{problem.x,
                   given ? matrix(kind, 9, d) : Matrix{},
@@ -126,12 +129,14 @@ Failure drive(const std::string& what, Kind kind) {
                   true,
                   kind.wide,
                   Reduction::mean};
+#if defined(DRIVE_magnet_forward)
   const MagnetOut out{sums(kind, 1), sums(kind, n), sums(kind, 1)};
-  if (what.find("backward") == std::string::npos)
-    return magnet_forward(args, out, allocate(magnet_forward_bytes(args)), nullptr);
+  return magnet_forward(args, out, allocate(magnet_forward_bytes(args)), nullptr);
+#else
   return magnet_backward(args, vector(kind, n), vector(kind, n).data,
                          {target(kind, n * d), given ? target(kind, 9 * d) : Target{}, target(kind, 1)},
                          allocate(magnet_backward_bytes(args)), nullptr);
+#endif
 #endif
 }
 

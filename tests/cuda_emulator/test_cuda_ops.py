@@ -129,15 +129,33 @@ def test_a_bank_wider_than_shared_memory():
 
 def test_addresses_that_no_wide_load_may_use():
     """Rows that begin off the 16 bytes of a vector load, or whose stride is no multiple of four."""
-    from helpers import FP32, FP64, MIXED, assert_all_accurate
+    from helpers import BF16, FP16, FP32, FP64, MIXED, assert_all_accurate
 
-    def shifted(name, t):
-        if t.dim() != 2:
-            return t
-        room = torch.full((t.size(0), t.size(1) + 5), float("nan"), dtype=t.dtype)
-        return torch.cat((room, t), 1)[:, t.size(1) + 5 :] if name == "x" else torch.cat((room[:, :1], t), 1)[:, 1:]
+    def shifted(by, row):
+        """Rows that begin `by` values into a buffer whose rows have `row` values more than the matrix."""
 
-    for dtype in (FP32, FP64, MIXED):
-        problem = Problem.random(19, 45, 36, "dot", False)
-        problem.layout = shifted
-        assert_all_accurate(problem.run(dtype, "cuda"), problem.yardsticks(dtype))
+        def layout(name, t):
+            if t.dim() != 2:
+                return t
+            room = torch.full((t.size(0), t.size(1) + row), float("nan"), dtype=t.dtype)
+            room[:, by : by + t.size(1)] = t
+            return room[:, by : by + t.size(1)]
+
+        return layout
+
+    # 8 halves, 4 halves, the address or the stride off even those.
+    for by, row in ((8, 8), (4, 8), (8, 12), (5, 8), (8, 13)):
+        for dtype in (FP32, FP64, MIXED, BF16, FP16):
+            problem = Problem.random(19, 45, 40, "dot", False)
+            problem.layout = shifted(by, row)
+            assert_all_accurate(problem.run(dtype, "cuda"), problem.yardsticks(dtype))
+
+
+def test_a_half_that_ends_within_a_load():
+    """40 columns are 5 loads of 8 halves, 36 nine of 4; 1,028 are more than a chunk of shared memory."""
+    from helpers import BF16, FP16, assert_all_accurate
+
+    for d in (36, 40, 1028):
+        for dtype in (BF16, FP16):
+            problem = Problem.random(19, 45, d, "sqeuclidean", True)
+            assert_all_accurate(problem.run(dtype, "cuda"), problem.yardsticks(dtype))

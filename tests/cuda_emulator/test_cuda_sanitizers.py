@@ -21,7 +21,8 @@ CASES = {
     "lse_backward": ("euclidean", "dot", "proxy_nca", "narrow"),
     "distance": ("forward", "dot backward", "narrow backward"),
     "normalize": ("forward", "backward", "narrow backward"),
-    "magnet": ("forward", "given forward", "backward", "given backward"),
+    "magnet_forward": ("means", "given"),
+    "magnet_backward": ("means", "given", "wide"),
 }
 DTYPES = ("f32", "f64", "bf16")
 # Each a missing or misplaced piece of one line: (file, line as it is, line with the bug, who must see it, its words).
@@ -43,6 +44,15 @@ BUGS = {
     "two blocks write the same row": (
         "lse_forward.cu", "if (tx != 0 || row >= n) continue;", "if (tx != 0 || row >= n) continue;\n    "
         "static_cast<A*>(out.same)[0] = A(blockIdx.x);", "thread", "data race"),
+    "no barrier of all blocks between distances and gradients": (
+        "magnet_backward.cu", "  grid_barrier(ticket, gridDim.x);\n", "", "thread", "data race"),
+    "no fence after the other blocks have been waited for": (
+        "grid_barrier.cuh", "    }\n    __threadfence();", "    }", "thread", "data race"),
+    "a barrier of all blocks that not all reach": (
+        "magnet_backward.cu", "grid_barrier(ticket, gridDim.x);", "if (blockIdx.x) grid_barrier(ticket, gridDim.x);",
+        "address", "none arrives"),
+    "a barrier of all blocks in a launch that is not cooperative": (
+        "magnet_backward.cu", "DML_LAUNCH_TOGETHER", "DML_LAUNCH", "address", "not cooperative"),
     "a barrier for some threads only": (
         "lse_forward.cu", "RowState<A> states[own_count];", "RowState<A> states[own_count];\n  "
         "if (threadIdx.x < 7) __syncthreads();", "address", "__syncthreads"),
@@ -94,7 +104,9 @@ def test_a_planted_bug_is_found(bug, tmp_path):
     text = (csrc / "cuda" / name).read_text()
     assert text.count(line) == 1, f"{name} holds {line!r} {text.count(line)} times: the plant must follow the source"
     (csrc / "cuda" / name).write_text(text.replace(line, wrong))
-    executable = building.program("lse_forward", SANITIZERS[sanitizer], csrc, keep=tmp_path)
-    code, text = run(executable, "proxy_nca", "f32")
+    file, case = ("magnet_backward", "means") if name in ("magnet_backward.cu", "grid_barrier.cuh") else (
+        "lse_forward", "proxy_nca")  # fmt: skip
+    executable = building.program(file, SANITIZERS[sanitizer], csrc, keep=tmp_path)
+    code, text = run(executable, case, "f32")
     assert code != 0
     assert words in text
