@@ -108,3 +108,12 @@ def project(
     launch(row_kernels.project_kernel, (cdiv(rows, tile.block_n),), arguments, num_warps=tile.num_warps,
            num_stages=tile.num_stages)  # fmt: skip
     return out
+
+
+def finish(
+    grad: Tensor, operand: Operand, own: Tensor | None, out: Tensor, *, lift: Tensor | None, folded: bool
+) -> Tensor:
+    """``project``, or a copy where there is nothing to project."""
+    if operand.r is None and own is None and lift is None:
+        return out.copy_(grad)
+    return project(grad, operand, out, own=own, lift=lift, folded=folded)
