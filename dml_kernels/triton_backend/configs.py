@@ -166,9 +166,10 @@ def pick(
     if d <= config.block_d:
         smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
-    if extras and KINDS[dtype] == HALF and arch != "interpreter":
-        config = config._replace(block_n=64, block_m=64)
-    if bank.itemsize > dtype.itemsize:  # the bank is cast in the tile: each stage holds it in its own dtype
+    owner, wider = kernel in ("rows", "bank"), bank.itemsize > dtype.itemsize
+    if (extras or (owner and wider)) and KINDS[dtype] == HALF and arch != "interpreter":
+        config = config._replace(block_n=64, block_m=32 if extras and kernel == "rows" else 64)
+    if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config
 
@@ -187,7 +188,7 @@ def form(arch: str, dtype: torch.dtype, d: int, metric: str) -> str:
     Where the table has tiles for the owned form it is the faster one by the cost model, for the gradient of either
     matrix and of both; a test compares this with ``model.faster``.
     """
-    if _forced_forms:
+    if _forced_forms and d <= OWNED_WIDTH:
         return _forced_forms[-1]
     return "owned" if has_owned(arch, dtype, d, metric) else "chunk"
 

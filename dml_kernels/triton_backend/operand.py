@@ -76,7 +76,7 @@ def tile_arguments(x: Operand, w: Operand, metric: str, dtype: torch.dtype, tile
         "width": x.t.size(1), "D": x.t.size(1), "METRIC": metric, "NORMALIZE": x.r is not None,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_D": tile.block_d,
         "PRODUCT": PRODUCTS[dtype], "ACC": ACCUMULATE[accumulate_dtype(dtype)],
-        "PRECISION": fp32_products(x.t.device, dtype),
+        "PRECISION": fp32_products(configs.arch_of(x.t.device), dtype),
     }  # fmt: skip
 
 

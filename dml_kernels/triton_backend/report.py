@@ -38,6 +38,7 @@ class Case(NamedTuple):
     options: bool = False
     rows: int = 256
     columns: int = 4096
+    precision: str = "highest"  # PyTorch's setting for fp32 products
 
 
 CASES = (
@@ -52,9 +53,12 @@ CASES = (
     Case("fp16", 512, "euclidean", torch.float16, torch.float16),
     Case("fp32", 128, "cosine", torch.float32, torch.float32),
     Case("fp32", 128, "sqeuclidean", torch.float32, torch.float32),
+    *(Case(f"fp32 {p}", 128, metric, torch.float32, torch.float32, precision=p)
+      for p in ("high", "medium") for metric in ("cosine", "sqeuclidean")),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
 )
-QUICK = tuple(c for c in CASES if c.d in (1, 128, 512) and c.name not in ("fp16", "fp64", "odd"))
+QUICK = tuple(c for c in CASES if c.d in (1, 128, 512) and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
+              and (c.name, c.metric) != ("fp32 high", "sqeuclidean"))
 
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options
@@ -73,6 +77,7 @@ def launches(case: Case, arch: str) -> list[Launch]:
                 m if some else None)  # fmt: skip
     dtype = case.x
     spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, "linear", [], "triton")
+    torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
         logsumexp.masked_logsumexp_fwd(bank, spec)
         for form in ("chunk", "owned"):

@@ -60,6 +60,14 @@ def test_products_run_on_tensor_cores(builds):
     assert not failures(used, lambda b: b["counts"].get(TENSOR_CORES[b["arch"]], 0) == 0)
 
 
+def test_fp32_products_run_on_tensor_cores_where_the_precision_setting_lets_them(builds):
+    for name, wanted in (("fp32", False), ("fp32 high", True), ("fp32 medium", True)):
+        used = [b for b in builds if b["kernel"] in MULTIPLY and b["case"] == name and b["arch"] != "gfx942"]
+        assert used or name == "fp32 medium"
+        counts = {sum(b["counts"].get(k, 0) for k in ("HMMA", "HGMMA", "UTCHMMA")) > 0 for b in used}
+        assert counts <= {wanted}, name
+
+
 def test_a_tile_too_large_is_seen_to_spill():
     # The check must be able to fail: the same kernel with four times the tile.
     code = """
