@@ -105,6 +105,7 @@ NEAR = Config(32, 32, 64, 4, 2)
 
 _forced: list[str] = []
 _forced_forms: list[str] = []
+_trials: dict[str, Config] = {}
 
 
 @contextlib.contextmanager
@@ -125,6 +126,16 @@ def take_form(name: str) -> Iterator[None]:
         yield
     finally:
         _forced_forms.pop()
+
+
+@contextlib.contextmanager
+def trial(kernel: str, config: Config) -> Iterator[None]:
+    """Launch one kernel with this tile whatever the table says, to try it."""
+    _trials[kernel] = config
+    try:
+        yield
+    finally:
+        del _trials[kernel]
 
 
 @functools.cache
@@ -161,6 +172,8 @@ def pick(
 
     ``extras``: bank labels, exclusions, column scales or biases, which take registers for every column of a tile.
     """
+    if kernel in _trials:
+        return _trials[kernel]
     width = next(i for i, limit in enumerate(WIDTHS) if limit is None or d <= limit)
     config = TABLE[arch][kernel, KINDS[dtype], metric != "dot"][width]
     if d <= config.block_d:

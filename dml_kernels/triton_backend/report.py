@@ -53,18 +53,26 @@ CASES = (
     Case("fp16", 512, "euclidean", torch.float16, torch.float16),
     Case("fp32", 128, "cosine", torch.float32, torch.float32),
     Case("fp32", 128, "sqeuclidean", torch.float32, torch.float32),
-    *(Case(f"fp32 {p}", 128, metric, torch.float32, torch.float32, precision=p)
-      for p in ("high", "medium") for metric in ("cosine", "sqeuclidean")),
+    *(
+        Case(f"fp32 {p}", 128, metric, torch.float32, torch.float32, precision=p)
+        for p in ("high", "medium")
+        for metric in ("cosine", "sqeuclidean")
+    ),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
 )
-QUICK = tuple(c for c in CASES if c.d in (1, 128, 512) and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
-              and (c.name, c.metric) != ("fp32 high", "sqeuclidean"))
+QUICK = tuple(
+    c
+    for c in CASES
+    if c.d in (1, 128, 512)
+    and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
+    and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
+)
 
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options
 
 
-def launches(case: Case, arch: str) -> list[Launch]:
+def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -> list[Launch]:
     """Every launch of forward and backward of the ops, recorded from the host code."""
     found: list[Launch] = []
     x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns, case.d, dtype=case.w)
@@ -80,8 +88,8 @@ def launches(case: Case, arch: str) -> list[Launch]:
     torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
         logsumexp.masked_logsumexp_fwd(bank, spec)
-        for form in ("chunk", "owned"):
-            if form == "chunk" or configs.has_owned(arch, dtype, case.d, base):
+        for form in forms:
+            if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
                 with configs.take_form(form):
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
@@ -154,7 +162,16 @@ def show(builds: list[dict[str, Any]]) -> None:
           f"{'launches':>9}{'registers':>10}{'ms':>9}")  # fmt: skip
     for arch in archs:
         for m, d, n in model.SHAPES:
-            _show_cost(arch, m, d, n, "forward", "", model.forward(arch, n, m, d), _registers(builds, arch, d, "forward_kernel"))
+            _show_cost(
+                arch,
+                m,
+                d,
+                n,
+                "forward",
+                "",
+                model.forward(arch, n, m, d),
+                _registers(builds, arch, d, "forward_kernel"),
+            )
             for side in model.SIDES:
                 for form in model.forms(arch, d):
                     chosen = form == configs.form(arch, torch.bfloat16, d, "dot")

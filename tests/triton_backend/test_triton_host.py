@@ -138,7 +138,8 @@ def test_without_triton_the_reason_says_how_to_install_it():
 
 
 def test_the_interpreter_is_never_chosen_unasked():
-    out = run("""
+    out = run(
+        """
 import torch
 from dml_kernels import use_backend
 from dml_kernels.ops import backend
@@ -146,7 +147,9 @@ ask = lambda dtype: backend.choose("masked_logsumexp", torch.device("cpu"), dtyp
 print(*{ask(dtype) == "triton" for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)})
 with use_backend("triton"):
     print(ask(torch.float16))
-""", TRITON_INTERPRET="1")
+""",
+        TRITON_INTERPRET="1",
+    )
     assert out.splitlines() == ["False", "triton"]
 
 
