@@ -1,4 +1,4 @@
-"""``python -m dml_kernels.triton_backend.autotune``: the fastest tiles on this GPU, as rows for the table of ``configs.py``.
+"""``python -m dml_kernels.triton_backend.autotune``: the fastest tiles on this GPU, as rows for ``configs.py``.
 
 For each kernel, dtype, metric and width: every candidate that fits the chip's shared memory is compiled, those that
 spill are dropped, the others must agree with fp64 before they are timed. Nothing is searched when the package runs:

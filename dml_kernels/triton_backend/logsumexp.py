@@ -149,7 +149,7 @@ class Backward:
             self.of_bias[block.cols] += b_cols.sum(0)
 
     def owned(self, which: str) -> Tensor | None:
-        """grad_x ("rows") or grad_w ("bank") in the owned form, where needed; and what belongs to that side beside it."""
+        """grad_x ("rows") or grad_w ("bank") in the owned form, where needed; sums beside it that are of that side."""
         rows = which == "rows"
         operand, walked = (self.x, self.w) if rows else (self.w, self.x)
         tile = _pick(which, self.bank, self.spec)

@@ -14,7 +14,7 @@ from .tiles import NEAR, clamped, column, columns, load_tile, rounded
 
 @triton.jit
 def factor(tile, r_ptr, offs, UNITS: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr):
-    """A stored tile as the gradient's product takes it: with UNITS (fp16) unit vectors, as no power of two suits all."""
+    """A stored tile as the gradient's product takes it: with UNITS (fp16) unit vectors: no power of two suits all."""
     if UNITS:
         tile = tile.to(ACC) * tl.load(r_ptr + offs)[:, None]
     return tile.to(PRODUCT)

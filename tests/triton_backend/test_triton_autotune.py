@@ -91,6 +91,15 @@ def test_help_says_what_to_do_with_the_rows(capsys):
     assert "configs.py" in capsys.readouterr().out
 
 
+def test_the_gpu_script_has_a_stage_of_every_entry():
+    main, tiles = (pytest.importorskip(f"bench.gpu.{m}", reason="no benchmarks here") for m in ("__main__", "tiles"))
+    cases = dict(tiles.tasks("cpu", dry=True))
+    assert len(cases) == 2 * 4 * 2 + 2 * 2 * 2
+    assert {run()["status"] for run in cases.values()} == {"skipped"}
+    assert "autotune" in main.OPTIONAL
+    assert "autotune" not in main.STAGES
+
+
 # In other processes: nothing is interpreted.
 
 
