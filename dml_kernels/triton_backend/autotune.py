@@ -68,6 +68,11 @@ def candidates(task: Task, arch: str) -> list[Config]:
         return []
     blocks_d = (whole,) if owner else sorted({min(b, whole) for b in BLOCKS_D})
     found = (Config(*c) for c in itertools.product(BLOCKS_N, BLOCKS_M, blocks_d, WARPS, STAGES))
+    if task.kernel == "forward" and arch in ("sm_90", "sm_100"):
+        plain = [*found]
+        found = iter(
+            [*plain, *(c._replace(tma=True) for c in plain if c.num_warps == 8 and c.block_n * c.block_m >= 8192)]
+        )
     threads = configs.CHIPS[arch].target[2]
     return [
         c for c in found
@@ -167,7 +172,7 @@ def row(kernel: str, dtype: torch.dtype, distance: bool, found: Sequence[Config]
     shown = list(found)
     while len(shown) > 1 and shown[-1] == shown[-2]:
         shown.pop()  # the last stands for the rest
-    inside = ", ".join(f"Config({', '.join(map(str, c))})" for c in shown)
+    inside = ", ".join(f"Config({', '.join(map(str, c if c.tma else c[:-1]))})" for c in shown)
     return f'("{kernel}", {KIND_NAMES[configs.KINDS[dtype]]}, {distance}): _wide({inside}),'
 
 

@@ -15,13 +15,18 @@ import torch
 
 
 class Config(NamedTuple):
-    """A tile of block_n rows by block_m bank entries, block_d columns at a time."""
+    """A tile of block_n rows by block_m bank entries, block_d columns at a time.
+
+    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where the matrices allow it. Compiled
+    and interpreted, it is right; nobody has timed it, so no entry of the table takes it yet.
+    """
 
     block_n: int
     block_m: int
     block_d: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 class Chip(NamedTuple):

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..ops.contract import Bank, Spec, accumulate_dtype
@@ -58,6 +59,19 @@ def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
     return Operand.of(bank.x, *kind), Operand.of(bank.w, *kind)
 
 
+def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
+    """Whether the forward's tiles come by tensor descriptors: asked for, and rows contiguous and aligned to 16 bytes."""
+    return tile.tma and all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.size(0) < 1 << 30
+        for t in (x, w)
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where Triton puts the descriptors of a launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     n, m = bank.x.size(0), bank.w.size(0)
     acc = accumulate_dtype(spec.dtype)
@@ -77,8 +91,10 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         arguments = {
             **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit, "out_ptr": parts, "N": n, "M": m,
             "span": per_split * tile.block_m, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
-            "peak": peak or 0.0,
+            "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
         }  # fmt: skip
+        if arguments["TMA"] and bank.x.is_cuda:
+            triton.set_allocator(_scratch)
         launch(forward.forward_kernel, (n_tiles, splits), arguments, num_warps=tile.num_warps,
                num_stages=tile.num_stages)  # fmt: skip
         arguments = {

@@ -179,6 +179,18 @@ def test_a_fixed_offset_is_taken_up_to_its_limit_and_is_accurate_there(metric):
     assert [peak is not None for peak in taken] == [True, False, True]
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=lambda d: d.name)
+@pytest.mark.parametrize(("d", "taken"), [(64, True), (136, True), (41, False)])
+def test_tiles_by_descriptors_are_accurate_and_left_alone_where_rows_are_not_aligned(d, taken, dtype):
+    seen = []
+    original = logsumexp.by_descriptors
+    metric = METRICS[(d // 8 + (dtype == FP32)) % 6]
+    with pytest.MonkeyPatch.context() as patch, configs.trial("forward", configs.Config(32, 64, 64, 1, 1, tma=True)):
+        patch.setattr(logsumexp, "by_descriptors", lambda *a: seen.append(original(*a)) or seen[-1])
+        check(shaped, (45, 150, d, *metric), dtype, B)
+    assert set(seen) == {taken}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The promises of the shared tests, on this backend
 
