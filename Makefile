@@ -33,8 +33,9 @@ demo: $(VENV)/.stamp-build $(VENV)/.stamp-demo ## the main job: train on Han cha
 test: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-test-all: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, with the slow ones; then again on PyTorch's CUDA build (several GB)
+test-all: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## the tests, with the slow ones and Triton's; then again on PyTorch's CUDA build (several GB)
 	$(PYTEST) $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_backend $(TEST_ARGS)
 	.ci/cuda-stack --all $(TEST_ARGS)
 
 test-triton: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## the Triton kernels, interpreted and compiled ahead of time

@@ -7,5 +7,6 @@
 | `checks.py` | build, correctness against fp64, same bits, streams and graphs, compute-sanitizer |
 | `speed.py` | ceilings of this GPU, times and peak memory of large problems beside the peers |
 | `small.py` | latency of small problems, launches counted |
+| `tiles.py` | the fastest tiles of the Triton kernels, on request (`--stages autotune`) |
 | `peers.py` | who else can compute the same loss |
 """

@@ -15,7 +15,7 @@ import torch
 import dml_kernels
 from dml_kernels import build_info
 
-from . import checks, small, speed
+from . import checks, small, speed, tiles
 from .store import ROOT, OutOfTime, Store
 
 STAGES = {
@@ -28,6 +28,8 @@ STAGES = {
     "step": speed.steps,
     "small": small.cases,
 }
+# Not run unless asked for: minutes of compiling, for whoever means to change the table of tiles.
+OPTIONAL = {"autotune": tiles.tasks}
 EPILOG = """\
 status: 0; 1 where a case of ours is wrong or raises; 75 where the time ran out: run the same command again, it goes on
 where it was. Results of other sources than today's are dropped. Peers (cut-cross-entropy, liger-kernel, quack-kernels)
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.gpu", description=__doc__.splitlines()[0], epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--stages", default=",".join(STAGES), metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument(
+        "--stages", default=",".join(STAGES), metavar="NAME,...", help="default: %(default)s; more: autotune"
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="default bench/results"
     )
@@ -62,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="the whole path at tiny sizes on the CPU")
     options = parser.parse_args(argv)
     wanted = [name.strip() for name in options.stages.split(",")]
-    if unknown := [name for name in wanted if name not in STAGES]:
-        parser.error(f"unknown stage {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    if unknown := [name for name in wanted if name not in STAGES | OPTIONAL]:
+        parser.error(f"unknown stage {unknown[0]!r}; the stages are {', '.join(STAGES | OPTIONAL)}")
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here; --dry-run goes through the stages on the CPU")
     if build_info.load().module is None and "DML_GPU_BUILT" not in os.environ:
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     try:
         for stage in wanted:
-            for name, run in STAGES[stage](device, options.dry_run):
+            for name, run in (STAGES | OPTIONAL)[stage](device, options.dry_run):
                 store.case(stage, name, run)
     except OutOfTime:
         status = 75

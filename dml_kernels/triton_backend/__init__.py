@@ -5,10 +5,13 @@
 | ``tiles.py`` | device functions: products, scores, memberships of one tile |
 | ``row_kernels.py`` | norms, normalisation, projection of gradients |
 | ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
+| ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings |
 | ``distance.py`` | kernels of normalized_distance |
 | ``logsumexp.py``, ``matrices.py`` | the ops: what is launched, in which order |
 | ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
-| ``configs.py``, ``precision.py`` | tile shapes by architecture; arithmetic of fp32 products |
+| ``configs.py``, ``precision.py`` | tiles and forms by architecture; arithmetic of fp32 products |
+| ``model.py`` | the cost model, by which the form of the backward is chosen |
+| ``autotune.py`` | timing tiles on a real GPU, for the table |
 | ``aot.py``, ``report.py`` | compiling with no GPU at hand, and the report of what came out |
 | ``interpreter.py`` | corrections to Triton's interpreter |
 

@@ -40,6 +40,103 @@ def incoming(ptr, offs_n, counts):
 
 
 @triton.jit
+def rows_of_tile(
+    offs_n, mask_n, y_ptr, c_ptr, exclude_ptr, scale_ptr, rx_ptr, sqx_ptr, stride_scale, ignore_index, first,
+    METRIC: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What a tile needs of its rows: (which count, place of the label, place left out, scale, norm's inverse, square).
+
+    Places are bank indices less ``first``; with bank labels (c_ptr) the label itself. What nobody asks for stands for
+    something that is there.
+    """
+    y = tl.load(y_ptr + offs_n)
+    counts = mask_n & (y != ignore_index)
+    place = y
+    if c_ptr is None:
+        place = y - first
+    exclude = y
+    if exclude_ptr is not None:
+        exclude = tl.load(exclude_ptr + offs_n) - first
+    t = row_scale(scale_ptr, offs_n, stride_scale, ACC)
+    rx, sqx = t, t
+    if NORMALIZE:
+        rx = tl.load(rx_ptr + offs_n)
+    if METRIC != "dot":
+        sqx = tl.load(sqx_ptr + offs_n)
+    return counts, place, exclude, t, rx, sqx
+
+
+@triton.jit
+def scores(
+    s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd, rx, sqx, rw_ptr, sqw_ptr,
+    D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Raw products of a tile -> scores; of a cosine without the rows' norms, which the slopes carry."""
+    if METRIC != "dot":
+        s = squared_distances(
+            s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,
+            rx, sqx, rw_ptr, sqw_ptr, D, NORMALIZE, BLOCK_M, ACC,
+        )  # fmt: skip
+        s = distances_to_scores(s, METRIC)
+    elif NORMALIZE:
+        s = s * column(rw_ptr, m0, left, BLOCK_M)[None, :]
+    return s
+
+
+@triton.jit
+def pair_gradients(
+    s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
+    same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
+    k_same, o_same, k_different, o_different,
+    UNIT: tl.constexpr, EXCLUDE: tl.constexpr, T_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Scores s of a tile -> (dz, dz k, and with T_ROWS the scale's gradient by row), both sets together."""
+    # The forward's own steps in its own order: z - lse keeps no rounding error that it did not have.
+    k_s, k_d = tl.cast(k_same, ACC), tl.cast(k_different, ACC)
+    slope_same, slope_different = k_s * t, k_d * t
+    base_same, base_different = slope_same * tl.cast(o_same, ACC), slope_different * tl.cast(o_different, ACC)
+    if UNIT:
+        slope_same, slope_different = slope_same * rx, slope_different * rx
+    qs = s
+    if q_ptr is not None:
+        qs = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+
+    z = qs * slope_different[:, None] - base_different[:, None]
+    if bias_ptr is not None:
+        z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+    counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
+    counted = counted & (same_label(place, c_ptr, m0, left, BLOCK_M) == 0)
+    dz = tl.exp2((z - closed(different_ptr, offs_n, counts)[:, None]) * LOG2E)
+    dz = dz * incoming(g_different_ptr, offs_n, counts)[:, None]
+    if h_different_ptr is not None:
+        dz += incoming(h_different_ptr, offs_n, counts)[:, None]
+    dz = tl.where(counted, dz, 0.0)
+    ds = dz * k_d
+    t_row = tl.zeros((BLOCK_N,), ACC)
+    if T_ROWS:
+        t_row += tl.sum(ds * qs, 1) * (rx if UNIT else 1.0) - tl.sum(ds, 1) * tl.cast(o_different, ACC)
+
+    if any_same(place, c_ptr, m0, left, BLOCK_M):
+        counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
+        counted = counted & same_label(place, c_ptr, m0, left, BLOCK_M)
+        z = qs * slope_same[:, None] - base_same[:, None]
+        if bias_ptr is not None:
+            z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+        more = tl.exp2((z - closed(same_ptr, offs_n, counts)[:, None]) * LOG2E)
+        more = more * incoming(g_same_ptr, offs_n, counts)[:, None]
+        if h_same_ptr is not None:
+            more += incoming(h_same_ptr, offs_n, counts)[:, None]
+        more = tl.where(counted, more, 0.0)
+        dz += more
+        more = more * k_s
+        ds += more
+        if T_ROWS:
+            t_row += tl.sum(more * qs, 1) * (rx if UNIT else 1.0) - tl.sum(more, 1) * tl.cast(o_same, ACC)
+    return dz, ds, t_row
+
+
+@triton.jit
 def store_gradient(
     ds, s, e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, lift_ptr, rx, sqx, rw_ptr, sqw_ptr,
     N, M, offs_n, mask_n, m0, left, n_tile, m_tile, n_tiles, stride_e,
@@ -98,7 +195,6 @@ def gradient_kernel(
     offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)
     m0 = m_tile.to(tl.int64) * BLOCK_M
     local, left = columns(m0, M, BLOCK_M)
-    EXCLUDE: tl.constexpr = exclude_ptr is not None
     UNIT: tl.constexpr = NORMALIZE and METRIC == "dot"
 
     x_tile = offs_n
@@ -108,69 +204,20 @@ def gradient_kernel(
         x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd, width,
         D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
     )  # fmt: skip
-    t = row_scale(scale_ptr, offs_n, stride_scale, ACC)
-    rx, sqx = t, t
-    if NORMALIZE:
-        rx = tl.load(rx_ptr + offs_n)
-    if METRIC != "dot":
-        sqx = tl.load(sqx_ptr + offs_n)
-        s = squared_distances(
-            s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,
-            rx, sqx, rw_ptr, sqw_ptr, D, NORMALIZE, BLOCK_M, ACC,
-        )  # fmt: skip
-        s = distances_to_scores(s, METRIC)
-    if UNIT:
-        s = s * column(rw_ptr, m0, left, BLOCK_M)[None, :]
-
-    y = tl.load(y_ptr + offs_n)
-    counts = mask_n & (y != ignore_index)
-    place = y
-    if c_ptr is None:
-        place = y - first
-    exclude = y
-    if EXCLUDE:
-        exclude = tl.load(exclude_ptr + offs_n) - first
-    # The forward's own steps in its own order: z - lse keeps no rounding error that it did not have.
-    k_s, k_d = tl.cast(k_same, ACC), tl.cast(k_different, ACC)
-    slope_same, slope_different = k_s * t, k_d * t
-    base_same, base_different = slope_same * tl.cast(o_same, ACC), slope_different * tl.cast(o_different, ACC)
-    if UNIT:
-        slope_same, slope_different = slope_same * rx, slope_different * rx
-    qs = s
-    if q_ptr is not None:
-        qs = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
-
-    z = qs * slope_different[:, None] - base_different[:, None]
-    if bias_ptr is not None:
-        z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
-    counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
-    counted = counted & (same_label(place, c_ptr, m0, left, BLOCK_M) == 0)
-    dz = tl.exp2((z - closed(different_ptr, offs_n, counts)[:, None]) * LOG2E)
-    dz = dz * incoming(g_different_ptr, offs_n, counts)[:, None]
-    if h_different_ptr is not None:
-        dz += incoming(h_different_ptr, offs_n, counts)[:, None]
-    dz = tl.where(counted, dz, 0.0)
-    ds = dz * k_d
-    t_row = tl.zeros((BLOCK_N,), ACC)
-    if t_rows_ptr is not None:
-        t_row += tl.sum(ds * qs, 1) * (rx if UNIT else 1.0) - tl.sum(ds, 1) * tl.cast(o_different, ACC)
-
-    if any_same(place, c_ptr, m0, left, BLOCK_M):
-        counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
-        counted = counted & same_label(place, c_ptr, m0, left, BLOCK_M)
-        z = qs * slope_same[:, None] - base_same[:, None]
-        if bias_ptr is not None:
-            z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
-        more = tl.exp2((z - closed(same_ptr, offs_n, counts)[:, None]) * LOG2E)
-        more = more * incoming(g_same_ptr, offs_n, counts)[:, None]
-        if h_same_ptr is not None:
-            more += incoming(h_same_ptr, offs_n, counts)[:, None]
-        more = tl.where(counted, more, 0.0)
-        dz += more
-        more = more * k_s
-        ds += more
-        if t_rows_ptr is not None:
-            t_row += tl.sum(more * qs, 1) * (rx if UNIT else 1.0) - tl.sum(more, 1) * tl.cast(o_same, ACC)
+    counts, place, exclude, t, rx, sqx = rows_of_tile(
+        offs_n, mask_n, y_ptr, c_ptr, exclude_ptr, scale_ptr, rx_ptr, sqx_ptr, stride_scale, ignore_index, first,
+        METRIC, NORMALIZE, ACC,
+    )  # fmt: skip
+    s = scores(
+        s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd, rx, sqx, rw_ptr, sqw_ptr,
+        D, METRIC, NORMALIZE, BLOCK_M, ACC,
+    )  # fmt: skip
+    dz, ds, t_row = pair_gradients(
+        s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
+        same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
+        k_same, o_same, k_different, o_different,
+        UNIT, exclude_ptr is not None, t_rows_ptr is not None, BLOCK_N, BLOCK_M, ACC,
+    )  # fmt: skip
 
     index = tl.arange(0, BLOCK_M)
     if t_rows_ptr is not None:

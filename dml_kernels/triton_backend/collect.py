@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops.contract import accumulate_dtype
 from . import configs, near
 from .launch import ACCUMULATE, cdiv, launch
-from .operand import Operand, part, project
+from .operand import Operand, finish, part
 
 # The buffers of a chunk fit a GPU's cache. Wide embeddings do enough arithmetic on each dS to live with memory, and
 # many rows then take larger chunks, so that launching does not take longer than computing.
@@ -176,9 +176,7 @@ class Gradients:
         launch(near.near_kernel, grid, arguments, num_warps=configs.NEAR.num_warps, num_stages=1)
 
     def _finish(self, grad: Tensor, operand: Operand, own: Tensor | None, out: Tensor) -> Tensor:
-        if operand.r is None and own is None and self.lift is None:
-            return out.copy_(grad)
-        return project(grad, operand, out, own=own, lift=self.lift, folded=self.fold)
+        return finish(grad, operand, own, out, lift=self.lift, folded=self.fold)
 
     def _finish_x(self) -> Tensor | None:
         if self.grad_x is None:

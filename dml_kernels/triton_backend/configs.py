@@ -15,13 +15,18 @@ import torch
 
 
 class Config(NamedTuple):
-    """A tile of block_n rows by block_m bank entries, block_d columns at a time."""
+    """A tile of block_n rows by block_m bank entries, block_d columns at a time.
+
+    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where the matrices allow it. Compiled
+    and interpreted, it is right; nobody has timed it, so no entry of the table takes it yet.
+    """
 
     block_n: int
     block_m: int
     block_d: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 class Chip(NamedTuple):
@@ -62,6 +67,8 @@ _HOPPER = {
         Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4)
     ),
     ("gradient", HALF, True): _wide(Config(64, 64, 64, 8, 3), Config(64, 64, 128, 8, 3), Config(64, 64, 64, 8, 4)),
+    ("rows", HALF, False): _wide(Config(128, 64, 128, 8, 3)),
+    ("bank", HALF, False): _wide(Config(64, 128, 128, 8, 3)),
     **{(kernel, FP32, False): _wide(Config(64, 64, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
@@ -72,6 +79,7 @@ _AMPERE = {
        for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 3), Config(64, 64, 128, 8, 3), Config(64, 64, 64, 8, 4))
        for kernel in ("forward", "gradient")},
+    **{(kernel, HALF, False): _wide(Config(64, 64, 128, 8, 3)) for kernel in ("rows", "bank")},
 }  # fmt: skip
 _BLACKWELL = {
     **_HOPPER,
@@ -79,15 +87,17 @@ _BLACKWELL = {
     ("gradient", HALF, False): _wide(Config(128, 64, 64, 8, 3), Config(128, 64, 128, 8, 3), Config(128, 64, 64, 8, 4)),
     **{(kernel, FP32, False): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     ("gradient", FP64, True): _wide(Config(32, 16, 32, 4, 2)),
+    ("bank", HALF, False): _wide(Config(128, 64, 128, 8, 3)),
 }
 _CDNA3 = {
     **_HOPPER,
     **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
+    **{(kernel, HALF, False): _wide(Config(64, 64, 128, 8, 2)) for kernel in ("rows", "bank")},
 }
 _INTERPRETER = {
     (kernel, kind, distance): _wide(Config(32, 64, 64, 1, 1), Config(32, 64, 128, 1, 1), Config(32, 64, 64, 1, 1))
-    for kernel in ("forward", "gradient")
+    for kernel in ("forward", "gradient", "rows", "bank")
     for kind in (HALF, FP32, FP64)
     for distance in (False, True)
 }
@@ -99,6 +109,8 @@ ROWS = Config(16, 0, 128, 4, 2)
 NEAR = Config(32, 32, 64, 4, 2)
 
 _forced: list[str] = []
+_forced_forms: list[str] = []
+_trials: dict[str, Config] = {}
 
 
 @contextlib.contextmanager
@@ -109,6 +121,26 @@ def compile_for(arch: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def take_form(name: str) -> Iterator[None]:
+    """Take one form of the backward, "owned" or "chunk", whatever the table says: to compile, test or time it."""
+    _forced_forms.append(name)
+    try:
+        yield
+    finally:
+        _forced_forms.pop()
+
+
+@contextlib.contextmanager
+def trial(kernel: str, config: Config) -> Iterator[None]:
+    """Launch one kernel with this tile whatever the table says, to try it."""
+    _trials[kernel] = config
+    try:
+        yield
+    finally:
+        del _trials[kernel]
 
 
 @functools.cache
@@ -141,20 +173,42 @@ def cores_of(device: torch.device) -> int:
 def pick(
     kernel: str, arch: str, dtype: torch.dtype, d: int, metric: str, bank: torch.dtype, extras: bool = False
 ) -> Config:
-    """The tile for one kernel ("forward" or "gradient") on products of ``dtype`` over width ``d``.
+    """The tile for one kernel ("forward", "gradient", "rows" or "bank") on products of ``dtype`` over width ``d``.
 
     ``extras``: bank labels, exclusions, column scales or biases, which take registers for every column of a tile.
     """
+    if kernel in _trials:
+        return _trials[kernel]
     width = next(i for i, limit in enumerate(WIDTHS) if limit is None or d <= limit)
     config = TABLE[arch][kernel, KINDS[dtype], metric != "dot"][width]
     if d <= config.block_d:
         smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
-    if extras and KINDS[dtype] == HALF and arch != "interpreter":
-        config = config._replace(block_n=64, block_m=64)
-    if bank.itemsize > dtype.itemsize:  # the bank is cast in the tile: each stage holds it in its own dtype
+    owner, wider = kernel in ("rows", "bank"), bank.itemsize > dtype.itemsize
+    if (extras or (owner and wider)) and KINDS[dtype] == HALF and arch != "interpreter":
+        config = config._replace(block_n=64, block_m=32 if extras and kernel == "rows" else 64)
+    if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config
+
+
+# Beyond this the owned form's accumulators no longer fit the registers beside the scores.
+OWNED_WIDTH = 128
+
+
+def has_owned(arch: str, dtype: torch.dtype, d: int, metric: str) -> bool:
+    return d <= OWNED_WIDTH and ("rows", KINDS[dtype], metric != "dot") in TABLE[arch]
+
+
+def form(arch: str, dtype: torch.dtype, d: int, metric: str) -> str:
+    """ "owned" or "chunk": how the backward takes its second products.
+
+    Where the table has tiles for the owned form it is the faster one by the cost model, for the gradient of either
+    matrix and of both; a test compares this with ``model.faster``.
+    """
+    if _forced_forms and d <= OWNED_WIDTH:
+        return _forced_forms[-1]
+    return "owned" if has_owned(arch, dtype, d, metric) else "chunk"
 
 
 def splits(n_tiles: int, m_tiles: int, cores: int) -> int:

@@ -17,6 +17,7 @@ from .tiles import (
     column,
     column_bias,
     columns,
+    described_products,
     distances_to_scores,
     load_tile,
     products,
@@ -40,13 +41,14 @@ def forward_kernel(
     k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """x (N, D), w (M, D) -> out (6 or 4, splits, N): m, l of `same`; m, l of `different`; with SUMS both plain sums.
 
     z_ij = k t_i (q_j s_ij - o) + b_j with the factor k and offset o of the pair's set. Grid (row tiles, splits): each
     program walks ``span`` bank entries. rx, rw (inverse norms) with NORMALIZE; sqx, sqw (squared norms) for
     distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
+    TMA: tiles come by tensor descriptors; columns of x and w are contiguous, rows a multiple of 16 bytes apart.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -79,13 +81,22 @@ def forward_kernel(
     l_different = tl.zeros((BLOCK_N,), ACC)
     sum_same = tl.zeros((BLOCK_N,), ACC)
     sum_different = tl.zeros((BLOCK_N,), ACC)
+    if TMA:
+        w_tiles = tl.make_tensor_descriptor(w_ptr, [M, D], [stride_wm, 1], [BLOCK_M, BLOCK_D])
+        x_tiles = tl.make_tensor_descriptor(x_ptr, [N, D], [stride_xn, 1], [BLOCK_N, BLOCK_D])
     for i in range(tiles):
         m0 = start + tl.cast(i, tl.int64) * BLOCK_M
         local, left = columns(m0, M, BLOCK_M)
-        s = products(
-            x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd, width,
-            D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
-        )  # fmt: skip
+        if TMA:
+            s = described_products(
+                x_tiles, w_tiles, x_tile, tl.program_id(0) * BLOCK_N, m0.to(tl.int32), width,
+                D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
+            )  # fmt: skip
+        else:
+            s = products(
+                x_ptr, w_ptr, x_tile, offs_n, m0 + local, stride_xn, stride_xd, stride_wm, stride_wd, width,
+                D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
+            )  # fmt: skip
         if METRIC != "dot":
             s = squared_distances(
                 s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,

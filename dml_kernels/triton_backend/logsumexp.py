@@ -6,14 +6,15 @@ import math
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ..ops.contract import Bank, Spec, accumulate_dtype
 from ..torch_backend import scale_grad
-from . import backward, configs, forward
-from .collect import Block, Gradients, lift, slope_bound
+from . import backward, configs, forward, owned
+from .collect import BUFFER_BYTES, Block, Gradients, lift, slope_bound
 from .launch import ACCUMULATE, cdiv, launch, on_device
-from .operand import Operand, part, tile_arguments
+from .operand import Operand, finish, part, tile_arguments
 
 # A fixed offset replaces the running maximum while the logit's whole span stays under this, in natural units.
 SPAN_LIMIT = 80.0
@@ -58,6 +59,19 @@ def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
     return Operand.of(bank.x, *kind), Operand.of(bank.w, *kind)
 
 
+def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
+    """Whether the forward's tiles come by tensor descriptors: asked for, and rows contiguous and aligned to 16 bytes."""
+    return tile.tma and all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.size(0) < 1 << 30
+        for t in (x, w)
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where Triton puts the descriptors of a launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     n, m = bank.x.size(0), bank.w.size(0)
     acc = accumulate_dtype(spec.dtype)
@@ -77,8 +91,10 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         arguments = {
             **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit, "out_ptr": parts, "N": n, "M": m,
             "span": per_split * tile.block_m, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
-            "peak": peak or 0.0,
+            "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
         }  # fmt: skip
+        if arguments["TMA"] and bank.x.is_cuda:
+            triton.set_allocator(_scratch)
         launch(forward.forward_kernel, (n_tiles, splits), arguments, num_warps=tile.num_warps,
                num_stages=tile.num_stages)  # fmt: skip
         arguments = {
@@ -107,6 +123,7 @@ class Backward:
         self.of_q, self.of_bias = (bank.x.new_zeros(m, dtype=self.acc) if need else None for need in needs[3:])
         self.lift = self._lift() if spec.dtype == torch.float16 else None
         self.tile = _pick("gradient", bank, spec)
+        self.fold = spec.normalize and spec.dtype != torch.float16
 
     def _lift(self) -> Tensor:
         """From a bound on |E| = |dz k t q s'|, with p at most 1."""
@@ -136,7 +153,7 @@ class Backward:
             "scale_ptr": part(logit["scale_ptr"], rows) if logit["stride_scale"] else logit["scale_ptr"],
             "lift_ptr": self.lift,
             "t_rows_ptr": t_rows, "q_cols_ptr": q_cols, "b_cols_ptr": b_cols, "N": n, "M": m,
-            "first": block.cols.start, "FOLD": self.spec.normalize and self.spec.dtype != torch.float16,
+            "first": block.cols.start, "FOLD": self.fold,
         }  # fmt: skip
         launch(backward.gradient_kernel, (block.grid[0] * block.grid[1],), arguments, num_warps=self.tile.num_warps,
                num_stages=self.tile.num_stages)  # fmt: skip
@@ -147,6 +164,41 @@ class Backward:
         if b_cols is not None:
             self.of_bias[block.cols] += b_cols.sum(0)
 
+    def owned(self, which: str) -> Tensor | None:
+        """grad_x ("rows") or grad_w ("bank") in the owned form, where needed; sums beside it that are of that side."""
+        rows = which == "rows"
+        operand, walked = (self.x, self.w) if rows else (self.w, self.x)
+        tile = _pick(which, self.bank, self.spec)
+        side, step = (tile.block_n, tile.block_m) if rows else (tile.block_m, tile.block_n)
+        (r, d), new = operand.t.shape, self.bank.x.new_empty
+        tiles, walk = cdiv(r, side), cdiv(walked.t.size(0), step)
+        # Memory: 16 slices of N x D, or one bounded buffer.
+        most = max(16 if rows else 1, BUFFER_BYTES // (r * d * self.acc.itemsize))
+        per_split = cdiv(walk, min(most, configs.splits(tiles, walk, configs.cores_of(operand.t.device))))
+        splits = cdiv(walk, per_split)
+        out = torch.empty_like(operand.t, memory_format=torch.contiguous_format)
+        parts = new((splits, r, d), dtype=self.acc) if splits > 1 else out
+        own = new((splits, r), dtype=self.acc) if splits > 1 and self.spec.metric != "dot" else None
+        needed = self.needs[0 if rows else 1]
+        along = {"t_rows_ptr": self.needs[2]} if rows else dict(zip(("q_cols_ptr", "b_cols_ptr"), self.needs[3:]))
+        sums = {name: new((splits, r), dtype=self.acc) if need else None for name, need in along.items()}
+        arguments = {
+            **tile_arguments(self.x, self.w, self.spec.metric, self.spec.dtype, tile), **self.logit, **self.rows,
+            **sums, "unit_ptr": operand.unit, "lift_ptr": self.lift, "out_ptr": parts if needed else None,
+            "own_ptr": own, "N": self.x.t.size(0), "M": self.w.t.size(0), "span": per_split * step,
+            "FOLD": self.fold, "PARTS": splits > 1,
+        }  # fmt: skip
+        del arguments["width"]  # all of D is in one block
+        kernel = owned.owned_rows_kernel if rows else owned.owned_bank_kernel
+        launch(kernel, (tiles, splits), arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        for total, name in ((self.of_scale, "t_rows_ptr"), (self.of_q, "q_cols_ptr"), (self.of_bias, "b_cols_ptr")):
+            if total is not None and name in sums:
+                torch.sum(sums[name], 0, out=total)
+        if not needed or splits == 1:
+            return out if needed else None
+        own = None if own is None else own.sum(0)
+        return finish(parts.sum(0), operand, own, out, lift=self.lift, folded=self.fold)
+
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     if bank.x.size(0) == 0:
@@ -154,8 +206,13 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
         return [torch.zeros_like(t) if need else None for t, need in zip(wanted, needs, strict=True)]
     with on_device(bank.x):
         call = Backward(grads, lse, needs, bank, spec)
-        chunks = Gradients(call.x, call.w, spec.metric, spec.dtype, needs[:2], call.tile, call.lift)
-        grad_x, grad_w = chunks.run(call.fill)
+        d = bank.x.size(1)
+        if configs.form(configs.arch_of(bank.x.device), spec.dtype, d, spec.metric) == "owned":
+            grad_x = call.owned("rows") if needs[0] or needs[2] else None
+            grad_w = call.owned("bank") if any((needs[1], *needs[3:])) else None
+        else:
+            chunks = Gradients(call.x, call.w, spec.metric, spec.dtype, needs[:2], call.tile, call.lift)
+            grad_x, grad_w = chunks.run(call.fill)
         return [
             grad_x,
             grad_w,

@@ -76,7 +76,7 @@ def tile_arguments(x: Operand, w: Operand, metric: str, dtype: torch.dtype, tile
         "width": x.t.size(1), "D": x.t.size(1), "METRIC": metric, "NORMALIZE": x.r is not None,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_D": tile.block_d,
         "PRODUCT": PRODUCTS[dtype], "ACC": ACCUMULATE[accumulate_dtype(dtype)],
-        "PRECISION": fp32_products(x.t.device, dtype),
+        "PRECISION": fp32_products(configs.arch_of(x.t.device), dtype),
     }  # fmt: skip
 
 
@@ -108,3 +108,12 @@ def project(
     launch(row_kernels.project_kernel, (cdiv(rows, tile.block_n),), arguments, num_warps=tile.num_warps,
            num_stages=tile.num_stages)  # fmt: skip
     return out
+
+
+def finish(
+    grad: Tensor, operand: Operand, own: Tensor | None, out: Tensor, *, lift: Tensor | None, folded: bool
+) -> Tensor:
+    """``project``, or a copy where there is nothing to project."""
+    if operand.r is None and own is None and lift is None:
+        return out.copy_(grad)
+    return project(grad, operand, out, own=own, lift=lift, folded=folded)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import torch
 
+# `torch.set_float32_matmul_precision`: "high" promises TF32 or better, and three TF32 products keep all of fp32's
+# digits; "highest" stays with plain fp32 until their error is measured on tensor cores.
+OF_SETTING = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
-def tf32_allowed() -> bool:
-    """Whether PyTorch may multiply float32 matrices in TF32.
 
-    The settings per backend come first: ``torch.get_float32_matmul_precision()`` raises once one of them is used.
+def asked_of_backends() -> str | None:
+    """The settings per backend, "ieee" or "tf32", or None where they leave it open.
+
+    They come first: ``torch.get_float32_matmul_precision()`` raises once one of them is used.
     """
-    asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    if asked in (None, "none"):
-        asked = getattr(torch.backends, "fp32_precision", None)
-    if asked in (None, "none"):
-        return torch.get_float32_matmul_precision() != "highest"
-    return asked == "tf32"
+    for place in (torch.backends.cuda.matmul, torch.backends):
+        asked = getattr(place, "fp32_precision", None)
+        if asked not in (None, "none"):
+            return asked
+    return None
 
 
-def fp32_products(device: torch.device, dtype: torch.dtype) -> str:
-    """Triton's input precision for products of ``dtype``: "tf32" where PyTorch allows it, else "ieee"."""
-    if dtype == torch.float32 and tf32_allowed() and not torch.version.hip:
-        return "tf32"
-    return "ieee"
+def fp32_products(arch: str, dtype: torch.dtype) -> str:
+    """Triton's input precision for products of ``dtype``: "ieee", "tf32x3" or "tf32"; on AMD, always "ieee"."""
+    asked = asked_of_backends()
+    if dtype != torch.float32 or arch.startswith("gfx") or asked == "ieee":
+        return "ieee"
+    try:
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the new settings say "tf32", as no old one could, or nothing
+        return "ieee" if asked is None else "tf32"
+    return OF_SETTING[setting]

@@ -1,15 +1,13 @@
 """``python -m dml_kernels.triton_backend.report``: what every kernel costs, compiled ahead of time for each chip.
 
-Registers a thread, spilled bytes, shared memory and tensor-core instructions are the compilers' own; times are those
-of the cost model alone (the largest of products, exponentials and bytes, launches added), at datasheet rates: a bound
-to hold measurements against, not a measurement.
+Registers a thread, spilled bytes, shared memory and tensor-core instructions are the compilers' own; times, bytes and
+launches of both forms of the backward are those of the cost model (``model.py``): bounds to hold measurements against.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,8 +21,7 @@ from ..ops.contract import Bank, Spec
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-from . import aot, configs, logsumexp, matrices
-from .collect import BUFFER_BYTES, LARGE_BUFFER_BYTES, WIDE
+from . import aot, configs, logsumexp, matrices, model
 from .launch import recorded
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -41,6 +38,7 @@ class Case(NamedTuple):
     options: bool = False
     rows: int = 256
     columns: int = 4096
+    precision: str = "highest"  # PyTorch's setting for fp32 products
 
 
 CASES = (
@@ -55,15 +53,26 @@ CASES = (
     Case("fp16", 512, "euclidean", torch.float16, torch.float16),
     Case("fp32", 128, "cosine", torch.float32, torch.float32),
     Case("fp32", 128, "sqeuclidean", torch.float32, torch.float32),
+    *(
+        Case(f"fp32 {p}", 128, metric, torch.float32, torch.float32, precision=p)
+        for p in ("high", "medium")
+        for metric in ("cosine", "sqeuclidean")
+    ),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
 )
-QUICK = tuple(c for c in CASES if c.d in (1, 128, 512) and c.name not in ("fp16", "fp64", "odd"))
+QUICK = tuple(
+    c
+    for c in CASES
+    if c.d in (1, 128, 512)
+    and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
+    and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
+)
 
 
 Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, options
 
 
-def launches(case: Case, arch: str) -> list[Launch]:
+def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -> list[Launch]:
     """Every launch of forward and backward of the ops, recorded from the host code."""
     found: list[Launch] = []
     x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns, case.d, dtype=case.w)
@@ -76,14 +85,33 @@ def launches(case: Case, arch: str) -> list[Launch]:
                 m if some else None)  # fmt: skip
     dtype = case.x
     spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, "linear", [], "triton")
+    torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
         logsumexp.masked_logsumexp_fwd(bank, spec)
-        logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), [True, True, some, some, some], bank, spec)
+        for form in forms:
+            if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
+                with configs.take_form(form):
+                    for part in _parts(bank, form):
+                        r = n[: part.x.size(0)]
+                        needs = [True, True, some, some, some]
+                        logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
         if not some:
             matrices.normalized_distance_fwd(x, w, base, normalize, 1e-12, dtype)
             matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
             matrices.normalize_fwd(x, 1e-12)
     return found
+
+
+def _parts(bank: Bank, form: str) -> list[Bank]:
+    """The bank, and for the owned form also few rows and few columns: one split, and with it a finished gradient."""
+    few = 32
+
+    def cut(n: int, m: int) -> Bank:
+        sizes = (n, m, n, m, n, n, m, m)
+        return Bank(*(None if t is None else t[:size] for t, size in zip(bank, sizes, strict=True)))
+
+    n, m = bank.x.size(0), bank.w.size(0)
+    return [bank] if form == "chunk" else [bank, cut(min(n, few), m), cut(n, min(m, few))]
 
 
 def _key(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> str:
@@ -118,44 +146,6 @@ def build_all(cases: Sequence[Case], archs: Sequence[str], jobs: int) -> list[di
         return list(pool.map(_build, work))
 
 
-class Rates(NamedTuple):
-    """Datasheet rates: dense bf16 products, bytes, exponentials (16 a clock and core) a second; seconds a launch."""
-
-    products: float
-    bytes: float
-    exponentials: float
-    launch: float = 4e-6
-
-
-RATES = {
-    "sm_80": Rates(312e12, 2.0e12, 108 * 16 * 1.41e9),
-    "sm_90": Rates(989e12, 3.35e12, 132 * 16 * 1.83e9),
-    "sm_100": Rates(2250e12, 8.0e12, 148 * 16 * 1.92e9),
-    "gfx942": Rates(1307e12, 5.3e12, 304 * 16 * 2.1e9),
-}
-SHAPES = ((1_000_000, 512, 4096), (1_000_000, 512, 512), (1_000_000, 128, 4096), (10_000_000, 512, 4096))
-
-
-def predict(arch: str, m: int, d: int, n: int) -> dict[str, Any]:
-    """Seconds of forward and backward on bf16 in the chunk form, by the cost model alone."""
-    rate = RATES[arch]
-    tile = configs.pick("gradient", arch, torch.bfloat16, d, "dot", torch.bfloat16)
-    column = 2 * n + 4 * d
-    budget = max(BUFFER_BYTES, min(48 * n * d, LARGE_BUFFER_BYTES)) if d >= WIDE else BUFFER_BYTES
-    step = max(budget // column // tile.block_m * tile.block_m, tile.block_m)
-    chunks = math.ceil(m / step)
-    norms = 2 * m * d / rate.bytes
-    forward = max(2 * n * m * d / rate.products, n * m / rate.exponentials, 2 * m * d / rate.bytes)
-    # dS is written once and read twice; grad_w is written in fp32 and cast; grad_x is read and written once a chunk.
-    moved = m * d * 2 * 2 + m * d * (4 + 4 + 2) + chunks * n * d * 12
-    backward = max(6 * n * m * d / rate.products, n * m / rate.exponentials, moved / rate.bytes)
-    return {
-        "arch": arch, "m": m, "d": d, "n": n, "chunks": chunks,
-        "forward_ms": 1e3 * (norms + forward + 4 * rate.launch),
-        "backward_ms": 1e3 * (norms + backward + (3 + 5 * chunks) * rate.launch),
-    }  # fmt: skip
-
-
 def show(builds: list[dict[str, Any]]) -> None:
     print(
         f"{'chip':8}{'kernel':26}{'case':14}{'metric':13}{'dtype':9}{'D':>5}{'regs':>6}{'spill':>7}{'shared':>8}  uses"
@@ -166,12 +156,43 @@ def show(builds: list[dict[str, Any]]) -> None:
             f"{b['arch']:8}{b['kernel']:26}{b['case']:14}{b['metric']:13}{b['dtype']:9}{b['d']:5}{b['registers']:6}"
             f"{b['spill_bytes']:7}{b['shared']:8}  {uses}"
         )
-    print("\nCost model, bf16, cosine, milliseconds (datasheet rates; not measured):")
-    for arch in dict.fromkeys(b["arch"] for b in builds):
-        for shape in SHAPES:
-            p = predict(arch, *shape)
-            print(f"{arch:8} M {p['m']:>9,} D {p['d']} N {p['n']:>5}: forward {p['forward_ms']:8.2f}, backward "
-                  f"{p['backward_ms']:8.2f} in {p['chunks']} chunks")  # fmt: skip
+    archs = list(dict.fromkeys(b["arch"] for b in builds))
+    print("\nCost model, bf16, cosine (datasheet rates; not measured). Form of the backward: * is the table's choice.")
+    print(f"{'chip':8}{'M':>11}{'D':>5}{'N':>6} {'gradient of':12}{'form':7}{'NMD':>4}{'memory MB':>11}{'cache MB':>11}"
+          f"{'launches':>9}{'registers':>10}{'ms':>9}")  # fmt: skip
+    for arch in archs:
+        for m, d, n in model.SHAPES:
+            _show_cost(
+                arch,
+                m,
+                d,
+                n,
+                "forward",
+                "",
+                model.forward(arch, n, m, d),
+                _registers(builds, arch, d, "forward_kernel"),
+            )
+            for side in model.SIDES:
+                for form in model.forms(arch, d):
+                    chosen = form == configs.form(arch, torch.bfloat16, d, "dot")
+                    used = _registers(builds, arch, d, *KERNELS[form])
+                    cost = model.FORMS[form](arch, n, m, d, side)
+                    _show_cost(arch, m, d, n, side, form + "*" * chosen, cost, used)
+
+
+KERNELS = {"chunk": ("gradient_kernel",), "owned": ("owned_rows_kernel", "owned_bank_kernel")}
+
+
+def _registers(builds: list[dict[str, Any]], arch: str, d: int, *kernels: str) -> str:
+    """The most of these kernels, on bf16 and cosine at this width."""
+    of = [b["registers"] for b in builds if (b["arch"], b["d"], b["dtype"], b["metric"], b["case"])
+          == (arch, d, "bfloat16", "cosine", "proxies") and b["kernel"] in kernels]  # fmt: skip
+    return str(max(of)) if of else "-"
+
+
+def _show_cost(arch: str, m: int, d: int, n: int, what: str, form: str, cost: model.Cost, registers: str) -> None:
+    print(f"{arch:8}{m:11,}{d:5}{n:6} {what:12}{form:7}{cost.nmd:4}{cost.memory / 1e6:11,.0f}{cost.cache / 1e6:11,.0f}"
+          f"{cost.launches:9}{registers:>10}{1e3 * cost.seconds:9.2f}")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -72,6 +72,24 @@ def products(
 
 
 @triton.jit
+def described_products(
+    x_tiles, w_tiles, x_tile, n0, m0, width, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``products`` of tiles that come by tensor descriptors: zeros beyond an edge, not copies of the last row."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    if D <= BLOCK_D:
+        w_tile = w_tiles.load([m0, 0]).to(PRODUCT)
+        acc = tl.dot(x_tile, tl.trans(w_tile), acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for d0 in range(0, width, BLOCK_D):
+            x_part = x_tiles.load([n0, d0]).to(PRODUCT)
+            w_part = w_tiles.load([m0, d0]).to(PRODUCT)
+            acc = tl.dot(x_part, tl.trans(w_part), acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
 def rounded(unit):
     """A component of a unit vector, as a number: a compiler that fused x r - w r would not give 0 for identical rows.
 

@@ -18,7 +18,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
 HALVES = ("bfloat16", "float16")
 # Kernels that multiply matrices. The gradient of a dot product's matrix takes no product.
-MULTIPLY = ("forward_kernel", "gradient_kernel", "distance_kernel")
+MULTIPLY = ("forward_kernel", "gradient_kernel", "distance_kernel", "owned_rows_kernel", "owned_bank_kernel")
 
 
 def report(*arguments: str) -> list[dict]:
@@ -43,7 +43,7 @@ def failures(builds, wrong):
 def test_every_kernel_was_compiled_for_every_chip(builds):
     for arch in ARCHS:
         kernels = {b["kernel"] for b in builds if b["arch"] == arch}
-        assert len(kernels) == 9, kernels
+        assert len(kernels) == 11, kernels
 
 
 def test_no_configuration_for_half_precision_spills(builds):
@@ -58,6 +58,14 @@ def test_products_run_on_tensor_cores(builds):
     used = [b for b in builds if b["kernel"] in MULTIPLY and b["dtype"] in HALVES]
     assert len(used) > 20
     assert not failures(used, lambda b: b["counts"].get(TENSOR_CORES[b["arch"]], 0) == 0)
+
+
+def test_fp32_products_run_on_tensor_cores_where_the_precision_setting_lets_them(builds):
+    for name, wanted in (("fp32", False), ("fp32 high", True), ("fp32 medium", True)):
+        used = [b for b in builds if b["kernel"] in MULTIPLY and b["case"] == name and b["arch"] != "gfx942"]
+        assert used or name == "fp32 medium"
+        counts = {sum(b["counts"].get(k, 0) for k in ("HMMA", "HGMMA", "UTCHMMA")) > 0 for b in used}
+        assert counts <= {wanted}, name
 
 
 def test_a_tile_too_large_is_seen_to_spill():

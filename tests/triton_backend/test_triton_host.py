@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dml_kernels.ops.contract import Bank, Spec
-from dml_kernels.triton_backend import collect, configs, logsumexp, matrices
+from dml_kernels.triton_backend import collect, configs, logsumexp, matrices, model
 from dml_kernels.triton_backend.launch import recorded
 
 
@@ -137,8 +137,94 @@ def test_without_triton_the_reason_says_how_to_install_it():
     assert out.strip().splitlines()[-1] != "triton"
 
 
+def test_the_interpreter_is_never_chosen_unasked():
+    out = run(
+        """
+import torch
+from dml_kernels import use_backend
+from dml_kernels.ops import backend
+ask = lambda dtype: backend.choose("masked_logsumexp", torch.device("cpu"), dtype)
+print(*{ask(dtype) == "triton" for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)})
+with use_backend("triton"):
+    print(ask(torch.float16))
+""",
+        TRITON_INTERPRET="1",
+    )
+    assert out.splitlines() == ["False", "triton"]
+
+
 def test_a_broken_triton_is_a_reason_and_no_crash(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise RuntimeError('broken on purpose')")
     out = run(ASK.format(before=f"sys.path.insert(0, {str(tmp_path)!r})"), TRITON_INTERPRET="1")
     assert "broken on purpose" in out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic of fp32 products
+
+
+def test_every_precision_setting_has_its_arithmetic():
+    out = run("""
+import torch
+from dml_kernels.triton_backend.precision import fp32_products
+say = lambda: print(fp32_products("sm_90", torch.float32), end=" ")
+for old in ("highest", "high", "medium"):
+    torch.set_float32_matmul_precision(old)
+    say()
+for new in ("ieee", "tf32"):
+    torch.backends.cuda.matmul.fp32_precision = new
+    say()
+print(fp32_products("gfx942", torch.float32), fp32_products("sm_90", torch.bfloat16))
+""")
+    assert out.split() == ["ieee", "tf32x3", "tf32", "ieee", "tf32", "ieee", "ieee"]
+    out = run("""
+import torch
+torch.backends.fp32_precision = "tf32"
+from dml_kernels.triton_backend.precision import fp32_products
+print(fp32_products("sm_90", torch.float32))
+""")
+    assert out.split() == ["tf32"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which form of the backward
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_table_takes_the_faster_form_by_the_cost_model(arch):
+    more = ((1_000_000, 32, 8192), (100_000, 128, 256), (1_000_000, 100, 32))
+    for m, d, n in (*model.SHAPES, *more):
+        for side in model.SIDES:
+            assert configs.form(arch, torch.bfloat16, d, "dot") == model.faster(arch, n, m, d, side), (m, d, n, side)
+
+
+def test_the_cost_model_counts_what_each_form_does():
+    n, m, d = 4096, 1_000_000, 128
+    for side, chunk, owned in (("both", 6, 8), ("rows", 4, 4), ("bank", 4, 4)):
+        of = {form: cost("sm_90", n, m, d, side) for form, cost in model.FORMS.items()}
+        assert (of["chunk"].nmd, of["owned"].nmd) == (chunk, owned)
+        assert of["owned"].cache < of["chunk"].cache / 2  # no dS
+        assert of["owned"].launches < 10 < of["chunk"].launches
+    # Launches as the host makes them, of the chunk form.
+    assert model.chunks("sm_90", n, m, d) == 174
+
+
+def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
+    # Parts of the gradients: 16 slices of N x D in fp32 or one bounded buffer.
+    for n, m, d in ((4096, 10**6, 128), (8, 10**6, 64), (10**6, 300, 128), (30_000, 40_000, 128), (2, 3, 1)):
+        largest = 0
+
+        def look(kernel, grid, arguments, options):
+            nonlocal largest
+            for name in ("out_ptr", "own_ptr", "t_rows_ptr"):
+                t = arguments.get(name)
+                if kernel.__name__.startswith("owned") and t is not None and arguments["PARTS"]:
+                    largest = max(largest, t.numel() * t.element_size())
+
+        with FakeTensorMode(), configs.compile_for("sm_90"), configs.take_form("owned"), recorded(look):
+            x, w, rows = torch.empty(n, d), torch.empty(m, d), torch.empty(n)
+            bank = Bank(x, w, torch.empty(n, dtype=torch.int64), None, None, None, None, None)
+            spec = Spec("dot", True, [2.0, 0, 3.0, 0], 1e-12, -100, torch.bfloat16, False, "linear", [], "triton")
+            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, [True, True, False, False, False], bank, spec)
+        assert largest <= max(64 << 20, 16 * n * d * 4)

@@ -30,7 +30,7 @@ from helpers import (
 from sanitizer import sanitized
 
 from dml_kernels import functional as F
-from dml_kernels.triton_backend import collect, logsumexp
+from dml_kernels.triton_backend import collect, configs, logsumexp
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
 B = "triton"
@@ -45,6 +45,16 @@ def checked():
     assert accesses.accesses > 0
 
 
+@pytest.fixture(params=["chunk", "owned"])
+def form(request):
+    """Each form of the backward in turn, whatever the table says."""
+    with configs.take_form(request.param):
+        yield request.param
+
+
+in_both_forms = pytest.mark.usefixtures("form")
+
+
 def shaped(n, m, d, metric, normalize, seed):
     return Problem.random(n, m, d, metric, normalize, seed=n + m + d + seed)
 
@@ -53,12 +63,14 @@ def shaped(n, m, d, metric, normalize, seed):
 # masked_logsumexp
 
 
+@in_both_forms
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=lambda d: d.name)
 @pytest.mark.parametrize(("metric", "normalize"), METRICS, ids=METRIC_IDS)
 def test_every_metric_is_accurate(metric, normalize, dtype):
     check(shaped, (45, 150, 40, metric, normalize), dtype, B)
 
 
+@in_both_forms
 @pytest.mark.parametrize("dtype", [MIXED, FP16, FP64], ids=lambda d: d.name)
 @pytest.mark.parametrize("which", range(3))
 def test_the_rarer_dtypes_are_accurate(which, dtype):
@@ -69,6 +81,7 @@ def test_the_rarer_dtypes_are_accurate(which, dtype):
 SHAPES = ((1, 1, 3), (1, 2, 64), (2, 1, 127), (32, 64, 65), (33, 65, 130), (3, 700, 17), (130, 3, 5), (5, 61, 1030))
 
 
+@in_both_forms
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape_is_accurate(shape):
     which = SHAPES.index(shape)
@@ -85,12 +98,14 @@ def with_feature(name, metric, normalize, seed):
 NEAR_PAIRS = ("nearly_identical_rows", "far_from_the_origin")
 
 
+@in_both_forms
 @pytest.mark.parametrize("metric", METRICS[2:], ids=METRIC_IDS[2:])
 def test_near_pairs_are_accurate(metric):
     which = METRICS.index(metric)
     check(with_feature, (NEAR_PAIRS[which % 2], *metric), (FP32, BF16)[which // 2 % 2], B)
 
 
+@in_both_forms
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_option_is_accurate(name):
     which = list(FEATURES).index(name)
@@ -103,9 +118,21 @@ def test_every_option_is_accurate(name):
 def test_chunks_and_blocks_of_rows_add_up(name, metric, dtype, monkeypatch):
     monkeypatch.setattr(collect, "BUFFER_BYTES", 1)  # one tile of the bank at a time
     monkeypatch.setattr(collect, "ROWS_AT_ONCE", 32)
-    check(with_feature, (name, *metric), dtype, B)
+    with configs.take_form("chunk"):
+        check(with_feature, (name, *metric), dtype, B)
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=lambda d: d.name)
+@pytest.mark.parametrize("metric", [("cosine", False), ("euclidean", True), ("sqeuclidean", False)], ids=str)
+@pytest.mark.parametrize("splits", ["one", "many"])
+def test_an_owner_finishes_its_gradient_or_leaves_parts_that_add_up(splits, metric, dtype, monkeypatch):
+    monkeypatch.setattr(configs, "splits", lambda tiles, walk, cores: 1 if splits == "one" else walk)
+    name = "nearly_identical_rows" if (dtype == FP32) == (splits == "one") else "everything_at_once"
+    with configs.take_form("owned"):
+        check(with_feature, (name, *metric), dtype, B)
+
+
+@in_both_forms
 def test_the_bits_are_the_same_every_time_and_for_any_free_memory():
     problem = with_feature("everything_at_once", "euclidean", True, 0)
     first = problem.run(MIXED, B)
@@ -113,6 +140,7 @@ def test_the_bits_are_the_same_every_time_and_for_any_free_memory():
     assert_same_bits(first.values(), problem.run(MIXED, B).values())
 
 
+@in_both_forms
 @pytest.mark.parametrize(
     "needs", [("x",), ("w",), ("scale",), ("col_bias",), ("x", "col_scale")], ids=lambda n: "-".join(n)
 )
@@ -149,6 +177,18 @@ def test_a_fixed_offset_is_taken_up_to_its_limit_and_is_accurate_there(metric):
         for scale in (79.9 / span, 80.1 / span, -79.9 / span):
             check(make, (scale,), FP32, B)
     assert [peak is not None for peak in taken] == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=lambda d: d.name)
+@pytest.mark.parametrize(("d", "taken"), [(64, True), (136, True), (41, False)])
+def test_tiles_by_descriptors_are_accurate_and_left_alone_where_rows_are_not_aligned(d, taken, dtype):
+    seen = []
+    original = logsumexp.by_descriptors
+    metric = METRICS[(d // 8 + (dtype == FP32)) % 6]
+    with pytest.MonkeyPatch.context() as patch, configs.trial("forward", configs.Config(32, 64, 64, 1, 1, tma=True)):
+        patch.setattr(logsumexp, "by_descriptors", lambda *a: seen.append(original(*a)) or seen[-1])
+        check(shaped, (45, 150, d, *metric), dtype, B)
+    assert set(seen) == {taken}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +269,7 @@ def test_unit_vectors_and_their_gradients_are_accurate(shape, layout, eps, dtype
 # Derivatives
 
 
+@in_both_forms
 @pytest.mark.parametrize(("metric", "normalize"), METRICS, ids=METRIC_IDS)
 def test_gradcheck_in_fp64(metric, normalize):
     x, w = (randn(n, 5, seed=s).requires_grad_() for n, s in ((3, 1), (6, 2)))
@@ -256,6 +297,7 @@ def test_gradgradcheck_and_the_distance_gradcheck_in_fp64():
 # fp16, precision, integration
 
 
+@in_both_forms
 def test_fp16_gradients_survive_a_tiny_upstream_gradient():
     # 1e-6 / 4096 x the softmax weight is 0 in fp16: staged dS carries a power of two.
     problem = Problem.random(33, 300, 16, "cosine", seed=3)
@@ -273,6 +315,7 @@ def test_fp16_gradients_survive_a_tiny_upstream_gradient():
         assert (grad - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
+@in_both_forms
 def test_a_zero_row_in_the_bank_does_not_cost_the_others_their_fp16_gradients():
     problem = Problem.random(33, 70, 16, "cosine", seed=3)
     problem.tensors["w"][3] = 0
@@ -283,18 +326,19 @@ def test_a_zero_row_in_the_bank_does_not_cost_the_others_their_fp16_gradients():
 
 def test_fp32_products_obey_the_precision_settings():
     problem = Problem.random(33, 70, 64, "dot", seed=3)
-    before = torch.backends.cuda.matmul.fp32_precision
+    before = torch.get_float32_matmul_precision()
+    errors = {}
     try:
-        errors = []
-        for setting in ("ieee", "tf32"):
-            torch.backends.cuda.matmul.fp32_precision = setting
+        for setting in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(setting)
             leaves = problem.leaves(FP32)
             found = problem.ours(leaves, B)["different"]
             truth = problem.dense({k: t.double() for k, t in leaves.items()}, torch.float64)["different"]
-            errors.append(((found - truth).abs().max() / truth.abs().max()).item())
+            errors[setting] = ((found - truth).abs().max() / truth.abs().max()).item()
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert errors[0] < 5e-7 < errors[1] < 1e-3
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 5e-7 < errors["medium"] < 1e-3
+    assert errors["high"] < 5e-7
 
 
 def test_a_compiled_graph_holds_forward_and_backward():
