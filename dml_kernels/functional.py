@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .functional_pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_hinge_sum
 from .ops import backend as backends
 from .ops import contract
 from .ops import masked_logsumexp as _lse
@@ -17,7 +18,8 @@ from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "MaskedLogSumExp", "magnet_loss", "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss",
+    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "magnet_loss", "masked_argmax", "masked_hinge_sum",
+    "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss",
 ]  # fmt: skip
 
 
