@@ -91,8 +91,13 @@ class RegularFaceRegularizer(Regularizer):
 
     def terms(self, weights: Tensor) -> Terms:
         """Cosines."""
+        own = torch.arange(weights.size(0), device=weights.device)
+        found = functional.masked_argmax(weights.detach(), weights.detach(), own, metric="cosine", which="different")
+        assert found.different is not None
+        nearest = found.different.index
         unit = functional.normalize(weights)
-        return Terms.elements(_to_nearest_other(unit), None)
+        cosines = torch.linalg.vecdot(unit, unit[nearest.clamp_min(0)])
+        return Terms.elements(torch.where(nearest >= 0, cosines, 0), None)
 
 
 class SparseCentersRegularizer(Regularizer):

@@ -151,9 +151,7 @@ class ProxyAnchorLoss(ProxyLoss):
     bank_name, transposed_name, other_names = "proxies", None, ("weight",)
     function = staticmethod(proxy_anchor_loss)
 
-    def __init__(
-        self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32, **options: Any
-    ):
+    def __init__(self, num_classes: int, embedding_size: int, margin: float = 0.1, alpha: float = 32, **options: Any):
         super().__init__(num_classes, embedding_size, **options)
         if self.class_weight is not None:
             raise ValueError("ProxyAnchorLoss has a term for each proxy, not for each row: instead of class_weight use "

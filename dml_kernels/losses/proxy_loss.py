@@ -51,7 +51,7 @@ class ProxyLoss(MetricLoss):
 
     Args:
         num_classes: C. embedding_size: D.
-        rows_per_class: rows of the bank to a class, class by class.
+        bank_rows: M; None: one for each class.
         proxies: (M, D) starting values. None: from ``weight_init_func``.
         weight_init_func: called on a new tensor, which it fills. It gets the shape that pytorch-metric-learning's
             parameter has, (D, M) where that is called ``W`` or ``fc``, so that the same seed gives the same start.
@@ -84,7 +84,7 @@ class ProxyLoss(MetricLoss):
         num_classes: int,
         embedding_size: int,
         *,
-        rows_per_class: int = 1,
+        bank_rows: int | None = None,
         proxies: Tensor | None = None,
         weight_init_func: Callable[[Tensor], Any] | None = None,
         weight_regularizer: Any = None,
@@ -96,22 +96,18 @@ class ProxyLoss(MetricLoss):
         dtype: torch.dtype | None = None,
         **metric_options: Any,
     ):
-        for name, value in (
-            ("num_classes", num_classes), ("embedding_size", embedding_size), ("rows_per_class", rows_per_class)
-        ):  # fmt: skip
-            check_integer(name, value)
-        if num_classes < 1 or embedding_size < 1 or rows_per_class < 1:
-            more = "" if rows_per_class == 1 else f", {rows_per_class} centres a class"
-            raise ValueError(
-                f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}{more}"
-            )
+        check_integer("num_classes", num_classes)
+        check_integer("embedding_size", embedding_size)
+        if num_classes < 1 or embedding_size < 1:
+            raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
         check_reduction(reduction)
         check_class_weight(class_weight, num_classes)
         super().__init__(**metric_options)
         given = metric_options.get("reducer")
         if given is not None and reduction != "mean":
             raise ValueError(f"reducer and reduction={reduction!r} both say how to reduce; give one")
-        self.num_classes, self.embedding_size, self.rows_per_class = num_classes, embedding_size, rows_per_class
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.bank_rows = num_classes if bank_rows is None else bank_rows
         self.ignore_index, self.reduction = ignore_index, reduction
         self.plain = given is None
         self.weight_init_func = self.default_weight_init if weight_init_func is None else weight_init_func
@@ -122,7 +118,7 @@ class ProxyLoss(MetricLoss):
     def _start(
         self, proxies: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> torch.nn.Parameter:
-        shape = (self.bank_rows(), self.embedding_size)
+        shape = (self.bank_rows, self.embedding_size)
         if proxies is None:
             transposed = self.transposed_name is not None
             proxies = torch.empty(shape[::-1] if transposed else shape, device=device, dtype=dtype)
@@ -140,10 +136,6 @@ class ProxyLoss(MetricLoss):
         """Standard normal."""
         return torch.nn.init.normal_(weight)
 
-    def bank_rows(self) -> int:
-        """M."""
-        return self.num_classes * self.rows_per_class
-
     @property
     def bank(self) -> Tensor:
         """The (M, D) parameter, by whatever name."""
@@ -160,11 +152,13 @@ class ProxyLoss(MetricLoss):
         if name != type(self).transposed_name:
             super().__setattr__(name, value)
             return
-        shape = (self.embedding_size, self.bank_rows())
+        shape = (self.embedding_size, self.bank_rows)
         if not isinstance(value, Tensor) or value.shape != shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a tensor of shape {shape}, the transpose of {self.bank_name}; got {got}")
-        setattr(self, self.bank_name, torch.nn.Parameter(value.detach().t().clone(memory_format=torch.contiguous_format)))
+        setattr(
+            self, self.bank_name, torch.nn.Parameter(value.detach().t().clone(memory_format=torch.contiguous_format))
+        )
 
     # --- checkpoints
 
@@ -177,7 +171,7 @@ class ProxyLoss(MetricLoss):
                     state_dict[own] = state_dict.pop(prefix + name)
             transposed = None if self.transposed_name is None else prefix + self.transposed_name
             if transposed in state_dict:
-                value, shape = state_dict.pop(transposed), (self.embedding_size, self.bank_rows())
+                value, shape = state_dict.pop(transposed), (self.embedding_size, self.bank_rows)
                 if value.shape == shape:
                     state_dict[own] = value.t()
                 else:
