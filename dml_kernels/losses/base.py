@@ -29,6 +29,7 @@ class LossEntry:
       the gradient there has no direction.
     - ``centres``: rows of the bank to a class.
     - ``at_scale``: the options that multiply the scores by a number.
+    - ``op``, ``policy``: what the loss needs of a backend.
     """
 
     loss: type[torch.nn.Module]
@@ -42,6 +43,8 @@ class LossEntry:
     angular: bool = False
     centres: int = 1
     at_scale: Callable[[float], Mapping[str, Any]] = lambda scale: {"scale": scale}
+    op: str = "masked_logsumexp"
+    policy: str = "linear"
 
 
 def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:

@@ -109,28 +109,28 @@ def proxy_anchor_reference(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """The paper's loss, written densely, proxy by proxy; independent of the ops. Tests only."""
+    """The paper's loss, written densely; independent of the ops. Tests only."""
     kept = labels != ignore_index
     x, y = embeddings[kept], labels[kept]
     b = torch.zeros(len(y), dtype=x.dtype) if bias is None else bias[kept].to(x.dtype)
     u, p = (unit(x, eps), unit(proxies, eps)) if normalize else (x, proxies)
-    pos, neg, with_positive = [], [], 0
-    for k in range(proxies.size(0)):
-        if metric in ("cosine", "dot"):
-            s = u @ p[k]
-        else:
-            squared = (u - p[k]).square().sum(1)
-            s = -squared if metric == "sqeuclidean" else -squared.sqrt()
-        zero, same = s.new_zeros(1) + 0 * p[k].sum() + 0 * embeddings.sum(), y == k
-        pos.append(torch.logsumexp(torch.cat((zero, -alpha * (s - margin)[same] + b[same])), 0))
-        neg.append(torch.logsumexp(torch.cat((zero, alpha * (s + margin)[~same] + b[~same])), 0))
-        with_positive += bool(same.any())
-    pos_terms, neg_terms = torch.stack(pos), torch.stack(neg)
+    if metric in ("cosine", "dot"):
+        s = u @ p.T
+    else:
+        squared = (u[:, None] - p).square().sum(2)
+        s = -squared if metric == "sqeuclidean" else -squared.sqrt()
+    same = y[:, None] == torch.arange(len(p), device=y.device)
+
+    def log_one_plus(exponents: Tensor, members: Tensor) -> Tensor:
+        exponents = torch.where(members, exponents + b[:, None], -torch.inf)
+        return torch.logsumexp(torch.cat((exponents.new_zeros(1, len(p)), exponents)), 0)
+
+    pos, neg = log_one_plus(-alpha * (s - margin), same), log_one_plus(alpha * (s + margin), ~same)
     if reduction == "none":
-        return pos_terms + neg_terms
+        return pos + neg
     if reduction == "sum":
-        return pos_terms.sum() + neg_terms.sum()
-    return pos_terms.sum() / max(with_positive, 1) + neg_terms.mean()
+        return pos.sum() + neg.sum()
+    return pos.sum() / max(int(same.any(0).sum()), 1) + neg.mean()
 
 
 class ProxyAnchorLoss(ProxyLoss):

@@ -348,4 +348,5 @@ ENTRY = LossEntry(
         {"softmax_scale": 6.0, "metric": "cosine", "label_smoothing": 0.1},
     ),
     at_scale=lambda scale: {"softmax_scale": scale},
+    op="proxy_nca_loss",
 )

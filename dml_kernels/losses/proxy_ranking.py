@@ -83,26 +83,23 @@ def proxy_ranking_reference(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """The sum over triplets, row by row; independent of the ops. Tests only."""
+    """The sum over triplets, written densely; independent of the ops. Tests only."""
     x, w = (unit(embeddings, eps), unit(proxies, eps)) if normalize else (embeddings, proxies)
-    rows, mass = [], torch.zeros((), dtype=x.dtype)
-    for i, y in enumerate(labels.tolist()):
-        if y == ignore_index:
-            rows.append(embeddings[i].sum() * 0 + proxies.sum() * 0)
-            continue
-        if metric in ("cosine", "dot"):
-            s = w @ x[i]
-        else:
-            squared = (x[i] - w).square().sum(1)
-            s = -squared if metric == "sqeuclidean" else -torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
-        own = torch.arange(len(w)) == y
-        weight = torch.ones((), dtype=x.dtype) if class_weight is None else class_weight[y].to(x.dtype)
-        rows.append(weight * (margin + s - s[y]).relu()[~own].sum())
-        mass = mass + weight
+    kept = labels != ignore_index
+    y = labels[kept]
+    if metric in ("cosine", "dot"):
+        s = x[kept] @ w.T
+    else:
+        squared = (x[kept][:, None] - w).square().sum(2)
+        s = -squared if metric == "sqeuclidean" else -torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
+    hinges = (margin + s - s.gather(1, y[:, None])).relu()
+    other = y[:, None] != torch.arange(len(w), device=y.device)
+    weight = torch.ones_like(y, dtype=s.dtype) if class_weight is None else class_weight.to(s)[y]
+    rows = s.new_zeros(len(labels)).index_add(0, kept.nonzero()[:, 0], weight * torch.where(other, hinges, 0).sum(1))
     if reduction == "none":
-        return torch.stack(rows)
-    total = torch.stack(rows).sum()
-    return total / mass if reduction == "mean" and mass else total
+        return rows
+    mass = weight.sum()
+    return rows.sum() / mass if reduction == "mean" and mass else rows.sum()
 
 
 class ProxyRankingLoss(ProxyLoss):
@@ -144,4 +141,5 @@ ENTRY = LossEntry(
     paper="Movshovitz-Attias et al. 2017, arXiv 1703.07464, section 3.2",
     options=({}, {"margin": 0.5, "metric": "sqeuclidean"}, {"margin": 1.0, "reduction": "sum"}),
     at_scale=lambda scale: {"margin": scale},
+    op="masked_hinge_sum",
 )

@@ -170,4 +170,5 @@ ENTRY = LossEntry(
     ),
     centres=3,
     at_scale=lambda scale: {"la": scale},
+    policy="softmax_pool",
 )

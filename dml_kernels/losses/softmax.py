@@ -58,7 +58,9 @@ class Logits(NamedTuple):
         """The number or (N,) that multiplies the cosines."""
         if not self.by_length:
             return self.scale
-        return torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype)) * self.scale
+        length = torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype))
+        # A scale must be finite; an embedding that is not has NaN for scores already.
+        return torch.where(length.isfinite(), length, 1) * self.scale
 
     def __call__(self, embeddings: Tensor, bank: Tensor) -> Tensor:
         """The N x M matrix of logits without a margin, for who wants it; no loss builds it."""
@@ -168,21 +170,16 @@ def dense_cross_entropy(
     reduction: str,
 ) -> Tensor:
     """PyTorch's cross-entropy of ``logits(embeddings (n, D), y (n,))``, (n, M) with the margin in; tests only."""
-    rows, mass = [], []
-    for i, targets in enumerate(labels.reshape(embeddings.size(0), -1).tolist()):
-        kept = [t for t in targets if t != ignore_index]
-        if not kept:
-            rows.append(embeddings[i].sum() * 0 + proxies.sum() * 0)
-            mass.append(rows[-1].detach())
-            continue
-        y = torch.tensor(kept, device=embeddings.device)
-        z = logits(embeddings[i : i + 1].expand(len(kept), -1), y)
-        each = torch.nn.functional.cross_entropy(z, y, label_smoothing=label_smoothing, reduction="none")
-        if class_weight is not None:
-            each = each * class_weight[y]
-        rows.append(each.mean())
-        mass.append(torch.ones_like(each).mean() if class_weight is None else class_weight[y].to(each).mean())
+    y = labels.reshape(embeddings.size(0), -1)
+    kept = y != ignore_index
+    row = kept.nonzero()[:, 0]
+    each = torch.nn.functional.cross_entropy(
+        logits(embeddings[row], y[kept]), y[kept], label_smoothing=label_smoothing, reduction="none"
+    )
+    weight = torch.ones_like(each) if class_weight is None else class_weight.to(each)[y[kept]]
+    share = weight / kept.sum(1)[row]
+    rows = each.new_zeros(len(y)).index_add(0, row, each * share)
     if reduction == "none":
-        return torch.stack(rows)
-    total = torch.stack(rows).sum()
-    return total / sum(mass) if reduction == "mean" and sum(mass) else total
+        return rows
+    mass = share.sum()
+    return rows.sum() / mass if reduction == "mean" and mass else rows.sum()

@@ -181,4 +181,5 @@ ENTRY = LossEntry(
     options=({}, {"margin": 10.0, "scale": 8.0, "label_smoothing": 0.1}, {"scale": 16.0, "reduction": "sum"}),
     angular=True,
     centres=3,
+    policy="max_pool",
 )
