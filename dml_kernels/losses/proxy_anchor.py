@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional, logspace, reducers
-from ..ops.contract import check_integer, check_number, check_pair, check_vector
+from ..ops import backend as backends
+from ..ops.contract import check_integer, check_number, check_pair, check_vector, product_dtype
 from ..reducers import Terms
 from .base import LossEntry, check_label_range, check_labels, check_reduction
 from .proxy_loss import ProxyLoss, row_weights
 from .softmax import unit
+
+
+# Proxies to a call of the ``torch`` backend.
+ROWS = 8192
 
 
 def _both_terms(
@@ -42,12 +47,23 @@ def _both_terms(
         return nothing, nothing, nothing.detach().sum()
     # Only an embedding can be ignored: the proxy of that class, if there is one, keeps its negatives.
     y = torch.where(y == ignore_index, -1, y)
-    out = functional.masked_logsumexp(
-        proxies, embeddings, torch.arange(m, device=y.device), y, metric=metric, normalize=normalize,
-        same=(-alpha, margin), different=(alpha, -margin), col_bias=bias, ignore_index=-1, eps=eps, backend=backend,
-    )  # fmt: skip
-    with_positive = (out.same.detach() != -torch.inf).sum()
-    return logspace.log1pexp(out.same), logspace.log1pexp(out.different), with_positive
+    size, dtype = (m, *embeddings.shape), product_dtype(proxies, embeddings)
+    chosen = backends.choose("masked_logsumexp", y.device, dtype, argument=backend, size=size)
+    # That backend keeps some copies of its rows, which are usually the few: here they come in blocks.
+    each = torch.arange(m, device=y.device)
+    split = chosen == "torch" and m > ROWS
+    blocks = zip(proxies.split(ROWS), each.split(ROWS), strict=True) if split else [(proxies, each)]
+    same, different = [], []
+    for block, label in blocks:
+        out = functional.masked_logsumexp(
+            block, embeddings, label, y, metric=metric, normalize=normalize, same=(-alpha, margin),
+            different=(alpha, -margin), col_bias=bias, ignore_index=-1, eps=eps, backend=chosen,
+        )  # fmt: skip
+        same.append(out.same)
+        different.append(out.different)
+    pos, neg = (torch.cat(parts) if split else parts[0] for parts in (same, different))
+    with_positive = (pos.detach() != -torch.inf).sum()
+    return logspace.log1pexp(pos), logspace.log1pexp(neg), with_positive
 
 
 def proxy_anchor_loss(

@@ -34,12 +34,11 @@ def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors
     """
     if tuples is None or sum(t.numel() for t in tuples) == 0:
         return None
-    chosen = tuples
-    if anchors_alone:
-        chosen = tuples[:1] if len(tuples) == 3 else (tuples[0], tuples[2])
-    index = torch.cat(chosen)
-    if values_can_be_read(index) and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < n:
+    index = torch.cat(tuples)
+    if values_can_be_read(index) and not 0 <= int(index.min()) <= int(index.max()) < n:
         raise ValueError(f"indices_tuple must hold rows in [0, {n}); got {int(index.min())} to {int(index.max())}")
+    if anchors_alone:
+        index = tuples[0] if len(tuples) == 3 else torch.cat((tuples[0], tuples[2]))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     count = torch.zeros(n, dtype=dtype, device=like.device)
     count = count.scatter_add(0, index, torch.ones_like(index, dtype=dtype))

@@ -115,7 +115,8 @@ def softmax_loss(
         sums=label_smoothing > 0, policy=logits.policy, policy_params=logits.policy_params, backend=backend,
     )  # fmt: skip
     counted = y != ignore_index
-    positive = out.same.masked_fill(~counted, 0)
+    # Logits of 64 have few digits left behind the point in fp32: the few numbers of a row are compared in fp64.
+    positive = out.same.masked_fill(~counted, 0).double()
     if logits.target is not None:
         positive = logits.target(positive, scale)
     rows = logspace.log1pexp((out.different - positive).masked_fill(~counted, -math.inf))
@@ -123,6 +124,7 @@ def softmax_loss(
         assert out.sum_different is not None
         mean = (out.sum_different + positive) / classes
         rows = rows + label_smoothing * (positive - mean).masked_fill(~counted, 0)
+    rows = rows.to(out.same.dtype)
     mass = counted.to(rows.dtype)
     if class_weight is not None:
         mass = torch.where(counted, row_weight(class_weight, y, rows), 0)
