@@ -1,7 +1,7 @@
 """Regularisers of embeddings or of a learned bank, by the names people use; none builds an M x M matrix.
 
-Each is called on rows (M, D) and gives a scalar, in fp32 (fp64 for fp64), which a loss adds times a weight. A reducer of
-:mod:`dml_kernels.reducers` may say how the rows' values become one; the mean by default.
+Each is called on rows (M, D) and gives a scalar, in fp32 (fp64 for fp64), which a loss adds times a weight. A reducer
+of :mod:`dml_kernels.reducers` may say how the rows' values become one; the mean by default.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class CenterInvariantRegularizer(Regularizer):
 class RegularFaceRegularizer(Regularizer):
     """The mean over rows of the cosine to the nearest other row (Zhao et al., RegularFace, CVPR 2019): classes apart.
 
-    The nearest row is found streaming, and is a constant in the derivative, as in pytorch-metric-learning. A bank of one
-    row gives 0.
+    The nearest row is found streaming, and is a constant in the derivative, as in pytorch-metric-learning. A bank of
+    one row gives 0.
     """
 
     def terms(self, weights: Tensor) -> Terms:

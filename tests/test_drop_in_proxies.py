@@ -5,6 +5,7 @@ Where theirs is right, value and gradients are theirs; where it is not, fp64 say
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 
@@ -296,10 +297,10 @@ def test_half_precision_leaves_the_bank_in_fp32(name, dtype, pml):
     assert torch.equal(ours.bank, before)
     truth = copy.deepcopy(ours).double()(x.double(), y)
     assert abs(value.double() - truth) <= 0.02 * truth
-    try:
+    # Their distance has no bf16 on the CPU; the cast is done all the same.
+    refused = pytest.raises(NotImplementedError, match="cdist")
+    with refused if (name, dtype) == ("ProxyNCALoss", torch.bfloat16) else contextlib.nullcontext():
         theirs(x, y)
-    except NotImplementedError as error:  # their distance has no bf16 on the CPU, and the cast is done all the same
-        assert "cdist" in str(error)
     assert theirs_as_ours(theirs, ours).dtype == dtype  # the reason to differ
 
 

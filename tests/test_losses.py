@@ -1,7 +1,8 @@
 """Every loss on proxies against its own dense reference, and what must hold of any of them.
 
-A loss compares embeddings (N, D) with one row of `proxies` (M, D) per class, or `centres` rows; a new file in losses/ is
-tested here without a change. What does not hold of every loss is said in its registry entry. Of losses of every family, the registry's entries are looked at.
+A loss compares embeddings (N, D) with one row of `proxies` (M, D) per class, or `centres` rows; a new file in losses/
+is tested here without a change. What does not hold of every loss is said in its registry entry. Of losses of
+every family, the registry's entries are looked at.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def drawn(name, which, shape, dtype):
 
 
 @on_all
-@pytest.mark.parametrize("dtype", (FP32, FP64, BF16, MIXED), ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16, MIXED], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shape", [(31, 127, 24), (12, 3, 64)], ids=str)
 def test_value_and_gradient_are_accurate(name, which, shape, dtype, backend):
     (x, w, y), sticks = drawn(name, which, shape, dtype)

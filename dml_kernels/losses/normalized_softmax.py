@@ -1,7 +1,7 @@
 r"""Normalised softmax (Zhai and Wu 2019, arXiv 1811.12649): cross-entropy of cosines over a temperature.
 
 With unit vectors x^, w^ and z_ij = x^_i . w^_j / temperature, the loss of a row with label y is
--z_iy + log sum_j exp(z_ij). ``metric`` takes other scores: ``dot`` keeps the embedding's length, z = x . w^ / temperature;
+-z_iy + log sum_j exp(z_ij). ``metric`` takes other scores: ``dot`` keeps the embedding's length, x . w^;
 ``sqeuclidean`` and ``euclidean`` are minus the distance of unit vectors.
 """
 

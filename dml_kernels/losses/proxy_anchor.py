@@ -25,7 +25,6 @@ from .base import LossEntry, check_label_range, check_labels, check_reduction
 from .proxy_loss import ProxyLoss, row_weights
 from .softmax import unit
 
-
 # Proxies to a call of the ``torch`` backend.
 ROWS = 8192
 

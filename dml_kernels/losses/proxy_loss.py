@@ -1,4 +1,4 @@
-"""The Module under every loss with a learned bank: one (M, D) parameter, its start, its checkpoints, its regulariser."""
+"""The Module under every loss with a learned bank: one (M, D) parameter, its start, checkpoints and regulariser."""
 
 from __future__ import annotations
 

@@ -5,10 +5,10 @@ With unit vectors x^, p^ and z_ij = -softmax_scale |x^_i - p^_j|^2, the loss of 
     positive in (default):    -z_iy + log sum_j      exp(z_ij)      pytorch-metric-learning, ProxyNCA++
     exclude_positive=True:    -z_iy + log sum_{j!=y} exp(z_ij)      the 2017 paper; may be negative
 
-ProxyNCA++ (Teh et al. 2020, arXiv 2004.01113) is the first with ``softmax_scale=9`` (both sides scaled by 3) and proxies
-trained at 100 times the network's learning rate or more. Public code of Proxy-NCA with label smoothing epsilon spreads
-it over the other classes: ``label_smoothing=epsilon * C / (C - 1)`` here. ``metric`` and ``normalize`` take other scores
-in place of -|x^ - p^|^2.
+ProxyNCA++ (Teh et al. 2020, arXiv 2004.01113) is the first with ``softmax_scale=9``, both sides scaled by 3, and
+proxies trained at 100 times the network's learning rate or more. Public code of Proxy-NCA with label smoothing epsilon
+spreads it over the other classes: ``label_smoothing=epsilon * C / (C - 1)`` here. ``metric`` and ``normalize`` take
+other scores in place of -|x^ - p^|^2.
 """
 
 from __future__ import annotations

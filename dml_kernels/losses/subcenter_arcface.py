@@ -42,7 +42,7 @@ def subcenter_arcface_loss(
     eps: float = 1e-12,
     backend: str | None = None,
 ) -> Tensor:
-    """Sub-centre ArcFace of embeddings (N, D) against proxies (C K, D), the K sub-centres class by class; see the module.
+    """Sub-centre ArcFace of embeddings (N, D) against proxies (C K, D), K sub-centres a class; see the module.
 
     Args:
         embeddings: (N, D), any norm. proxies: (C K, D), likewise; fp32 allowed beside half-precision embeddings.
