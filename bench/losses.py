@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dml_kernels.losses import LossEntry, family
+from dml_kernels.ops import backend as backends
 
 from . import floor
 from .case import Case, Contender, Outputs, Step, training_step
@@ -39,32 +40,52 @@ class Peers:
 
     options: of our function and of the dense one. dense: plain PyTorch, dense(embeddings, proxies, labels,
     **options). pml: keyword arguments of pytorch-metric-learning's class of the same name; pml_parameter: its
-    (M, D) parameter.
+    (M, D) parameter; transposed: theirs is (D, M).
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     dense: Callable[..., Tensor] | None = None
     pml: Mapping[str, Any] | None = None
     pml_parameter: str = "proxies"
+    transposed: bool = False
 
 
 # Scale 8, as in training. The span of the logits, 4 x 8, leaves every method free to skip the running
 # maximum.
 PEERS = {
     "ProxyNCALoss": Peers(options={"softmax_scale": 8.0}, dense=dense_proxy_nca, pml={"softmax_scale": 8.0}),
+    "ProxyAnchorLoss": Peers(options={"alpha": 8.0}, pml={"alpha": 8.0}),
+    "NormalizedSoftmaxLoss": Peers(
+        options={"temperature": 0.125}, pml={"temperature": 0.125}, pml_parameter="W", transposed=True
+    ),
+    "CosFaceLoss": Peers(options={"scale": 8.0}, pml={"scale": 8.0}, pml_parameter="W", transposed=True),
+    "ArcFaceLoss": Peers(options={"scale": 8.0}, pml={"scale": 8.0}, pml_parameter="W", transposed=True),
+    "SphereFaceLoss": Peers(pml={}, pml_parameter="W", transposed=True),
+    "SubCenterArcFaceLoss": Peers(options={"scale": 8.0}, pml={"scale": 8.0}, pml_parameter="W", transposed=True),
+    "SoftTripleLoss": Peers(
+        options={"centers_per_class": 3, "la": 8.0},
+        pml={"centers_per_class": 3, "la": 8.0},
+        pml_parameter="fc",
+        transposed=True,
+    ),
 }
 
 
-def _loss_step(function: Callable[..., Tensor], problem: Problem, **options) -> Step:
-    return training_step(lambda x, w: (function(x, w, problem.y, **options),), problem)
+def _loss_step(function: Callable[..., Tensor], problem: Problem, centres: int = 1, **options) -> Step:
+    """The bank's M rows are M / centres classes; what is left over is left out."""
+    if centres == 1:
+        return training_step(lambda x, w: (function(x, w, problem.y, **options),), problem)
+    classes = problem.size.m // centres
+    y = (problem.y // centres).clamp_max(classes - 1)
+    return training_step(lambda x, w: (function(x, w[: classes * centres], y, **options),), problem)
 
 
 def _case(entry: LossEntry, options: Mapping[str, Any]) -> Case:
     def truth(problem: Problem) -> Outputs:
-        return _loss_step(entry.function, problem, backend="torch", **options)()
+        return _loss_step(entry.function, problem, entry.centres, backend="torch", **options)()
 
     def reference(problem: Problem) -> Outputs:
-        return _loss_step(entry.reference, problem, **options)()
+        return _loss_step(entry.reference, problem, entry.centres, **options)()
 
     return Case(entry.loss.__name__, truth, reference)
 
@@ -75,33 +96,39 @@ def compiled(dense: Callable[..., Tensor], size, dtype) -> Callable[..., Tensor]
     return torch.compile(dense, fullgraph=True, dynamic=False)
 
 
-def _pml_step(problem: Problem, name: str, peers: Peers) -> Step:
+def _pml_step(problem: Problem, name: str, peers: Peers, centres: int) -> Step:
     from pytorch_metric_learning import losses
 
     # Embedding size 1: the parameter it makes is replaced by w, and for a million classes it takes seconds to
     # fill.
-    loss = getattr(losses, name)(problem.size.m, 1, **peers.pml)
+    loss = getattr(losses, name)(num_classes=problem.size.m // centres, embedding_size=1, **peers.pml)
 
-    def call(x: Tensor, w: Tensor) -> Outputs:
+    def function(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         # Not a Parameter of its own: the gradient is to arrive at w. Its dtype is w's, so the module leaves
         # it alone.
         loss._parameters.pop(peers.pml_parameter, None)
-        setattr(loss, peers.pml_parameter, w)
-        return (loss(x, problem.y),)
+        setattr(loss, peers.pml_parameter, w.t() if peers.transposed else w)
+        return loss(x, y)
 
-    return training_step(call, problem)
+    return _loss_step(function, problem, centres)
 
 
 def _ours(entry: LossEntry, case: Case, backend: str, options: Mapping[str, Any]) -> Contender:
     return Contender(
         f"ours ({backend})",
         case,
-        lambda problem: _loss_step(entry.function, problem, backend=backend, **options),
+        lambda problem: _loss_step(entry.function, problem, entry.centres, backend=backend, **options),
         passes=4,
     )
 
 
-def _peers(name: str, case: Case, peers: Peers) -> list[Contender]:
+def _runs(entry: LossEntry, backend: str) -> bool:
+    """Whether a backend has the op and policy of a loss; one that did not load is kept, to say so."""
+    refusal = backends.BACKENDS[backend].can_run(entry.op, torch.device("cpu"), torch.float32, entry.policy)
+    return refusal is None or "not implemented" not in refusal
+
+
+def _peers(name: str, case: Case, peers: Peers, centres: int) -> list[Contender]:
     found = []
     if peers.dense is not None:
         dense, options = peers.dense, peers.options
@@ -120,7 +147,9 @@ def _peers(name: str, case: Case, peers: Peers) -> list[Contender]:
         ]
     if peers.pml is not None and importlib.util.find_spec("pytorch_metric_learning"):
         title = "pytorch-metric-learning"
-        found.append(Contender(title, case, lambda p: _pml_step(p, name, peers), kind="peer", dense=5.0, passes=3))
+        found.append(
+            Contender(title, case, lambda p: _pml_step(p, name, peers, centres), kind="peer", dense=5.0, passes=3)
+        )
     return found
 
 
@@ -128,5 +157,5 @@ def contenders(name: str) -> list[Contender]:
     """The floor, ours and the peers of one loss of the registry, in the order of the table."""
     entry, peers = family("proxies")[name], PEERS.get(name, Peers())
     case = _case(entry, peers.options)
-    ours = [_ours(entry, case, backend, peers.options) for backend in BACKENDS]
-    return [floor.four_contender(), *ours, *_peers(name, case, peers)]
+    ours = [_ours(entry, case, backend, peers.options) for backend in BACKENDS if _runs(entry, backend)]
+    return [floor.four_contender(), *ours, *_peers(name, case, peers, entry.centres)]

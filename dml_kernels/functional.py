@@ -18,8 +18,10 @@ from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "magnet_loss", "masked_argmax", "masked_hinge_sum",
-    "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss",
+    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "arcface_loss", "cosface_loss", "magnet_loss",
+    "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
+    "normalized_softmax_loss", "proxy_anchor_loss", "proxy_nca_loss", "proxy_ranking_loss", "soft_triple_loss",
+    "sphereface_loss", "subcenter_arcface_loss",
 ]  # fmt: skip
 
 
@@ -240,5 +242,13 @@ def _reference_lse(
     )
 
 
-from .losses.magnet import magnet_loss  # noqa: E402  (the losses are written on the functions above)
+from .losses.arcface import arcface_loss  # noqa: E402  (the losses are written on the functions above)
+from .losses.cosface import cosface_loss  # noqa: E402
+from .losses.magnet import magnet_loss  # noqa: E402
+from .losses.normalized_softmax import normalized_softmax_loss  # noqa: E402
+from .losses.proxy_anchor import proxy_anchor_loss  # noqa: E402
 from .losses.proxy_nca import proxy_nca_loss  # noqa: E402
+from .losses.proxy_ranking import proxy_ranking_loss  # noqa: E402
+from .losses.soft_triple import soft_triple_loss  # noqa: E402
+from .losses.sphereface import sphereface_loss  # noqa: E402
+from .losses.subcenter_arcface import subcenter_arcface_loss  # noqa: E402

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dml_kernels import build_info, reference
 from dml_kernels import functional as F
-from dml_kernels import reference
+from dml_kernels.losses import LossEntry
+from dml_kernels.ops import backend as backends
 
 BACKENDS = ("torch", pytest.param("cpu", marks=pytest.mark.cpp))
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -65,6 +67,34 @@ def on_backends_and(dtypes: tuple[Dtype, ...]) -> Any:
     return pytest.mark.parametrize(
         ("dtype", "backend"), [pytest.param(d, b, marks=marks[b], id=f"{d.name}-{b}") for d, b in pairs]
     )
+
+
+def backends_of(entry: LossEntry, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """The backends that have a loss's op and policy. Without the extension all: the mark `cpp` then speaks."""
+    marks = {"torch": (), "cpu": pytest.mark.cpp}
+    device = torch.device("cpu")
+    absent = {"cpu"} if not build_info.load() else set()
+    return [
+        pytest.param(name, marks=mark)
+        for name, mark in marks.items()
+        if name in absent or backends.BACKENDS[name].can_run(entry.op, device, dtype, entry.policy) is None
+    ]
+
+
+def on_losses(names: Mapping[str, LossEntry], *, options: bool = True, **only: Any) -> Any:
+    """Parametrises over `name`, with `options` also `which` of its options, and every `backend` that runs the loss.
+
+    `only`: fields that the entry must have, such as by_row=True.
+    """
+    rows = []
+    for name, entry in names.items():
+        if all(getattr(entry, key) == value for key, value in only.items()):
+            for i in range(len(entry.options) if options else 1):
+                for backend in backends_of(entry):
+                    case = (name, i, *backend.values) if options else (name, *backend.values)
+                    label = f"-{entry.options[i] or 'defaults'}" if options else ""
+                    rows.append(pytest.param(*case, marks=backend.marks, id=f"{name}{label}-{backend.values[0]}"))
+    return pytest.mark.parametrize(("name", "which", "backend") if options else ("name", "backend"), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

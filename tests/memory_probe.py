@@ -11,7 +11,8 @@ import sys
 import torch
 
 from dml_kernels import functional as F
-from dml_kernels import miners
+from dml_kernels import miners, regularizers
+from dml_kernels.losses import REGISTRY
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
@@ -85,6 +86,8 @@ def mine(n: int) -> dict:
     }  # fmt: skip
     data, small = problem(n), problem(80)
     return {type(kind).__name__: peak_extra_bytes(lambda k=kind: k(*data), lambda k=kind: k(*small)) for kind in kinds}
+
+
 def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
     """As step, of masked_hinge_sum, or of masked_argmax by score or drawn."""
 
@@ -103,6 +106,34 @@ def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
     small, large = problem(8, 600), problem(n, m)
     peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
     return {"peak": peak, "gradients": (n + m) * d * 4 if what == "hinge" else 0}
+
+
+def proxies(names: str, backend: str, n: int, m: int, d: int) -> dict:
+    """As step, of several losses on proxies by name, each with its first options."""
+
+    def one(entry):
+        def problem(n, m):
+            classes = m // entry.centres
+            x, w = torch.randn(n, d, requires_grad=True), torch.randn(classes * entry.centres, d, requires_grad=True)
+            return x, w, torch.randint(0, classes, (n,))
+
+        def run(x, w, y):
+            entry.function(x, w, y, **entry.options[0], backend=backend).backward()
+            return x.grad, w.grad
+
+        small, large = problem(8, 600), problem(n, m)
+        peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+        return {"peak": peak, "gradients": sum(t.numel() * t.element_size() for t in large[:2])}
+
+    return {name: one(REGISTRY[name]) for name in names.split(",")}
+
+
+def regular_face(m: int, d: int) -> dict:
+    """As step, of the regulariser that looks for each row's nearest other row."""
+    regularizer = regularizers.RegularFaceRegularizer()
+    small, large = torch.randn(50, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
+    peak = peak_extra_bytes(lambda: regularizer(large).backward(), lambda: regularizer(small).backward())
+    return {"peak": peak, "gradients": m * d * 4}
 
 
 def windows(backend: str, m: int, d: int) -> dict:

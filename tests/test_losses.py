@@ -1,7 +1,8 @@
 """Every loss on proxies against its own dense reference, and what must hold of any of them.
 
-A loss compares embeddings (N, D) with one row of `proxies` (M, D) per class; a new file in losses/ is tested here
-without a change. Of losses of every family, the registry's entries are looked at.
+A loss compares embeddings (N, D) with one row of `proxies` (M, D) per class, or `centres` rows; a new file in losses/
+is tested here without a change. What does not hold of every loss is said in its registry entry. Of losses of
+every family, the registry's entries are looked at.
 """
 
 from __future__ import annotations
@@ -18,23 +19,20 @@ from helpers import (
     MIXED,
     Yardstick,
     assert_all_accurate,
-    on_backends,
-    on_backends_and,
+    on_losses,
     randint,
     randn,
     worst,
 )
 
-from dml_kernels import functional, losses
+from dml_kernels import distances, functional, losses
 from dml_kernels.losses import REGISTRY, family
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
-CASES = [(name, i) for name, entry in family("proxies").items() for i in range(len(entry.options))]
-on_losses = pytest.mark.parametrize(
-    ("name", "which"), CASES, ids=[f"{name}-{REGISTRY[name].options[i] or 'defaults'}" for name, i in CASES]
-)
-on_names = pytest.mark.parametrize("name", family("proxies"))
+PROXIES = family("proxies")
+on_all = on_losses(PROXIES)
+on_rows = on_losses(PROXIES, by_row=True)
 
 
 def evaluate(function, x, proxies, y, **options):
@@ -44,10 +42,20 @@ def evaluate(function, x, proxies, y, **options):
     return {"value": value.detach(), "grad x": grads[0], "grad w": grads[1]}
 
 
-def problem(n, m, d, seed=0):
+def problem(n, m, d, seed=0, centres=1):
     y = randint(0, m, n, seed=seed + 2)
     y[1::5] = -100
-    return randn(n, d, seed=seed), randn(m, d, seed=seed + 1), y
+    return randn(n, d, seed=seed), randn(m * centres, d, seed=seed + 1), y
+
+
+def problem_of(name, n, m, d):
+    return problem(n, m, d, centres=REGISTRY[name].centres)
+
+
+def by_class(name, w, change):
+    """A change of (M, centres x D) rows, one a class."""
+    k = REGISTRY[name].centres
+    return change(w.view(w.size(0) // k, -1)).reshape(-1, w.size(1))
 
 
 def yardsticks(entry, options, x, w, y, dtype):
@@ -63,14 +71,14 @@ def yardsticks(entry, options, x, w, y, dtype):
 
 @functools.lru_cache(maxsize=1)
 def drawn(name, which, shape, dtype):
-    problems = [problem(*shape, seed=seed) for seed in range(0, 1000, 100)]
     entry = REGISTRY[name]
+    problems = [problem(*shape, seed=seed, centres=entry.centres) for seed in range(0, 1000, 100)]
     return problems[0], worst([yardsticks(entry, entry.options[which], *p, dtype) for p in problems])
 
 
-@on_backends_and((FP32, FP64, BF16, MIXED))
+@on_all
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16, MIXED], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shape", [(31, 127, 24), (12, 3, 64)], ids=str)
-@on_losses
 def test_value_and_gradient_are_accurate(name, which, shape, dtype, backend):
     (x, w, y), sticks = drawn(name, which, shape, dtype)
     entry = REGISTRY[name]
@@ -79,10 +87,9 @@ def test_value_and_gradient_are_accurate(name, which, shape, dtype, backend):
     assert_all_accurate(out, sticks)
 
 
-@on_backends
-@on_losses
+@on_rows
 def test_reductions_agree(name, which, backend):
-    x, w, y = problem(11, 9, 4)
+    x, w, y = problem_of(name, 11, 9, 4)
     call = functools.partial(REGISTRY[name].function, x, w, y, backend=backend)
     options = {k: v for k, v in REGISTRY[name].options[which].items() if k != "reduction"}
     rows, total, mean = (call(**options, reduction=r) for r in ("none", "sum", "mean"))
@@ -92,10 +99,9 @@ def test_reductions_agree(name, which, backend):
     torch.testing.assert_close(rows.sum() / (y != -100).sum(), mean)
 
 
-@on_backends
-@on_losses
+@on_all
 def test_the_order_of_rows_and_of_classes_does_not_matter(name, which, backend):
-    x, w, y = problem(11, 60, 4)
+    x, w, y = problem_of(name, 11, 60, 4)
     rows, classes = torch.randperm(11), torch.randperm(60)
     function = functools.partial(REGISTRY[name].function, **REGISTRY[name].options[which], backend=backend)
     place = torch.empty(60, dtype=torch.int64)
@@ -103,31 +109,28 @@ def test_the_order_of_rows_and_of_classes_does_not_matter(name, which, backend):
     renamed = torch.where(y == -100, -100, place[y.clamp_min(0)])
     expected = function(x, w, y)
     torch.testing.assert_close(function(x[rows], w, y[rows]), expected)
-    torch.testing.assert_close(function(x, w[classes], renamed), expected)
+    torch.testing.assert_close(function(x, by_class(name, w, lambda w: w[classes]), renamed), expected)
 
 
-@on_backends
-@on_losses
+@on_all
 def test_rotating_the_space_changes_nothing(name, which, backend):
-    x, w, y = problem(11, 60, 5)
+    x, w, y = problem_of(name, 11, 60, 5)
     turn, _ = torch.linalg.qr(randn(5, 5, seed=9))
     function = functools.partial(REGISTRY[name].function, **REGISTRY[name].options[which], backend=backend)
     torch.testing.assert_close(function(x @ turn, w @ turn, y), function(x, w, y))
 
 
-@on_backends
-@on_losses
+@on_losses(PROXIES, lengths_matter=False)
 def test_the_lengths_of_embeddings_and_proxies_do_not_matter(name, which, backend):
-    x, w, y = problem(11, 60, 5)
+    x, w, y = problem_of(name, 11, 60, 5)
     function = functools.partial(REGISTRY[name].function, **REGISTRY[name].options[which], backend=backend)
-    longer = function(x * randn(11, 1, seed=8).exp(), w * randn(60, 1, seed=9).exp(), y)
+    longer = function(x * randn(11, 1, seed=8).exp(), w * randn(w.size(0), 1, seed=9).exp(), y)
     torch.testing.assert_close(longer, function(x, w, y))
 
 
-@on_backends
-@on_losses
+@on_all
 def test_all_rows_ignored_gives_0_and_zero_gradients(name, which, backend):
-    x, w, y = problem(5, 9, 4)
+    x, w, y = problem_of(name, 5, 9, 4)
     out = evaluate(
         REGISTRY[name].function, x, w, torch.full_like(y, -100), **REGISTRY[name].options[which], backend=backend
     )
@@ -136,10 +139,9 @@ def test_all_rows_ignored_gives_0_and_zero_gradients(name, which, backend):
     assert out["grad w"].count_nonzero() == 0
 
 
-@on_backends
-@on_losses
+@on_all
 def test_an_ignored_row_is_as_if_it_were_not_there(name, which, backend):
-    x, w, y = problem(11, 9, 4)
+    x, w, y = problem_of(name, 11, 9, 4)
     x[1] = 1e6
     function, options = REGISTRY[name].function, REGISTRY[name].options[which]
     every = evaluate(function, x, w, y, **options, backend=backend)
@@ -150,69 +152,83 @@ def test_an_ignored_row_is_as_if_it_were_not_there(name, which, backend):
     assert every["grad x"][y == -100].count_nonzero() == 0
 
 
-@on_backends
-@on_losses
+@on_all
 def test_an_empty_batch_gives_0(name, which, backend):
-    x, w, y = problem(0, 9, 4)
+    x, w, y = problem_of(name, 0, 9, 4)
     out = evaluate(REGISTRY[name].function, x, w, y, **REGISTRY[name].options[which], backend=backend)
     assert out["value"] == 0
     assert out["grad x"].shape == (0, 4)
     assert out["grad w"].count_nonzero() == 0
 
 
+# Of (embeddings, proxies of each class (M, K, D), labels).
 EXTREMES = {
     "one row": lambda x, w, y: (x[:1], w, y[:1]),
     "one class": lambda x, w, y: (x, w[:1], y * 0),
     "two classes": lambda x, w, y: (x, w[:2], y % 2),
     "all embeddings equal": lambda x, w, y: (x[:1].expand_as(x).clone(), w, y),
-    "all proxies equal": lambda x, w, y: (x, w[:1].expand_as(w).clone(), y),
-    "everything equal": lambda x, w, y: (x[:1].expand_as(x).clone(), x[:1].expand_as(w).clone(), y),
-    "antipodal to its proxy": lambda x, w, y: (-w[y], w, y),
-    "on its proxy": lambda x, w, y: (w[y], w, y),
+    "all proxies equal": lambda x, w, y: (x, w[:1, :1].expand_as(w).clone(), y),
+    "everything equal": lambda x, w, y: (x[:1].expand_as(x).clone(), x[:1, None].expand_as(w).clone(), y),
+    "antipodal to its proxy": lambda x, w, y: (-w[y, 0], w, y),
+    "on its proxy": lambda x, w, y: (w[y, 0], w, y),
     "zero embedding": lambda x, w, y: (torch.cat((x[:1] * 0, x[1:])), w, y),
     "zero proxy": lambda x, w, y: (x, torch.cat((w[:1] * 0, w[1:])), y),
 }
+# Angles of 0 or 180 degrees: the derivative of an arc cosine is infinite there.
+ALIGNED = ("everything equal", "antipodal to its proxy", "on its proxy")
 
 
-@on_backends
+@on_losses(PROXIES, options=False)
 @pytest.mark.parametrize("scale", [0.1, 1e4])
 @pytest.mark.parametrize("kind", EXTREMES)
-@on_names
 def test_extreme_inputs_match_the_reference(name, kind, scale, backend):
-    x, w, y = EXTREMES[kind](randn(9, 5, seed=1), randn(30, 5, seed=2), torch.arange(9))
-    for options in REGISTRY[name].options:
-        options = {**options, "softmax_scale": scale}
-        found = evaluate(REGISTRY[name].function, x, w, y, **options, backend=backend)
-        expected = evaluate(REGISTRY[name].reference, x, w, y, **options)
+    entry = REGISTRY[name]
+    x, w, y = EXTREMES[kind](randn(9, 5, seed=1), randn(30, entry.centres, 5, seed=2), torch.arange(9))
+    w = w.flatten(0, 1)
+    for options in entry.options:
+        options = {**options, **entry.at_scale(scale)}
+        found = evaluate(entry.function, x, w, y, **options, backend=backend)
+        expected = evaluate(entry.reference, x, w, y, **options)
+        angular = entry.angular and kind in ALIGNED
         for key, value in found.items():
-            # The reference takes norms of zero rows from a square root, whose gradient there is NaN or 0.
-            if not (kind.startswith("zero") and key.startswith("grad")):
-                unit = max(1.0, expected[key].abs().max().item())
-                torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9 * scale * unit)
             assert value.isfinite().all()
+            gradient = key.startswith("grad")
+            # The reference takes norms of zero rows from a square root, whose gradient there is NaN or 0; equal
+            # centres share a gradient as they like.
+            tied = entry.centres > 1 and key == "grad w" and "equal" in kind
+            if gradient and (kind.startswith("zero") or angular or tied):
+                continue
+            unit = max(1.0, expected[key].abs().max().item())
+            close = 1e-6 if angular else 1e-9
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=close * scale * unit)
 
 
-@on_backends
-@on_losses
+@on_rows
 def test_nan_is_never_hidden(name, which, backend):
     function, options = REGISTRY[name].function, {**REGISTRY[name].options[which], "reduction": "none"}
-    x, w, y = problem(6, 40, 4)
+    x, w, y = problem_of(name, 6, 40, 4)
     x[2, 1] = float("nan")
     rows = function(x, w, y, **options, backend=backend)
     assert rows[2].isnan()
     assert rows[[0, 1, 3, 4, 5]].isfinite().all()
-    x, w, y = problem(6, 40, 4)
-    w[y[2], 1] = float("nan")
+    x, w, y = problem_of(name, 6, 40, 4)
+    w[y[2] * REGISTRY[name].centres, 1] = float("nan")
     assert function(x, w, y, **options, backend=backend)[y != -100].isnan().all()
 
 
-@on_names
+@pytest.mark.parametrize("name", PROXIES)
 def test_the_module_is_the_function(name):
     entry = REGISTRY[name]
-    x, w, y = (t.float() if t.is_floating_point() else t for t in problem(11, 9, 4))
+    x, w, y = (t.float() if t.is_floating_point() else t for t in problem_of(name, 11, 9, 4))
     for options in entry.options:
-        loss = entry.loss(9, 4, **options, proxies=w)
-        assert torch.equal(loss(x, y), entry.function(x, loss.proxies, y, **options))
+        # The names of a metric are those of distances for a Module.
+        kinds = {"cosine": distances.CosineSimilarity(), "sqeuclidean": distances.LpDistance(power=2)}
+        given = {k: v for k, v in options.items() if k != "metric"}
+        if "metric" in options:
+            given["distance"] = kinds[options["metric"]]
+        loss = entry.loss(9, 4, **given, proxies=w)
+        assert torch.equal(loss(x, y), entry.function(x, loss.bank, y, **options))
+        assert torch.equal(loss.bank, w)
 
 
 @pytest.mark.parametrize("name", REGISTRY)

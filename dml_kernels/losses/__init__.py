@@ -9,9 +9,17 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from .arcface import ArcFaceLoss
 from .base import LossEntry
+from .cosface import CosFaceLoss
 from .magnet import MagnetLoss
+from .normalized_softmax import NormalizedSoftmaxLoss
+from .proxy_anchor import ProxyAnchorLoss
 from .proxy_nca import ProxyNCALoss
+from .proxy_ranking import ProxyRankingLoss
+from .soft_triple import SoftTripleLoss
+from .sphereface import SphereFaceLoss
+from .subcenter_arcface import SubCenterArcFaceLoss
 
 REGISTRY: dict[str, LossEntry] = {}
 
@@ -27,4 +35,7 @@ def family(name: str) -> dict[str, LossEntry]:
     return {loss: entry for loss, entry in REGISTRY.items() if entry.family == name}
 
 
-__all__ = ["REGISTRY", "LossEntry", "MagnetLoss", "ProxyNCALoss", "family"]
+__all__ = [
+    "REGISTRY", "ArcFaceLoss", "CosFaceLoss", "LossEntry", "MagnetLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss",
+    "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "family",
+]  # fmt: skip

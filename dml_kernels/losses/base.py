@@ -27,6 +27,16 @@ class LossEntry:
     settings worth testing. ``family`` says what the loss compares embeddings with, and so the arguments it takes before
     its options: ``proxies`` (embeddings, proxies, labels), ``clusters`` (embeddings, clusters, cluster_classes),
     ``pairs`` (embeddings, labels, and as keywords ref_emb, ref_labels; the options are the Module's).
+
+    What does not hold of every loss is said here, never by a list of names in a test:
+
+    - ``by_row``: ``reduction="none"`` gives one value for each embedding (Proxy-Anchor's rows are the proxies).
+    - ``lengths_matter``: the loss changes with the length of an embedding.
+    - ``angular``: computed from the angle. Within sqrt(eps) of 0 and 180 degrees the value is good to sqrt(eps), and
+      the gradient there has no direction.
+    - ``centres``: rows of the bank to a class.
+    - ``at_scale``: the options that multiply the scores by a number.
+    - ``op``, ``policy``: what the loss needs of a backend.
     """
 
     loss: type[torch.nn.Module]
@@ -35,6 +45,13 @@ class LossEntry:
     paper: str
     options: Sequence[Mapping[str, Any]] = field(default_factory=lambda: ({},))
     family: str = "proxies"
+    by_row: bool = True
+    lengths_matter: bool = False
+    angular: bool = False
+    centres: int = 1
+    at_scale: Callable[[float], Mapping[str, Any]] = lambda scale: {"scale": scale}
+    op: str = "masked_logsumexp"
+    policy: str = "linear"
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
@@ -60,3 +77,38 @@ def check_reduction(reduction: str) -> None:
     """Refuses a reduction that no loss knows."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+
+
+def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Labels are classes or ``ignore_index``. Values are looked at on the CPU, in eager mode."""
+    if not values_can_be_read(labels):
+        return
+    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
+    if bad.numel():
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}): each names a class; "
+            f"got {bad[0].item()}"
+        )
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """A share of the target, from 0 to under 1."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+
+
+def row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+    """The weight of each row's class, in the dtype of ``like``; of an ignored row any."""
+    inside = labels.clamp(0, class_weight.numel() - 1)
+    return class_weight.to(device=like.device, dtype=like.dtype)[inside]
+
+
+def reduce_rows(rows: Tensor, mass: Tensor, reduction: str) -> Tensor:
+    """``mean``: the sum over the sum of ``mass`` (N,), 0 where that is 0. ``sum``. ``none``: the rows."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    count = mass.sum()
+    return total / torch.where(count == 0, 1, count)

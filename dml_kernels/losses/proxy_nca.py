@@ -4,18 +4,37 @@ With unit vectors x^, p^ and z_ij = -softmax_scale |x^_i - p^_j|^2, the loss of 
 
     positive in (default):    -z_iy + log sum_j      exp(z_ij)      pytorch-metric-learning, ProxyNCA++
     exclude_positive=True:    -z_iy + log sum_{j!=y} exp(z_ij)      the 2017 paper; may be negative
+
+ProxyNCA++ (Teh et al. 2020, arXiv 2004.01113) is the first with ``softmax_scale=9``, both sides scaled by 3, and
+proxies trained at 100 times the network's learning rate or more. Public code of Proxy-NCA with label smoothing epsilon
+spreads it over the other classes: ``label_smoothing=epsilon * C / (C - 1)`` here. ``metric`` and ``normalize`` take
+other scores in place of -|x^ - p^|^2.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import functional
+from .. import distances, functional, logspace
 from ..ops import backend as backends
 from ..ops.contract import check_eps, check_integer, check_matrix, check_number, check_pair, check_vector, product_dtype
 from ..ops.proxy_nca import Proxied, ProxySpec, proxy_nca
-from .base import LossEntry, check_class_weight, check_labels, check_reduction, values_can_be_read
+from .base import (
+    LossEntry,
+    check_class_weight,
+    check_labels,
+    check_reduction,
+    check_smoothing,
+    reduce_rows,
+    row_weight,
+    values_can_be_read,
+)
+from .proxy_loss import ProxyLoss
 
 
 def _check_map(label_to_proxy: Tensor, num_proxies: int) -> None:
@@ -45,15 +64,9 @@ def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int
     return torch.where(keep, mapped, ignore_index)
 
 
-def _row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
-    inside = labels.clamp(0, class_weight.numel() - 1)
-    return class_weight.to(device=like.device, dtype=like.dtype)[inside]
-
-
 def _check_options(label_smoothing: float, exclude_positive: bool, reduction: str) -> None:
     check_reduction(reduction)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+    check_smoothing(label_smoothing)
     if label_smoothing and exclude_positive:
         raise ValueError(
             "label_smoothing needs the positive in the sum: the smoothed target is a distribution over all proxies. "
@@ -72,6 +85,8 @@ def proxy_nca_loss(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_to_proxy: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    normalize: bool = True,
     reduction: str = "mean",
     eps: float = 1e-12,
     backend: str | None = None,
@@ -88,6 +103,7 @@ def proxy_nca_loss(
         class_weight: (number of classes,), a weight for each label; the mean is then weighted.
         ignore_index: rows with this label contribute 0 and are not counted in the mean.
         label_to_proxy: (number of classes,) int64, the proxy of each label; several may share one.
+        metric, normalize: other scores, as in :func:`functional.masked_logsumexp`; the default is the fused op.
         reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
         eps: guards the division by the norm. backend: overrides the choice of backend.
 
@@ -105,7 +121,7 @@ def proxy_nca_loss(
         _check_map(label_to_proxy, proxies.size(0))
     check_class_weight(class_weight, proxies.size(0) if label_to_proxy is None else label_to_proxy.numel())
     y = _map_labels(labels, label_to_proxy, ignore_index)
-    weight = None if class_weight is None else _row_weight(class_weight, labels, embeddings)
+    weight = None if class_weight is None else row_weight(class_weight, labels, embeddings)
     dtype = product_dtype(embeddings, proxies)
     size = (embeddings.size(0), proxies.size(0), embeddings.size(1))
     chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend, size=size)
@@ -115,8 +131,14 @@ def proxy_nca_loss(
         return proxy_nca_reference(
             embeddings, proxies, labels, softmax_scale=softmax_scale, exclude_positive=exclude_positive,
             label_smoothing=label_smoothing, class_weight=class_weight, ignore_index=ignore_index,
-            label_to_proxy=label_to_proxy, reduction=reduction, eps=eps,
+            label_to_proxy=label_to_proxy, metric=metric, normalize=normalize, reduction=reduction, eps=eps,
         )  # fmt: skip
+    if (metric, normalize) != ("sqeuclidean", True):
+        rows, mass = _composed_rows(
+            embeddings, proxies, y, weight, exclude_positive, label_smoothing, metric=metric, normalize=normalize,
+            scale=softmax_scale, ignore_index=ignore_index, eps=eps, backend=backend,
+        )  # fmt: skip
+        return reduce_rows(rows, mass, reduction)
     spec = ProxySpec(
         check_number("softmax_scale", factor), exclude_positive, float(label_smoothing), check_eps(eps),
         check_integer("ignore_index", ignore_index), reduction, dtype, chosen,
@@ -124,6 +146,27 @@ def proxy_nca_loss(
     # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
     proxies = proxies.view_as(proxies) if proxies is embeddings else proxies
     return proxy_nca(Proxied(embeddings, proxies, y, scale, weight), spec)
+
+
+def _composed_rows(
+    x: Tensor, w: Tensor, y: Tensor, weight: Tensor | None, exclude_positive: bool, label_smoothing: float,
+    **comparison: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(N,) losses and what each counts in the mean, of scores that the fused op does not take."""
+    out = functional.masked_logsumexp(x, w, y, **comparison, sums=label_smoothing > 0)
+    counted = y != comparison["ignore_index"]
+    if exclude_positive:
+        some = counted & (out.different != -math.inf)
+        rows = torch.where(some, torch.where(some, out.different, 0) - torch.where(some, out.same, 0), 0)
+    else:
+        rows = logspace.log1pexp((out.different - out.same.masked_fill(~counted, 0)).masked_fill(~counted, -math.inf))
+    if label_smoothing:
+        assert out.sum_same is not None
+        assert out.sum_different is not None
+        mean = (out.sum_same + out.sum_different) / w.size(0)
+        rows = rows + label_smoothing * (out.same - mean).masked_fill(~counted, 0)
+    mass = counted.to(rows.dtype) if weight is None else torch.where(counted, weight.to(rows.dtype), 0)
+    return torch.where(counted, rows * mass, 0), mass
 
 
 def proxy_nca_reference(
@@ -137,12 +180,15 @@ def proxy_nca_reference(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_to_proxy: Tensor | None = None,
+    metric: str = "sqeuclidean",
+    normalize: bool = True,
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
     """The paper's loss, written densely and row by row; independent of the ops. Tests only."""
-    x = embeddings / embeddings.norm(dim=1, keepdim=True).clamp_min(eps)
-    p = proxies / proxies.norm(dim=1, keepdim=True).clamp_min(eps)
+    x, p = embeddings, proxies
+    if normalize or metric == "cosine":
+        x, p = (t / t.norm(dim=1, keepdim=True).clamp_min(eps) for t in (x, p))
     rows: list[Tensor] = []
     mass: float | Tensor = 0.0
     for i, label in enumerate(labels.tolist()):
@@ -151,7 +197,11 @@ def proxy_nca_reference(
             continue
         y = label if label_to_proxy is None else int(label_to_proxy[label])
         scale = softmax_scale[i] if isinstance(softmax_scale, Tensor) and softmax_scale.dim() else softmax_scale
-        z = -scale * (x[i] - p).square().sum(1)
+        squared = (x[i] - p).square().sum(1)
+        if metric in ("cosine", "dot"):
+            z = scale * (p @ x[i])
+        else:
+            z = -scale * (squared if metric == "sqeuclidean" else squared.sqrt())
         others = torch.cat([z[:y], z[y + 1 :]])
         if others.numel() == 0:
             row = z.sum() * 0
@@ -169,19 +219,30 @@ def proxy_nca_reference(
     return total / mass if reduction == "mean" and mass else total
 
 
-class ProxyNCALoss(torch.nn.Module):
+def _module_map(label_to_proxy: Tensor, num_classes: int) -> Tensor:
+    if label_to_proxy.shape != (num_classes,) or label_to_proxy.dtype != torch.int64:
+        raise ValueError(
+            f"label_to_proxy must be int64 of shape ({num_classes},), a proxy for each class; "
+            f"got {label_to_proxy.dtype} {tuple(label_to_proxy.shape)}"
+        )
+    if int(label_to_proxy.min()) < 0:
+        raise ValueError(f"label_to_proxy must not be negative; got {int(label_to_proxy.min())}")
+    return label_to_proxy
+
+
+class ProxyNCALoss(ProxyLoss):
     """Proxy-NCA with one learned proxy per class; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Same names and numbers by default: unit vectors, squared distances, the positive in the sum, mean over rows.
-    The paper's own loss is ``exclude_positive=True``. See :func:`proxy_nca_loss` for formula and options.
+    The paper's own loss is ``exclude_positive=True``; ProxyNCA++ is ``softmax_scale=9``. See :func:`proxy_nca_loss` for
+    formula and options.
 
     Args:
         num_classes: C. embedding_size: D.
         softmax_scale: multiplies the squared distances.
-        exclude_positive, label_smoothing, class_weight, ignore_index, reduction: as in :func:`proxy_nca_loss`.
+        exclude_positive, label_smoothing: as in :func:`proxy_nca_loss`.
         label_to_proxy: (C,) int64, the proxy of each class; the number of proxies is its largest entry plus 1.
-        proxies: (number of proxies, D) starting values; None: standard normal, as pytorch-metric-learning does.
-        device, dtype: of the parameter, which keeps its dtype whatever the embeddings'.
+        options: of :class:`~dml_kernels.losses.proxy_loss.ProxyLoss`; ``distance``: any, a similarity or a distance.
 
     Attributes:
         proxies: (number of proxies, D) parameter. People train it at 10 to 100 times the network's learning rate.
@@ -190,8 +251,10 @@ class ProxyNCALoss(torch.nn.Module):
         ValueError: sizes that are not positive, a map or starting values of the wrong shape.
     """
 
+    bank_name, transposed_name, other_names = "proxies", None, ("weight",)
+    anchors_alone = True
+    function: Callable[..., Tensor] = staticmethod(proxy_nca_loss)
     label_to_proxy: Tensor | None
-    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -201,46 +264,21 @@ class ProxyNCALoss(torch.nn.Module):
         *,
         exclude_positive: bool = False,
         label_smoothing: float = 0.0,
-        class_weight: Tensor | None = None,
-        ignore_index: int = -100,
         label_to_proxy: Tensor | None = None,
-        proxies: Tensor | None = None,
-        reduction: str = "mean",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ):
-        super().__init__()
-        check_integer("num_classes", num_classes)
-        check_integer("embedding_size", embedding_size)
-        if num_classes < 1 or embedding_size < 1:
-            raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
-        _check_options(label_smoothing, exclude_positive, reduction)
-        self.num_classes, self.embedding_size, self.softmax_scale = num_classes, embedding_size, softmax_scale
-        self.exclude_positive, self.label_smoothing = exclude_positive, label_smoothing
-        self.ignore_index, self.reduction = ignore_index, reduction
-        check_class_weight(class_weight, num_classes)
+        _check_options(label_smoothing, exclude_positive, options.get("reduction", "mean"))
         if label_to_proxy is not None:
-            label_to_proxy = self._check_map(label_to_proxy)
-        self.register_buffer("class_weight", class_weight, persistent=False)
+            options["bank_rows"] = int(_module_map(label_to_proxy, num_classes).max()) + 1
+        super().__init__(num_classes, embedding_size, **options)
+        self.softmax_scale, self.exclude_positive, self.label_smoothing = (
+            softmax_scale, exclude_positive, label_smoothing
+        )  # fmt: skip
         self.register_buffer("label_to_proxy", label_to_proxy)
-        rows = num_classes if label_to_proxy is None else int(label_to_proxy.max()) + 1
-        shape = (rows, embedding_size)
-        if proxies is None:
-            proxies = torch.randn(shape, device=device, dtype=dtype)
-        check_matrix("proxies", proxies)
-        if proxies.shape != shape:
-            raise ValueError(f"proxies must have shape {shape}; got {tuple(proxies.shape)}")
-        self.proxies = torch.nn.Parameter(proxies.detach().to(device=device, dtype=dtype).clone())
 
-    def _check_map(self, label_to_proxy: Tensor) -> Tensor:
-        if label_to_proxy.shape != (self.num_classes,) or label_to_proxy.dtype != torch.int64:
-            raise ValueError(
-                f"label_to_proxy must be int64 of shape ({self.num_classes},), a proxy for each class; "
-                f"got {label_to_proxy.dtype} {tuple(label_to_proxy.shape)}"
-            )
-        if int(label_to_proxy.min()) < 0:
-            raise ValueError(f"label_to_proxy must not be negative; got {int(label_to_proxy.min())}")
-        return label_to_proxy
+    def default_distance(self) -> distances.Distance:
+        """The squared distance of unit vectors."""
+        return distances.LpDistance(power=2)
 
     @torch.no_grad()
     def init_from_data(self, embeddings: Tensor, labels: Tensor, how: str = "mean") -> None:
@@ -276,33 +314,17 @@ class ProxyNCALoss(torch.nn.Module):
             values = unit[by_rank[best.clamp_max(max(y.numel() - 1, 0))]] if y.numel() else self.proxies
         self.proxies.copy_(torch.where((count > 0)[:, None], values, self.proxies))
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        indices_tuple: None = None,
-        ref_emb: None = None,
-        ref_labels: None = None,
-    ) -> Tensor:
-        """The loss of embeddings (N, D) with labels (N,). Miner tuples and reference embeddings are refused."""
-        for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb), ("ref_labels", ref_labels)):
-            if value is not None:
-                raise ValueError(
-                    f"ProxyNCALoss does not take {name}: the proxies are its references. "
-                    "Weight rows through class_weight, or drop them with ignore_index"
-                )
-        return proxy_nca_loss(
-            embeddings,
-            self.proxies,
-            labels,
-            softmax_scale=self.softmax_scale,
-            exclude_positive=self.exclude_positive,
-            label_smoothing=self.label_smoothing,
-            class_weight=self.class_weight,
-            ignore_index=self.ignore_index,
-            label_to_proxy=self.label_to_proxy,
-            reduction=self.reduction,
-        )
+    def options(self) -> Mapping[str, Any]:
+        """The function's keyword arguments."""
+        return {
+            **super().options(), "softmax_scale": self.softmax_scale, "exclude_positive": self.exclude_positive,
+            "label_smoothing": self.label_smoothing, "label_to_proxy": self.label_to_proxy,
+            "metric": self.distance.metric, "normalize": self.distance.normalize_embeddings,
+        }  # fmt: skip
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """The (N, number of proxies) matrix of the distance: squared distances by default."""
+        return self.distance(embeddings, self.proxies)
 
     def extra_repr(self) -> str:
         """What ``print(loss)`` shows."""
@@ -323,5 +345,8 @@ ENTRY = LossEntry(
         {"softmax_scale": 32.0, "exclude_positive": True},
         {"softmax_scale": 9.0, "label_smoothing": 0.1},
         {"softmax_scale": 3.0, "reduction": "sum", "exclude_positive": True},
+        {"softmax_scale": 6.0, "metric": "cosine", "label_smoothing": 0.1},
     ),
+    at_scale=lambda scale: {"softmax_scale": scale},
+    op="proxy_nca_loss",
 )

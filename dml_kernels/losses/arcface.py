@@ -1,0 +1,167 @@
+r"""ArcFace (Deng et al. 2019, arXiv 1801.07698): the positive's angle must win by a margin.
+
+With theta_ij the angle between x_i and w_j, the loss of a row with label y is::
+
+    -z'_y + log( exp(z'_y) + sum_{j != y} exp(s cos theta_ij) )
+    z'_y = s cos(theta_iy + m)             where theta_iy <= pi - m
+           s (cos theta_iy - m sin m)      beyond, so that the loss goes on growing with the angle
+
+cos(theta + m) is taken as cos theta cos m - sin theta sin m: no arc cosine, whose derivative is infinite at 0 and 180
+degrees. Where the cosine is +-1 to rounding, sin theta is 0 and has no gradient: that angle has no direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import distances
+from ..ops.contract import check_number
+from .base import LossEntry
+from .proxy_loss import SoftmaxLoss
+from .softmax import Logits, check_scale, dense_cross_entropy, on_targets, softmax_loss, unit
+
+
+def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear", centres: int = 1) -> Logits:
+    """Cosines times the scale, the margin in degrees on the positive's angle; sub-centres are pooled by ``policy``."""
+    margin = check_number("margin", margin)
+    if not 0 <= margin <= 180:
+        raise ValueError(f"margin is an angle in degrees, 0 to 180; got {margin}")
+    m = math.radians(margin)
+
+    def target(z: Tensor, s: float | Tensor) -> Tensor:
+        cosine = z / s
+        squared_sine = (1 - cosine) * (1 + cosine)
+        # NaN stays: only what is known not to be positive is 0.
+        flat = squared_sine <= 0
+        sine = torch.where(flat, 0, torch.where(flat, 1, squared_sine).sqrt())
+        turned = cosine * math.cos(m) - sine * math.sin(m)
+        return s * torch.where(cosine >= -math.cos(m), turned, cosine - m * math.sin(m))
+
+    return Logits(check_scale("scale", scale), target, policy=policy, policy_params=(centres,) if centres > 1 else ())
+
+
+def arcface_loss(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 28.6,
+    scale: float | Tensor = 64.0,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """ArcFace of embeddings (N, D) against proxies (M, D), one for each class; see the module.
+
+    Args:
+        embeddings: (N, D), any norm. proxies: (M, D), likewise; fp32 allowed beside half-precision embeddings.
+        labels: (N,) integers, rows of ``proxies``; or (N, L) padded with ``ignore_index``: a row is then the mean over
+            its labels, each with its own margin.
+        margin: in degrees, added to the positive's angle. scale: a positive number, or a () tensor, which gets a
+            gradient.
+        class_weight: (M,), a weight for each label; the mean is then weighted.
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``, of which class weights weigh whole rows.
+        ignore_index: rows with this label contribute 0 and are not counted in the mean.
+        reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
+        eps: guards the division by the norm. backend: overrides the choice of backend.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64). With one class it is 0; with every row ignored 0, connected to the graph.
+
+    Raises:
+        ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
+    """
+    return softmax_loss(
+        embeddings, proxies, labels, angular_logits(margin, scale), class_weight=class_weight,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, eps=eps, backend=backend,
+    )  # fmt: skip
+
+
+def turned(cosine: Tensor, margin: float) -> Tensor:
+    """The paper's target from a cosine, by the angle itself; for the dense references."""
+    m = math.radians(margin)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    return torch.where(angle <= math.pi - m, torch.cos(angle + m), cosine - m * math.sin(m))
+
+
+def arcface_reference(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 28.6,
+    scale: float | Tensor = 64.0,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """The paper's loss, written densely; independent of the ops. Tests only."""
+
+    def logits(x: Tensor, y: Tensor) -> Tensor:
+        return scale * on_targets(unit(x, eps) @ unit(proxies, eps).T, y, lambda cosine: turned(cosine, margin))
+
+    return dense_cross_entropy(
+        logits, embeddings, proxies, labels, class_weight=class_weight, label_smoothing=label_smoothing,
+        ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+
+
+class ArcFaceLoss(SoftmaxLoss):
+    """ArcFace; a drop-in for pytorch-metric-learning 2.9's class of this name.
+
+    Args:
+        num_classes: C. embedding_size: D. margin: in degrees. scale: multiplies the cosines.
+        options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`; ``distance`` can be CosineSimilarity alone.
+
+    Attributes:
+        weight: (C, D) parameter. W: its transpose (D, C), a view; assigning to it makes a new ``weight``.
+        margin: in degrees (theirs keeps radians).
+    """
+
+    function = staticmethod(arcface_loss)
+    distance_kinds = (distances.CosineSimilarity,)
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float | Tensor = 64, **options: Any
+    ):
+        super().__init__(num_classes, embedding_size, **options)
+        self.margin, self.scale = margin, scale
+        self.logits()
+
+    def default_distance(self) -> distances.Distance:
+        """Cosine."""
+        return distances.CosineSimilarity()
+
+    def settings(self) -> Mapping[str, Any]:
+        """Margin and scale."""
+        return {"margin": self.margin, "scale": self.scale}
+
+    def logits(self) -> Logits:
+        """Cosines times the scale."""
+        return angular_logits(self.margin, self.scale)
+
+
+ENTRY = LossEntry(
+    loss=ArcFaceLoss,
+    function=arcface_loss,
+    reference=arcface_reference,
+    paper="Deng et al. 2019, arXiv 1801.07698",
+    # Not 64: the op's log-sum-exps are then 10 and more, and their rounding in fp32, times the margin's slope, is all
+    # that the accuracy test would see.
+    options=(
+        {"scale": 30.0},
+        {"margin": 10.0, "scale": 8.0, "label_smoothing": 0.1},
+        {"scale": 16.0, "reduction": "sum"},
+    ),
+    angular=True,
+)

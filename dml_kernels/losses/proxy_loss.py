@@ -1,0 +1,297 @@
+"""The Module under every loss with a learned bank: one (M, D) parameter, its start, checkpoints and regulariser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reducers, regularizers
+from ..ops.contract import check_integer, check_matrix
+from ..reducers import Terms
+from .base import (
+    check_class_weight,
+    check_labels,
+    check_reduction,
+    check_smoothing,
+    row_weight,
+    values_can_be_read,
+)
+from .metric_loss import MetricLoss, check_tuples
+from .softmax import Logits
+
+
+def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
+    """(N,) how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
+
+    Args:
+        anchors_alone: count the rows as anchors only, as pytorch-metric-learning 2.9 does for its NCA losses.
+
+    Raises:
+        ValueError: an index outside [0, N).
+    """
+    if tuples is None or sum(t.numel() for t in tuples) == 0:
+        return None
+    index = torch.cat(tuples)
+    if values_can_be_read(index) and not 0 <= int(index.min()) <= int(index.max()) < n:
+        raise ValueError(f"indices_tuple must hold rows in [0, {n}); got {int(index.min())} to {int(index.max())}")
+    if anchors_alone:
+        index = tuples[0] if len(tuples) == 3 else torch.cat((tuples[0], tuples[2]))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    count = torch.zeros(n, dtype=dtype, device=like.device)
+    count = count.scatter_add(0, index, torch.ones_like(index, dtype=dtype))
+    return count / count.max()
+
+
+class ProxyLoss(MetricLoss):
+    """A loss of embeddings (N, D) with a learned bank (M, D); a subclass names its ``function`` and ``options``.
+
+    Args:
+        num_classes: C. embedding_size: D.
+        bank_rows: M; None: one for each class.
+        proxies: (M, D) starting values. None: from ``weight_init_func``.
+        weight_init_func: called on a new tensor, which it fills. It gets the shape that pytorch-metric-learning's
+            parameter has, (D, M) where that is called ``W`` or ``fc``, so that the same seed gives the same start.
+        weight_regularizer: of :mod:`dml_kernels.regularizers`, or theirs, or any callable on the bank (M, D); its
+            value times ``weight_reg_weight`` is added.
+        class_weight, ignore_index, reduction: as in the loss's function. Where a ``reducer`` is given, ``reduction``
+            stays ``mean``.
+        device, dtype: of the parameter, which keeps its dtype whatever the embeddings'.
+        metric_options: ``distance``, ``reducer``, ``embedding_regularizer``, ``embedding_reg_weight``, as in
+            :class:`~dml_kernels.losses.metric_loss.MetricLoss`.
+
+    Raises:
+        ValueError, TypeError: sizes that are not positive, starting values of the wrong shape, an option that makes no
+            sense here; the message names the fix.
+    """
+
+    # The parameter's name; the name of its transpose in pytorch-metric-learning 2.9, if it keeps that; other names
+    # under which a checkpoint may hold the (M, D) matrix.
+    bank_name = "weight"
+    transposed_name: str | None = "W"
+    other_names: tuple[str, ...] = ()
+    # Theirs counts a miner's tuple by its anchors alone in the NCA losses.
+    anchors_alone = False
+    # function(embeddings, bank, labels, *, ..., reduction, backend), a staticmethod.
+    function: Callable[..., Tensor]
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        bank_rows: int | None = None,
+        proxies: Tensor | None = None,
+        weight_init_func: Callable[[Tensor], Any] | None = None,
+        weight_regularizer: Any = None,
+        weight_reg_weight: float = 1,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **metric_options: Any,
+    ):
+        check_integer("num_classes", num_classes)
+        check_integer("embedding_size", embedding_size)
+        if num_classes < 1 or embedding_size < 1:
+            raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
+        check_reduction(reduction)
+        check_class_weight(class_weight, num_classes)
+        super().__init__(**metric_options)
+        given = metric_options.get("reducer")
+        if given is not None and reduction != "mean":
+            raise ValueError(f"reducer and reduction={reduction!r} both say how to reduce; give one")
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.bank_rows = num_classes if bank_rows is None else bank_rows
+        self.ignore_index, self.reduction = ignore_index, reduction
+        self.plain = given is None
+        self.weight_init_func = self.default_weight_init if weight_init_func is None else weight_init_func
+        self.weight_regularizer, self.weight_reg_weight = regularizers.accept(weight_regularizer), weight_reg_weight
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.register_parameter(self.bank_name, self._start(proxies, device, dtype))
+
+    def _start(
+        self, proxies: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> torch.nn.Parameter:
+        shape = (self.bank_rows, self.embedding_size)
+        if proxies is None:
+            transposed = self.transposed_name is not None
+            proxies = torch.empty(shape[::-1] if transposed else shape, device=device, dtype=dtype)
+            with torch.no_grad():
+                self.weight_init_func(proxies)
+            proxies = proxies.t().contiguous() if transposed else proxies
+            return torch.nn.Parameter(proxies)
+        check_matrix("proxies", proxies)
+        if proxies.shape != shape:
+            raise ValueError(f"proxies must have shape {shape}; got {tuple(proxies.shape)}")
+        return torch.nn.Parameter(proxies.detach().to(device=device, dtype=dtype).clone())
+
+    @staticmethod
+    def default_weight_init(weight: Tensor) -> Any:
+        """Standard normal."""
+        return torch.nn.init.normal_(weight)
+
+    @property
+    def bank(self) -> Tensor:
+        """The (M, D) parameter, by whatever name."""
+        return getattr(self, self.bank_name)
+
+    # --- the transpose under its known name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == type(self).transposed_name:
+            return self.bank.t()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != type(self).transposed_name:
+            super().__setattr__(name, value)
+            return
+        shape = (self.embedding_size, self.bank_rows)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must be a tensor of shape {shape}, the transpose of {self.bank_name}; got {got}")
+        setattr(
+            self, self.bank_name, torch.nn.Parameter(value.detach().t().clone(memory_format=torch.contiguous_format))
+        )
+
+    # --- checkpoints
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Also what pytorch-metric-learning saved: 2.9's ``W`` and ``fc``, (D, M), and 3's rows under another name."""
+        errors, own = rest[4], prefix + self.bank_name
+        if own not in state_dict:
+            for name in self.other_names:
+                if prefix + name in state_dict:
+                    state_dict[own] = state_dict.pop(prefix + name)
+            transposed = None if self.transposed_name is None else prefix + self.transposed_name
+            if transposed in state_dict:
+                value, shape = state_dict.pop(transposed), (self.embedding_size, self.bank_rows)
+                if value.shape == shape:
+                    state_dict[own] = value.t()
+                else:
+                    errors.append(
+                        f"{transposed} must have shape {shape}, as pytorch-metric-learning 2.9 saves it (embedding "
+                        f"size, rows of the bank); got {tuple(value.shape)}"
+                    )
+                    state_dict[own] = self.bank.detach()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def pml_state_dict(self) -> dict[str, Tensor]:
+        """The parameter under the name and in the shape of pytorch-metric-learning 2.9, for its ``load_state_dict``."""
+        if self.transposed_name is None:
+            return {self.bank_name: self.bank.detach()}
+        return {self.transposed_name: self.bank.detach().t().contiguous()}
+
+    # --- the call
+
+    def options(self) -> Mapping[str, Any]:
+        """The function's keyword arguments, beside ``reduction`` and ``backend``."""
+        return {"class_weight": self.class_weight, "ignore_index": self.ignore_index}
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Any = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of embeddings (N, D), in fp32 (fp64 for fp64).
+
+        Args:
+            labels: (N,) integers, on any device.
+            indices_tuple: a miner's triplets (a, p, n) or pairs (a1, p, a2, n). As in pytorch-metric-learning 2.9 they
+                choose no pairs, but weigh each row by how often they name it, over the largest count.
+
+        Raises:
+            ValueError, TypeError: ``ref_emb`` or ``ref_labels``, as the proxies are the references; labels missing or
+                out of range; a wrong shape or dtype.
+        """
+        for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
+            if value is not None:
+                raise ValueError(f"{type(self).__name__} does not take {name}: the proxies are its references")
+        if labels is None:
+            raise ValueError(f"{type(self).__name__} needs labels, one for each embedding")
+        tuples = check_tuples(indices_tuple, embeddings)
+        if tuples is None and self.plain:
+            value = self.function(embeddings, self.bank, labels, **self.options(), reduction=self.reduction)
+            for extra in self._regularisation(embeddings).values():
+                value = value + extra.total
+            return value
+        parts = self.parts(embeddings, labels, tuples)
+        if self.reduction == "none":
+            (part,) = parts.values()
+            return part.total + sum(extra.total for extra in self._regularisation(embeddings).values())
+        reducer = reducers.SumReducer() if self.reduction == "sum" else self.reducer
+        return reducer({**parts, **self._regularisation(embeddings)})
+
+    def parts(self, embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None) -> Mapping[str, Terms]:
+        """One term for each row, for a reducer: what ``reduction="none"`` gives times the tuple's weights.
+
+        The number of a row is its class weight, so that the mean is the weighted one.
+        """
+        rows = self.function(embeddings, self.bank, labels, **self.options(), reduction="none")
+        several = labels.dim() == 2
+        y = labels.to(embeddings.device, torch.int64) if several else check_labels(labels, embeddings)
+        counted = y != self.ignore_index
+        mass = counted.to(rows.dtype)
+        if self.class_weight is not None:
+            mass = torch.where(counted, row_weight(self.class_weight, y, rows), 0)
+        if several:
+            mass = mass.sum(1) / counted.sum(1).clamp_min(1)
+        weights = row_weights(tuples, embeddings.size(0), embeddings, self.anchors_alone)
+        if weights is not None:
+            rows = rows * weights.to(rows.dtype)
+        active = (rows.detach() > 0).to(rows.dtype)
+        return {"loss": Terms(rows, mass, active, reducers.ELEMENT, None if several else y)}
+
+    def _regularisation(self, embeddings: Tensor) -> dict[str, Terms]:
+        found = {}
+        if self.embedding_regularizer is not None:
+            value = self.embedding_regularizer(embeddings) * self.embedding_reg_weight
+            found["embedding_reg_loss"] = Terms.final(value)
+        if self.weight_regularizer is not None:
+            found["weight_reg_loss"] = Terms.final(self.weight_regularizer(self.bank) * self.weight_reg_weight)
+        return found
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """The (N, C) matrix that pytorch-metric-learning's method of this name gives, without a margin."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """What ``print(loss)`` shows."""
+        return f"num_classes={self.num_classes}, embedding_size={self.embedding_size}"
+
+
+class SoftmaxLoss(ProxyLoss):
+    """A :class:`ProxyLoss` whose function is :func:`~dml_kernels.losses.softmax.softmax_loss` of its ``logits``.
+
+    Args:
+        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, *, label_smoothing: float = 0.0, **proxy_options: Any):
+        super().__init__(num_classes, embedding_size, **proxy_options)
+        check_smoothing(label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def options(self) -> Mapping[str, Any]:
+        """As ProxyLoss.options, with the smoothing and the loss's own settings."""
+        return {**super().options(), "label_smoothing": self.label_smoothing, **self.settings()}
+
+    def settings(self) -> Mapping[str, Any]:
+        """The loss's own keyword arguments."""
+        raise NotImplementedError
+
+    def logits(self) -> Logits:
+        """How scores become logits."""
+        raise NotImplementedError
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """The (N, C) matrix of logits without a margin; the loss itself never builds it."""
+        return self.logits()(embeddings, self.bank)

@@ -1,0 +1,187 @@
+r"""What the softmax losses share: cross-entropy of scores against a bank, with a margin on the positive's score alone.
+
+A row with label y and logits z_j = scale s_j has, with z'_y the positive's logit after the margin::
+
+    l = -z'_y + log(exp(z'_y) + sum_{j != y} exp(z_j)) = log(1 + exp(L- - z'_y))
+
+The op gives z_y and L-, both (N,); the margin is a function of z_y. So no loss sees an N x M matrix, and none gathers
+w[y]. Label smoothing e adds e (z'_y - mean of all logits). Labels (N, L), padded with ``ignore_index``, are targets of
+L classes: a row is then the mean of -log p(label) over its labels, each taken alone, its margin with it; a row of L
+labels costs as much as L rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional, logspace
+from ..ops.contract import accumulate_dtype, check_integer, check_number, check_pair, product_dtype
+from .base import (
+    as_int64,
+    check_class_weight,
+    check_labels,
+    check_reduction,
+    check_smoothing,
+    reduce_rows,
+    row_weight,
+)
+
+
+class Logits(NamedTuple):
+    """How scores become logits.
+
+    Args:
+        scale: multiplies the scores; a number or a () tensor, which gets a gradient.
+        target: the positive's logits (N,) and the scale -> its logits after the margin; None without a margin.
+        metric: of the ops. by_length: the length of the embedding multiplies its scores.
+        policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp.
+    """
+
+    scale: float | Tensor
+    target: Callable[[Tensor, float | Tensor], Tensor] | None = None
+    metric: str = "cosine"
+    by_length: bool = False
+    policy: str = "linear"
+    policy_params: tuple[float, ...] = ()
+
+    @property
+    def centres(self) -> int:
+        """Bank rows to a class."""
+        return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
+
+    def scale_of(self, embeddings: Tensor, dtype: torch.dtype) -> float | Tensor:
+        """The number or (N,) that multiplies the cosines."""
+        if not self.by_length:
+            return self.scale
+        length = torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype))
+        # A scale must be finite; an embedding that is not has NaN for scores already.
+        return torch.where(length.isfinite(), length, 1) * self.scale
+
+    def __call__(self, embeddings: Tensor, bank: Tensor) -> Tensor:
+        """The N x M matrix of logits without a margin, for who wants it; no loss builds it."""
+        s = functional.normalized_distance(embeddings, bank, self.metric)
+        if self.metric.endswith("euclidean"):
+            s = -s
+        if self.centres > 1:
+            s = s.unflatten(1, (-1, self.centres))
+            s = s.amax(2) if self.policy == "max_pool" else ((s / self.policy_params[1]).softmax(2) * s).sum(2)
+        scale = self.scale_of(embeddings, s.dtype)
+        return s * (scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale)
+
+
+def check_scale(name: str, scale: float | Tensor) -> float | Tensor:
+    """A positive number, or a () tensor as it is."""
+    if isinstance(scale, Tensor):
+        if scale.dim() or not scale.is_floating_point():
+            raise ValueError(f"{name} must be a number or a floating () tensor; got {scale.dtype} {tuple(scale.shape)}")
+        return scale
+    number = check_number(name, scale)
+    if number <= 0:
+        raise ValueError(f"{name} must be positive; got {number}")
+    return number
+
+
+def softmax_loss(
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    logits: Logits,
+    *,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    eps: float,
+    backend: str | None,
+) -> Tensor:
+    """The loss of embeddings (N, D) against proxies (M * centres, D); see the module."""
+    check_pair(embeddings, proxies, ("embeddings", "proxies"))
+    check_reduction(reduction)
+    check_smoothing(label_smoothing)
+    check_integer("ignore_index", ignore_index)
+    if proxies.size(0) % logits.centres:
+        raise ValueError(f"proxies must have {logits.centres} rows for each class; got {proxies.size(0)} rows")
+    classes = proxies.size(0) // logits.centres
+    check_class_weight(class_weight, classes)
+    embeddings, y, each = _one_label_a_row(embeddings, labels)
+    scale = logits.scale_of(embeddings, product_dtype(embeddings, proxies))
+    out = functional.masked_logsumexp(
+        embeddings, proxies, y, metric=logits.metric, normalize=True, scale=scale, ignore_index=ignore_index, eps=eps,
+        sums=label_smoothing > 0, policy=logits.policy, policy_params=logits.policy_params, backend=backend,
+    )  # fmt: skip
+    counted = y != ignore_index
+    # Logits of 64 have few digits left behind the point in fp32: the few numbers of a row are compared in fp64.
+    positive = out.same.masked_fill(~counted, 0).double()
+    if logits.target is not None:
+        positive = logits.target(positive, scale)
+    rows = logspace.log1pexp((out.different - positive).masked_fill(~counted, -math.inf))
+    if label_smoothing:
+        assert out.sum_different is not None
+        mean = (out.sum_different + positive) / classes
+        rows = rows + label_smoothing * (positive - mean).masked_fill(~counted, 0)
+    rows = rows.to(out.same.dtype)
+    mass = counted.to(rows.dtype)
+    if class_weight is not None:
+        mass = torch.where(counted, row_weight(class_weight, y, rows), 0)
+        rows = torch.where(counted, rows * mass, 0)
+    if each > 1:
+        number = counted.view(-1, each).sum(1).clamp_min(1)
+        rows, mass = (t.view(-1, each).sum(1) / number for t in (rows, mass))
+    return reduce_rows(rows, mass, reduction)
+
+
+def _one_label_a_row(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Rows, their labels (rows,) and how many rows stand for one embedding: L where labels are (N, L)."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return embeddings, check_labels(labels, embeddings), 1
+    n, each = labels.shape
+    if n != embeddings.size(0) or each == 0:
+        raise ValueError(
+            f"labels must have shape ({embeddings.size(0)},), or ({embeddings.size(0)}, L) padded with ignore_index "
+            f"for several labels a row; got {tuple(labels.shape)}"
+        )
+    y = as_int64("labels", labels, embeddings).flatten()
+    return (embeddings.repeat_interleave(each, 0) if each > 1 else embeddings), y, each
+
+
+def unit(t: Tensor, eps: float) -> Tensor:
+    """Unit vectors, for the dense references."""
+    return t / t.norm(dim=1, keepdim=True).clamp_min(eps)
+
+
+def on_targets(scores: Tensor, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N, M) scores with each row's own one changed; for the dense references."""
+    own = torch.nn.functional.one_hot(y, scores.size(1)).bool()
+    return torch.where(own, change(scores.gather(1, y[:, None])), scores)
+
+
+def dense_cross_entropy(
+    logits: Callable[[Tensor, Tensor], Tensor],
+    embeddings: Tensor,
+    proxies: Tensor,
+    labels: Tensor,
+    *,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """PyTorch's cross-entropy of ``logits(embeddings (n, D), y (n,))``, (n, M) with the margin in; tests only."""
+    y = labels.reshape(embeddings.size(0), -1)
+    kept = y != ignore_index
+    row = kept.nonzero()[:, 0]
+    each = torch.nn.functional.cross_entropy(
+        logits(embeddings[row], y[kept]), y[kept], label_smoothing=label_smoothing, reduction="none"
+    )
+    weight = torch.ones_like(each) if class_weight is None else class_weight.to(each)[y[kept]]
+    share = weight / kept.sum(1)[row]
+    rows = each.new_zeros(len(y)).index_add(0, row, each * share)
+    if reduction == "none":
+        return rows
+    mass = share.sum()
+    return rows.sum() / mass if reduction == "mean" and mass else rows.sum()

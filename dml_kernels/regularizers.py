@@ -1,0 +1,176 @@
+"""Regularisers of embeddings or of a learned bank, by the names people use; none builds an M x M matrix.
+
+Each is called on rows (M, D) and gives a scalar, in fp32 (fp64 for fp64), which a loss adds times a weight. A reducer
+of :mod:`dml_kernels.reducers` may say how the rows' values become one; the mean by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import distances, functional, reducers
+from .ops.contract import accumulate_dtype, check_integer, check_matrix, check_number
+from .reducers import Terms
+
+
+class Regularizer(torch.nn.Module):
+    """A function of the rows of a matrix; a subclass states its ``terms``.
+
+    Args:
+        reducer: of :mod:`dml_kernels.reducers`, or pytorch-metric-learning's; None: the regulariser's own.
+    """
+
+    def __init__(self, *, reducer: Any = None):
+        super().__init__()
+        self.reducer = reducers.accept(reducer, self.default_reducer())
+
+    def default_reducer(self) -> reducers.Reducer:
+        """The mean."""
+        return reducers.MeanReducer()
+
+    def terms(self, weights: Tensor) -> Terms:
+        """The value of each row, summed as a reducer takes it."""
+        raise NotImplementedError
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """The value for rows (M, D), a scalar.
+
+        Raises:
+            ValueError, TypeError: not a floating matrix.
+        """
+        check_matrix("weights", weights)
+        return self.reducer({"loss": self.terms(weights.to(accumulate_dtype(weights.dtype)))})
+
+
+class LpRegularizer(Regularizer):
+    """The mean of |w_j|_p^power; the gradient of a row of zeros is 0.
+
+    Args:
+        p: of the norm. power: of its value.
+    """
+
+    def __init__(self, p: float = 2, power: float = 1, *, reducer: Any = None):
+        super().__init__(reducer=reducer)
+        self.p, self.power = check_number("p", p), check_number("power", power)
+
+    def terms(self, weights: Tensor) -> Terms:
+        """Norms."""
+        norms = torch.linalg.vector_norm(weights, ord=self.p, dim=1)
+        return Terms.elements(norms if self.power == 1 else norms**self.power, None)
+
+
+class ZeroMeanRegularizer(Regularizer):
+    """The mean of |sum_d w_jd|: the components of each row to add up to 0."""
+
+    def terms(self, weights: Tensor) -> Terms:
+        """Absolute sums."""
+        return Terms.elements(weights.sum(1).abs(), None)
+
+
+class CenterInvariantRegularizer(Regularizer):
+    """The mean of (|w_j|^2 - mean_k |w_k|^2)^2 / 4: rows of one length (Wu et al., Deep Face Recognition with Center
+    Invariant Loss, 2017).
+    """
+
+    def terms(self, weights: Tensor) -> Terms:
+        """Squared deviations."""
+        squared = torch.linalg.vecdot(weights, weights)
+        return Terms.elements((squared - squared.mean()).square() / 4, None)
+
+
+class RegularFaceRegularizer(Regularizer):
+    """The mean over rows of the cosine to the nearest other row (Zhao et al., RegularFace, CVPR 2019): classes apart.
+
+    The nearest row is found streaming, and is a constant in the derivative, as in pytorch-metric-learning. A bank of
+    one row gives 0.
+    """
+
+    def terms(self, weights: Tensor) -> Terms:
+        """Cosines."""
+        own = torch.arange(weights.size(0), device=weights.device)
+        found = functional.masked_argmax(weights.detach(), weights.detach(), own, metric="cosine", which="different")
+        assert found.different is not None
+        nearest = found.different.index
+        unit = functional.normalize(weights)
+        cosines = torch.linalg.vecdot(unit, unit[nearest.clamp_min(0)])
+        return Terms.elements(torch.where(nearest >= 0, cosines, 0), None)
+
+
+class SparseCentersRegularizer(Regularizer):
+    """Centres of one class that may fall together (SoftTriple, Qian et al., ICCV 2019, equation 8)::
+
+        sum_c sum_{k < l} |u_ck - u_cl| / (C K (K - 1)),  u unit vectors
+
+    The rows are C classes of K centres, class by class. K x K cosines a class are built, never M x M. A pair that
+    has merged, to rounding, has distance 0 and no gradient.
+
+    Args:
+        num_classes: C. centers_per_class: K, at least 2.
+
+    Raises:
+        ValueError: sizes that are too small, or another number of rows than C K.
+    """
+
+    def __init__(self, num_classes: int, centers_per_class: int, *, reducer: Any = None):
+        super().__init__(reducer=reducer)
+        if check_integer("num_classes", num_classes) < 1 or check_integer("centers_per_class", centers_per_class) < 2:
+            raise ValueError(
+                f"SparseCentersRegularizer needs at least one class of two centres; got {num_classes} of "
+                f"{centers_per_class}"
+            )
+        self.num_classes, self.centers_per_class = num_classes, centers_per_class
+
+    def default_reducer(self) -> reducers.Reducer:
+        """Twice the number of pairs divides, as in the paper."""
+        return reducers.DivisorReducer()
+
+    def terms(self, weights: Tensor) -> Terms:
+        """The distances within each class."""
+        c, k = self.num_classes, self.centers_per_class
+        if weights.size(0) != c * k:
+            raise ValueError(f"weights must have {c} x {k} rows, the centres class by class; got {weights.size(0)}")
+        unit = functional.normalize(weights).view(c, k, -1)
+        squared = 2 - 2 * torch.bmm(unit, unit.mT)
+        apart = torch.ones_like(squared, dtype=torch.bool).triu(1) & (squared > 4 * torch.finfo(squared.dtype).eps)
+        distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+        number = squared.new_full((c,), k * (k - 1) / 2)
+        return Terms(distance.sum((1, 2)), number, apart.sum((1, 2)).to(number), reducers.PAIR,
+                     divisor=number.sum() * 2)  # fmt: skip
+
+
+def _sparse_centers(theirs: Any) -> SparseCentersRegularizer:
+    """Theirs keeps its sizes in a mask alone: a class has K (K - 1) / 2 pairs."""
+    mask = theirs.same_class_mask
+    k = 2 * int(mask.sum()) // mask.size(0) + 1
+    return SparseCentersRegularizer(mask.size(0) // k, k, reducer=theirs.reducer)
+
+
+_KNOWN: dict[str, Callable[[Any], Regularizer]] = {
+    "LpRegularizer": lambda theirs: LpRegularizer(theirs.p, theirs.power, reducer=theirs.reducer),
+    "ZeroMeanRegularizer": lambda theirs: ZeroMeanRegularizer(reducer=theirs.reducer),
+    "CenterInvariantRegularizer": lambda theirs: CenterInvariantRegularizer(reducer=theirs.reducer),
+    "RegularFaceRegularizer": lambda theirs: RegularFaceRegularizer(reducer=theirs.reducer),
+    "SparseCentersRegularizer": _sparse_centers,
+}
+
+
+def accept(regularizer: Any) -> Any:
+    """A regulariser for a loss: ours, pytorch-metric-learning's of the same name turned into ours, or any callable.
+
+    Raises:
+        TypeError: something that cannot be called. ValueError: theirs with another distance than its default.
+    """
+    if regularizer is None or isinstance(regularizer, Regularizer):
+        return regularizer
+    name = type(regularizer).__name__
+    if name in _KNOWN and type(regularizer).__module__.startswith("pytorch_metric_learning."):
+        if name in ("RegularFaceRegularizer", "SparseCentersRegularizer"):
+            distances.accept(regularizer.distance, distances.CosineSimilarity(), (distances.CosineSimilarity,), name)
+        return _KNOWN[name](regularizer)
+    if not callable(regularizer):
+        raise TypeError(f"a regulariser must be callable on rows (M, D); got {name}")
+    return regularizer
