@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .functional_pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_hinge_sum, pair_scores
 from .ops import backend as backends
 from .ops import contract
 from .ops import masked_logsumexp as _lse
 from .ops import normalize as _normalize
 from .ops import normalized_distance as _distance
-from .ops import pair_scores as _pairs
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "MaskedLogSumExp", "magnet_loss", "masked_logsumexp", "normalize", "normalized_distance", "pair_scores",
-    "proxy_nca_loss",
+    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "magnet_loss", "masked_argmax", "masked_hinge_sum",
+    "masked_logsumexp", "normalize", "normalized_distance", "pair_scores", "proxy_nca_loss",
 ]  # fmt: skip
 
 
@@ -97,42 +97,6 @@ def normalized_distance(
         return reference.normalized_distance(x, w, base, unit, eps)
     w = w.view_as(w) if w is x else w
     return _distance.normalized_distance(x, w, base, unit, eps, dtype, chosen)
-
-
-def pair_scores(
-    x: Tensor,
-    w: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    metric: str = "cosine",
-    *,
-    normalize: bool = False,
-    eps: float = 1e-12,
-) -> Tensor:
-    """The scores of listed pairs: s_k of row rows[k] of x and row cols[k] of w, larger is closer.
-
-    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order of
-    the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
-
-    Args:
-        x: (N, D) rows. w: (M, D) bank; x itself for pairs within a batch.
-        rows, cols: (P,) int64, in [0, N) and [0, M); a pair may be there more than once.
-        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``: u.p, x.w, -|u - p|^2 or -|u - p|.
-        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
-        eps: guards the division by the norm.
-
-    Returns:
-        (P,) in fp32 (fp64 for fp64), whatever the inputs' dtype. Differentiable twice, then in O(P D) memory.
-
-    Raises:
-        TypeError, ValueError: a wrong type, dtype, shape, device, metric or index; the message names the fix.
-    """
-    contract.check_pair(x, w)
-    for name, index in (("rows", rows), ("cols", cols)):
-        contract.check_vector(name, index, rows.numel(), x, integer=True)
-    base, unit = contract.split_metric(metric, normalize)
-    w = w.view_as(w) if w is x else w
-    return _pairs.pair_scores(x, w, rows, cols, base, unit, contract.check_eps(eps), contract.product_dtype(x, w))
 
 
 def masked_logsumexp(

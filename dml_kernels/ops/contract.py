@@ -218,3 +218,10 @@ def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, i
         _require_numbers(variance, False, "variance must be finite")
         if device == "cpu" and bool(variance < 0):
             raise ValueError(f"variance must not be negative; got {variance.item()}")
+
+
+def check_thresholds(*thresholds: Tensor | None) -> None:
+    """Thresholds are finite. Runs inside the op, like check_values."""
+    for t in thresholds:
+        if t is not None and (t.is_cpu or (t.is_cuda and os.environ.get("DML_CHECK", "0") == "1")):
+            _require_numbers(t, False, "threshold must be finite")

@@ -22,6 +22,8 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"multiplies float32, float64 and bfloat16; not {dtype}"
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
+    if op in ("masked_hinge_sum", "masked_argmax"):
+        return f"{op} is not implemented here"
     return None if EXTENSION.module is not None else f"the extension is {EXTENSION.reason}"
 
 

@@ -61,3 +61,6 @@ def masked_logsumexp(
     sets = ((z_same, is_same & used), (z_different, ~is_same & used))
     lse = [_logsumexp(z, members) for z, members in sets]
     return *lse, *(torch.where(members, z, 0).sum(1) for z, members in sets)
+
+
+from .pairs import masked_argmax, masked_hinge_sum  # noqa: E402, F401  (written on the functions above)
