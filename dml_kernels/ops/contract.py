@@ -228,7 +228,9 @@ def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
     if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
         return
     _require_within(rows, 0, n, 0 if n else -1, f"anchors must be rows of the embeddings, in [0, {n})")
-    _require_within(cols, 0, m, 0 if m else -1, f"positives and negatives must be rows of what is compared, in [0, {m})")
+    _require_within(
+        cols, 0, m, 0 if m else -1, f"positives and negatives must be rows of what is compared, in [0, {m})"
+    )
 
 
 def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, ignore_index: int) -> None:
