@@ -5,9 +5,9 @@ With the cosines s of an anchor's pairs, and the weights in brackets taken as co
     loss = mean over anchors with both kinds of pairs, and a loss above 0, of
            log(1 + sum_p exp(-gamma [1 + m - s_ap]+ (s_ap - (1 - m)))  sum_n exp(gamma [s_an + m]+ (s_an - m)))
 
-Sun, Cheng, Zhang, Zhang, Zheng, Wang and Wei 2020, "Circle Loss: A Unified Perspective of Pair Similarity Optimization",
-arXiv 2002.10857, equation 6, with the paper's O_p = 1 + m, O_n = -m, margins 1 - m and m. An anchor without positives or
-without negatives contributes 0.
+Sun, Cheng, Zhang, Zhang, Zheng, Wang and Wei 2020, "Circle Loss: A Unified Perspective of Pair Similarity
+Optimization", arXiv 2002.10857, equation 6, with the paper's O_p = 1 + m, O_n = -m, margins 1 - m and m. An anchor
+without positives or without negatives contributes 0.
 """
 
 from __future__ import annotations

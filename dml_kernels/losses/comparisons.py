@@ -1,8 +1,9 @@
 """The pairs that a loss compares, behind one interface: all that the labels make, streamed, or a miner's, listed.
 
-A pair loss is written once, on a few reductions over each anchor's same-class and different-class pairs. :class:`Streamed`
-runs them through the ops, over N x M tiles, with nothing N x M built; :class:`Listed` gathers the listed pairs, in
-O(pairs) memory, and reduces each anchor's stretch of the list. Scores s are larger for closer pairs, in both.
+A pair loss is written once, on a few reductions over each anchor's same-class and different-class pairs.
+:class:`Streamed` runs them through the ops, over N x M tiles, with nothing N x M built; :class:`Listed` gathers the
+listed pairs, in O(pairs) memory, and reduces each anchor's stretch of the list. Scores s are larger for closer pairs,
+in both.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Compared:
     def hinge_triplets(
         self, same: Line, different: Line, threshold: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> Terms:
-        """Sum over triplets (a, p, n) of hinge(a, p) + hinge(a, n): each pair counts once for every pair of the other set.
+        """Sum over triplets (a, p, n) of hinge(a, p) + hinge(a, n): each pair counts once for every pair of the other
+        set.
 
         ``divisor`` is how often, over all triplets, a hinge is positive.
         """
@@ -270,7 +272,7 @@ class Listed(Compared):
 def positive_term(kind: str, s: Tensor, u: Tensor, v: Tensor | None, params: Sequence[float]) -> Tensor:
     """What a positive pair of score s adds to a loss whose negatives are summed up in u (of its anchor) and v.
 
-    ``softplus``, (k,): softplus(u - k s). ``lifted``, (o,): relu(logaddexp(u, v) - s - o)^2 / 2, where -inf (no
+    ``softplus``, (k,): softplus(u - k s). ``lifted``, (k, o): relu(logaddexp(u, v) - k s - o)^2 / 2, where -inf (no
     negatives) in both u and v stands for a log-sum-exp of 0.
     """
     if kind == "softplus":
@@ -278,12 +280,12 @@ def positive_term(kind: str, s: Tensor, u: Tensor, v: Tensor | None, params: Seq
         return softplus(u - k * s)
     if kind != "lifted":
         raise ValueError(f"kind must be softplus or lifted; got {kind!r}")
-    (o,) = params
+    k, o = params
     assert v is not None
     high, low = torch.maximum(u, v), torch.minimum(u, v)
     none = high == -torch.inf
     gap = torch.where(none, 0, low) - torch.where(none, 0, high)
-    return torch.relu(torch.where(none, 0, high + torch.log1p(torch.exp(gap))) - s - o).square() / 2
+    return torch.relu(torch.where(none, 0, high + torch.log1p(torch.exp(gap))) - k * s - o).square() / 2
 
 
 def _first_of_equal(rows: Tensor, cols: Tensor, m: int) -> Tensor:

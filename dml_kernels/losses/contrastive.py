@@ -4,10 +4,10 @@ With the distance d of a pair::
 
     loss = mean over active positive pairs of (d - pos_margin)+  +  mean over active negative pairs of (neg_margin - d)+
 
-(v)+ = max(v, 0), a pair being active where its term is above 0; for a similarity the signs of both terms turn around. By
-default d is the distance of unit vectors. Hadsell, Chopra and LeCun 2006, "Dimensionality Reduction by Learning an
-Invariant Mapping", with the first power of each hinge, as pytorch-metric-learning has it. An anchor without positives or
-without negatives adds nothing to that part; a part without active pairs is 0.
+(v)+ = max(v, 0), a pair being active where its term is above 0; for a similarity the signs of both terms turn around.
+By default d is the distance of unit vectors. Hadsell, Chopra and LeCun 2006, "Dimensionality Reduction by Learning an
+Invariant Mapping", with the first power of each hinge, as pytorch-metric-learning has it. An anchor without positives
+or without negatives adds nothing to that part; a part without active pairs is 0.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ With the distances d of an anchor's pairs::
     loss = mean over anchors of (log sum_p exp(d_ap - pos_margin) + log sum_n exp(neg_margin - d_an))+
 
 (v)+ = max(v, 0); for a similarity the signs in the exponents turn around. By default d is the distance of unit vectors.
-Hermans, Beyer and Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification", arXiv 1703.07737, equation 4.
-As in pytorch-metric-learning an anchor without positives, or without negatives, has 0 in place of that log-sum-exp, and
-counts in the mean.
+Hermans, Beyer and Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification", arXiv 1703.07737, equation
+4. As in pytorch-metric-learning an anchor without positives, or without negatives, has 0 in place of that log-sum-exp,
+and counts in the mean.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ Over all triplets (a, p, n), with the distances d and the boundary beta (one, or
     loss = sum over triplets of (d_ap - beta + margin)+ + (beta - d_an + margin)+
            / number of positive terms  +  nu beta
 
-(v)+ = max(v, 0); for a similarity the signs turn around. By default d is the distance of unit vectors. Wu, Manmatha, Smola
-and Krähenbühl 2017, "Sampling Matters in Deep Embedding Learning", arXiv 1706.07567, equation 4, which samples its pairs:
-DistanceWeightedMiner. Summed over all triplets, a pair counts once for every pair of the other set of its anchor: no
-triplet is built, an anchor without positives or without negatives contributes 0.
+(v)+ = max(v, 0); for a similarity the signs turn around. By default d is the distance of unit vectors. Wu, Manmatha,
+Smola and Krähenbühl 2017, "Sampling Matters in Deep Embedding Learning", arXiv 1706.07567, equation 4, which samples
+its pairs: DistanceWeightedMiner. Summed over all triplets, a pair counts once for every pair of the other set of its
+anchor: no triplet is built, an anchor without positives or without negatives contributes 0.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class MarginLoss(MetricLoss):
         beta: (1,) or (num_classes,), a parameter if ``learn_beta``; never cast to another dtype.
 
     Raises:
-        ValueError, TypeError: ``triplets_per_anchor`` that is neither ``all`` nor a positive integer; at the call, labels
-            outside ``num_classes``, or none where each class has its beta.
+        ValueError, TypeError: ``triplets_per_anchor`` that is neither ``all`` nor a positive integer; at the call,
+            labels outside ``num_classes``, or none where each class has its beta.
     """
 
     beta: Tensor

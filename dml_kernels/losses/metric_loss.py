@@ -146,7 +146,8 @@ class MetricLoss(torch.nn.Module):
 
 
 def as_function(loss: type[MetricLoss]) -> Callable[..., Tensor]:
-    """The loss as a function of (embeddings, labels, ref_emb=, ref_labels=, **constructor arguments), for the registry."""
+    """The loss as a function of (embeddings, labels, ref_emb=, ref_labels=, **constructor arguments), for the
+    registry."""
 
     def function(
         embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,

@@ -5,9 +5,9 @@ With the similarities s of an anchor's pairs::
     loss = mean over anchors of  log(1 + sum_p exp(-alpha (s_ap - base))) / alpha
                                + log(1 + sum_n exp( beta  (s_an - base))) / beta
 
-By default s is the cosine; for a distance the signs in the exponents turn around. Wang, Han, Huang, Dong and Scott 2019,
-"Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", arXiv 1904.06627, equation 15. An anchor
-without positives, or without negatives, has 0 in that place, and counts in the mean.
+By default s is the cosine; for a distance the signs in the exponents turn around. Wang, Han, Huang, Dong and Scott
+2019, "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", arXiv 1904.06627, equation 15. An
+anchor without positives, or without negatives, has 0 in that place, and counts in the mean.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Of each class with two members or more the first is the anchor a, the second its
 
     loss = mean over classes i of  -s(a_i, p_i) + log sum_j exp s(a_i, p_j)
 
-Sohn 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", equation 10; its regulariser of lengths
-is the ``embedding_regularizer``. A class with one member takes no part. A single class gives 0.
+Sohn 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", equation 10; its regulariser of
+lengths is the ``embedding_regularizer``. A class with one member takes no part. A single class gives 0.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from .metric_loss import Batch, MetricLoss, as_function
 class NPairsLoss(MetricLoss):
     """N-pairs loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. With a miner's tuple the first positive pair listed for each class is its pair. Labels
-    are always needed. Shapes do not depend on the labels: half the batch is gathered, whatever the number of classes.
+    See the module for the formula. With a miner's tuple the first positive pair listed for each class is its pair.
+    Labels are always needed. Shapes do not depend on the labels: half the batch is gathered, whatever the number of
+    classes.
 
     Args:
         options: those of :class:`MetricLoss`; the distance is DotProductSimilarity, the reducer MeanReducer.

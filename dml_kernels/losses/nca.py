@@ -4,9 +4,9 @@ With z = -scale d^2 of an anchor's pairs (d the distance of unit vectors by defa
 
     loss = mean over anchors with positives of  -log( sum_p exp z_ap / (sum_p exp z_ap + sum_n exp z_an) )
 
-Goldberger, Hinton, Roweis and Salakhutdinov 2004, "Neighbourhood Components Analysis", with the logarithm that its section
-2 names as the alternative. An anchor without positives drops out of the mean. In log space: an anchor whose probability
-underflows keeps its loss and gradient, where pytorch-metric-learning drops it as if it had no positives.
+Goldberger, Hinton, Roweis and Salakhutdinov 2004, "Neighbourhood Components Analysis", with the logarithm that its
+section 2 names as the alternative. An anchor without positives drops out of the mean. In log space: an anchor whose
+probability underflows keeps its loss and gradient, where pytorch-metric-learning drops it as if it had no positives.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .metric_loss import Batch, MetricLoss, as_function
 class NCALoss(MetricLoss):
     """NCA; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. A miner's tuple chooses no pairs but weighs the anchors, as theirs: by how often each is
-    listed (as anchor, positive or negative; as anchor alone beside ``ref_emb``), over the largest such number. Labels
-    are always needed. A single embedding beside ``ref_emb`` counts, where theirs returns 0.
+    See the module for the formula. A miner's tuple chooses no pairs but weighs the anchors, as theirs: by how often
+    each is listed (as anchor, positive or negative; as anchor alone beside ``ref_emb``), over the largest such number.
+    Labels are always needed. A single embedding beside ``ref_emb`` counts, where theirs returns 0.
 
     Args:
         softmax_scale: multiplies the (squared) distance, or the similarity.

@@ -4,8 +4,8 @@ With z = s / temperature, s the cosines of an anchor's pairs::
 
     loss = mean over anchors of  log(sum_p exp z_ap + sum_n exp z_an) - (mean over positives of z_ap)
 
-Khosla et al. 2020, "Supervised Contrastive Learning", arXiv 2004.11362, equation 2 (L_out). For a distance, s is minus the
-distance. An anchor without positives contributes 0, and the default mean is over anchors above 0. As in
+Khosla et al. 2020, "Supervised Contrastive Learning", arXiv 2004.11362, equation 2 (L_out). For a distance, s is minus
+the distance. An anchor without positives contributes 0, and the default mean is over anchors above 0. As in
 pytorch-metric-learning, a batch without any positive or without any negative pair gives 0.
 """
 

@@ -1,7 +1,7 @@
 """Sums over the segments of a sorted list, and their inverse: each the other's derivative, in a fixed order.
 
-``torch.index_add`` on a GPU adds in whatever order its atomics arrive; here each segment is added up from its first entry
-to its last, so that the same call gives the same bits.
+``torch.index_add`` on a GPU adds in whatever order its atomics arrive; here each segment is added up from its first
+entry to its last, so that the same call gives the same bits.
 """
 
 from __future__ import annotations
