@@ -1,6 +1,7 @@
 """N-pairs loss: one pair of each class, every other class's positive a negative.
 
-Of each class with two members or more the first is the anchor a, the second its positive p; with s their products::
+Of each class with two members or more the first is the anchor a, the second its positive p; with s the products of unit
+vectors::
 
     loss = mean over classes i of  -s(a_i, p_i) + log sum_j exp s(a_i, p_j)
 
@@ -32,15 +33,16 @@ class NPairsLoss(MetricLoss):
     classes.
 
     Args:
-        options: those of :class:`MetricLoss`; the distance is DotProductSimilarity, the reducer MeanReducer.
+        options: those of :class:`MetricLoss`; the reducer is MeanReducer, the distance that of theirs, products of unit
+            vectors; the paper's own is ``DotProductSimilarity(normalize_embeddings=False)``.
 
     Raises:
         ValueError: at the call, ``ref_emb`` (both sides of a pair come out of the batch) or no labels.
     """
 
     def default_distance(self) -> distances.Distance:
-        """The product of the vectors as they are."""
-        return distances.DotProductSimilarity()
+        """The product of unit vectors."""
+        return distances.DotProductSimilarity(normalize_embeddings=True)
 
     def terms(self, batch: Batch) -> Mapping[str, Terms]:
         """One term for each class with a pair."""
@@ -86,7 +88,7 @@ def n_pairs_reference(
     """The formula as a cross-entropy. Tests only."""
     from .. import reference
 
-    distance = distance or distances.DotProductSimilarity()
+    distance = distance or distances.CosineSimilarity()
     members = [(labels == label).nonzero().flatten() for label in labels.unique() if label != -100]
     pairs = [(rows[0], rows[1]) for rows in members if len(rows) > 1]
     if not pairs:
@@ -101,6 +103,10 @@ ENTRY = LossEntry(
     function=as_function(NPairsLoss),
     reference=n_pairs_reference,
     paper="Sohn 2016",
-    options=({}, {"distance": distances.CosineSimilarity()}, {"distance": distances.LpDistance(power=2)}),
+    options=(
+        {},
+        {"distance": distances.DotProductSimilarity(normalize_embeddings=False)},
+        {"distance": distances.LpDistance(power=2)},
+    ),
     family="pairs",
 )

@@ -54,7 +54,7 @@ class NCALoss(MetricLoss):
         gap = torch.where(some, lse.different, -torch.inf) - torch.where(some, lse.same, 0)
         values = log1pexp(gap)
         if batch.tuples is not None:
-            values = values * _weights(batch, batch.tuples).to(values)
+            values = values * _weights(batch, batch.tuples, values)
         return {"loss": Terms.elements(values, batch.y, some)}
 
     def extra_repr(self) -> str:
@@ -62,13 +62,15 @@ class NCALoss(MetricLoss):
         return f"softmax_scale={self.softmax_scale}"
 
 
-def _weights(batch: Batch, tuples: tuple[Tensor, ...]) -> Tensor:
+def _weights(batch: Batch, tuples: tuple[Tensor, ...], like: Tensor) -> Tensor:
     """(N,): how often a row is listed, over the largest such number; 1 for all where nothing is listed."""
     if batch.w is not batch.x:
         tuples = tuples[::2] if len(tuples) == 4 else tuples[:1]
     listed = torch.cat(tuples)
-    count = torch.zeros_like(batch.x[:, 0], dtype=torch.int64).index_add(0, listed, torch.ones_like(listed))
-    return count / count.amax().clamp_min(1) if listed.numel() else torch.ones_like(count)
+    if not listed.numel():
+        return torch.ones_like(like)
+    count = torch.zeros_like(like, dtype=torch.int64).index_add(0, listed, torch.ones_like(listed))
+    return count.to(like) / count.amax()
 
 
 def nca_reference(
@@ -89,6 +91,10 @@ ENTRY = LossEntry(
     function=as_function(NCALoss),
     reference=nca_reference,
     paper="Goldberger et al. 2004",
-    options=({}, {"softmax_scale": 6.0}, {"softmax_scale": 0.5, "distance": distances.DotProductSimilarity()}),
+    options=(
+        {},
+        {"softmax_scale": 6.0},
+        {"softmax_scale": 0.5, "distance": distances.DotProductSimilarity(normalize_embeddings=False)},
+    ),
     family="pairs",
 )
