@@ -11,7 +11,7 @@ import sys
 import torch
 
 from dml_kernels import functional as F
-from dml_kernels.losses import REGISTRY
+from dml_kernels.losses import REGISTRY, CrossBatchMemory
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
@@ -51,6 +51,24 @@ def pairs(name: str, n: int, d: int, per_class: int) -> dict:
     small, large = problem(256), problem(n)
     peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
     return {"peak": peak, "gradients": large[0].nbytes}
+
+
+def cross_batch(n: int, m: int, d: int) -> dict:
+    """As step, of a contrastive loss of n rows over a full memory of m."""
+
+    def problem(n, m):
+        memory = CrossBatchMemory(REGISTRY["ContrastiveLoss"].loss(), d, m)
+        for _ in range(m // n):
+            memory._enqueue(torch.randn(n, d), torch.randint(0, m // 8, (n,)))
+        return memory, torch.randn(n, d, requires_grad=True), torch.randint(0, m // 8, (n,))
+
+    def run(memory, x, y):
+        memory(x, y).backward()
+        return x.grad
+
+    small, large = problem(32, 256), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": large[1].nbytes}
 
 
 def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:

@@ -28,7 +28,7 @@ on_names = pytest.mark.parametrize("name", NAMES)
 on_both = pytest.mark.parametrize("with_refs", [False, True], ids=["batch", "ref_emb"])
 
 WITHIN_THE_BATCH = {"NPairsLoss"}  # takes no ref_emb; its pairs depend on which row of a class is first
-DETACHED = {"CircleLoss"}  # its gradient takes weights as constants, so it is not that of its value
+DETACHED = {"CircleLoss"}  # its gradient takes weights as constants: it is not that of its value
 
 
 def evaluate(function, x, y, refs=None, **options):
@@ -52,21 +52,23 @@ def cast(x, refs, dtype):
     return x.to(dtype), None if refs is None else (refs[0].to(dtype), refs[1])
 
 
-def truth_and_sticks(entry, options, x, y, refs, dtype):
-    rounded = cast(*cast(x, refs, dtype), torch.float64)
-    truth = evaluate(entry.reference, rounded[0], y, rounded[1], **options)
+@functools.cache
+def sticks_of(name, which, with_refs, seed, dtype):
+    entry, options = REGISTRY[name], REGISTRY[name].options[which]
+    x, y, refs = problem(m=31 if with_refs else 0, d=16, seed=seed)
+    truth = evaluate_at(entry.reference, *cast(*cast(x, refs, dtype), torch.float64), y, options)
     if dtype == torch.float64:
-        return {k: s.in_fp64(truth[k]) for k, s in truth_and_sticks(entry, options, x, y, refs, torch.float32).items()}
+        return {k: s.in_fp64(truth[k]) for k, s in sticks_of(name, which, with_refs, seed, torch.float32).items()}
     sticks = []
     for form in dense_forms(options["distance"].metric if "distance" in options else "euclidean"):
         with mock.patch.object(reference, "scores", form):
-            dense = evaluate(entry.reference, *_apart(*cast(x, refs, dtype), y), **options)
+            dense = evaluate_at(entry.reference, *cast(x, refs, dtype), y, options)
         sticks.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
     return worst(sticks)
 
 
-def _apart(x, refs, y):
-    return x, y, refs
+def evaluate_at(function, x, refs, y, options):
+    return evaluate(function, x, y, refs, **options)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=lambda d: d.name)
@@ -76,10 +78,9 @@ def test_value_and_gradient_are_accurate(name, which, with_refs, dtype):
     if with_refs and name in WITHIN_THE_BATCH:
         return
     entry, options = REGISTRY[name], REGISTRY[name].options[which]
-    problems = [problem(m=31 if with_refs else 0, d=16, seed=seed) for seed in range(0, 500, 100)]
-    sticks = worst([truth_and_sticks(entry, options, *p, dtype.x) for p in problems])
-    x, y, refs = problems[0]
-    found = evaluate(entry.function, *_apart(*cast(x, refs, dtype.x), y), **options)
+    sticks = worst([sticks_of(name, which, with_refs, seed, dtype.x) for seed in range(0, 800, 100)])
+    x, y, refs = problem(m=31 if with_refs else 0, d=16)
+    found = evaluate_at(entry.function, *cast(x, refs, dtype.x), y, options)
     assert {t.dtype for t in found.values()} == {dtype.x}
     assert_all_accurate(found, sticks)
 
@@ -94,7 +95,7 @@ def test_half_precision_is_near(name, with_refs, dtype):
     x, y, refs = problem(m=31 if with_refs else 0, d=16)
     options = {"gamma": 4.0} if name == "CircleLoss" else {}
     truth = evaluate(REGISTRY[name].reference, x, y, refs, **options)
-    found = evaluate(REGISTRY[name].function, *_apart(*cast(x, refs, dtype), y), **options)
+    found = evaluate_at(REGISTRY[name].function, *cast(x, refs, dtype), y, options)
     assert found["value"].dtype == torch.float32
     assert found["grad x"].dtype == dtype
     torch.testing.assert_close(found["value"].double(), truth["value"], rtol=0.03, atol=0.01)
@@ -108,7 +109,7 @@ def test_half_precision_is_near(name, with_refs, dtype):
 def test_gradcheck(name, which, with_refs):
     if (with_refs and name in WITHIN_THE_BATCH) or name in DETACHED:
         return
-    x, y, refs = problem(12, 7 if with_refs else 0, 4, classes=3, seed=7)
+    x, y, refs = problem(8, 5 if with_refs else 0, 3, classes=2, seed=7)
     function = functools.partial(REGISTRY[name].function, **REGISTRY[name].options[which])
 
     def call(*leaves):
@@ -116,7 +117,7 @@ def test_gradcheck(name, which, with_refs):
 
     leaves = [t.requires_grad_() for t in (x, *(refs[:1] if refs else ()))]
     assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves, atol=1e-4)
+    assert torch.autograd.gradgradcheck(call, leaves, atol=1e-4, fast_mode=True)
 
 
 @on_both
@@ -190,13 +191,15 @@ def test_compiles_as_one_graph(name, listed):
     x, y, _ = problem()
     loss = REGISTRY[name].loss()
     tuples = tuple(t[::2].contiguous() for t in all_pairs(y)) if listed else None
+    torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
 
     def run(function):
         return evaluate(lambda x, y: function(x, y, tuples), x, y)
 
+    found = run(compiled)
     for key, value in run(loss).items():
-        torch.testing.assert_close(run(compiled)[key], value)
+        torch.testing.assert_close(found[key], value)
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
@@ -237,6 +240,8 @@ NUMBERS = {
 @on_names
 def test_extreme_inputs_match_the_reference(name, kind, large):
     options = dict.fromkeys(NUMBERS.get(name, ()), 1e4) if large else {}
+    if kind == "a zero embedding" and name == "ContrastiveLoss" and not large:
+        options = {"neg_margin": 1.1}  # zero is at distance 1 of every unit vector: at the default, on the hinge
     if large and "temperature" in REGISTRY[name].loss().__dict__:
         options = {"temperature": 1e-4}
     x, y = EXTREMES[kind](randn(9, 5, seed=1), torch.arange(9) % 3)
@@ -246,7 +251,9 @@ def test_extreme_inputs_match_the_reference(name, kind, large):
         # The reference takes the norm of a zero row, or a distance of 0, from a square root: 0 times infinity.
         if expected[key].isfinite().all():
             scale = max(1.0, expected[key].abs().max().item())
-            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9 * scale, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                value, expected[key], rtol=0, atol=1e-9 * scale, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 @on_names
@@ -303,7 +310,12 @@ BAD = [
     ("labels of another length", ValueError, "labels must have shape", {"labels": torch.arange(3)}),
     ("floating labels", TypeError, r"labels must be integers.*labels\.long", {"labels": torch.ones(4)}),
     ("a tuple of two", ValueError, "indices_tuple must be triplets", {"indices_tuple": (torch.arange(2),) * 2}),
-    ("unequal lengths", ValueError, "one length", {"indices_tuple": (torch.arange(2), torch.arange(3), torch.arange(2))}),
+    (
+        "unequal lengths",
+        ValueError,
+        "one length",
+        {"indices_tuple": (torch.arange(2), torch.arange(3), torch.arange(2))},
+    ),
     ("ref_emb alone", ValueError, "ref_labels is missing", {"ref_emb": torch.ones(2, 3)}),
     ("another width", ValueError, "same embedding size", {"ref_emb": torch.ones(2, 5), "ref_labels": torch.arange(2)}),
 ]
@@ -347,7 +359,7 @@ def test_n_pairs_takes_the_first_two_of_each_class_and_no_references():
     loss = REGISTRY["NPairsLoss"].loss()
     torch.testing.assert_close(loss(x, y), expected)
     with pytest.raises(ValueError, match="takes no ref_emb"):
-        loss(x, y, ref_emb=x, ref_labels=y)
+        loss(x, y, ref_emb=x.clone(), ref_labels=y)
 
 
 def test_margin_learns_its_boundary_and_keeps_its_dtype():
