@@ -1,7 +1,7 @@
 """The pair losses beside pytorch-metric-learning's: forward, and backward to the embeddings, 8 examples a class.
 
-A problem's rows are the embeddings, compared with each other; its bank, as large, serves the floor alone. The embeddings
-are not clustered yet, as at the start of a training.
+A problem's rows are the embeddings, compared with each other; its bank, as large, serves the floor alone. The
+embeddings are not clustered yet, as at the start of a training.
 """
 
 from __future__ import annotations

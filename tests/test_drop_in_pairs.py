@@ -1,7 +1,7 @@
 """Pair losses beside pytorch-metric-learning 2.9.0: the same numbers where it is right, the truth where it is not.
 
-Every loss, with no tuple, pairs and triplets (some listed twice), in the batch and against references, and every reducer
-that either library takes.
+Every loss, with no tuple, pairs and triplets (some listed twice), in the batch and against references, and every
+reducer that either library takes.
 """
 
 from __future__ import annotations
