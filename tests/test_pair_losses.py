@@ -234,15 +234,30 @@ NUMBERS = {
 }  # fmt: skip
 
 
+def extreme_options(name):
+    if "temperature" in REGISTRY[name].loss().__dict__:
+        return {"temperature": 1e-4}
+    return dict.fromkeys(NUMBERS.get(name, ()), 1e4)
+
+
+@on_names
+def test_listed_pairs_do_not_overflow(name):
+    x, y = randn(9, 5, seed=1), torch.arange(9) % 3
+    options = extreme_options(name)
+    loss, listed = REGISTRY[name].loss(**options), None if name == "NCALoss" else all_pairs(y)
+    found = evaluate(lambda x, y: loss(x, y, listed), x, y)
+    for key, value in evaluate(REGISTRY[name].reference, x, y, **options).items():
+        scale = max(1.0, value.abs().max().item())
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9 * scale)
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["defaults", "1e4"])
 @pytest.mark.parametrize("kind", EXTREMES)
 @on_names
 def test_extreme_inputs_match_the_reference(name, kind, large):
-    options = dict.fromkeys(NUMBERS.get(name, ()), 1e4) if large else {}
+    options = extreme_options(name) if large else {}
     if kind == "a zero embedding" and name == "ContrastiveLoss" and not large:
         options = {"neg_margin": 1.1}  # zero is at distance 1 of every unit vector: at the default, on the hinge
-    if large and "temperature" in REGISTRY[name].loss().__dict__:
-        options = {"temperature": 1e-4}
     x, y = EXTREMES[kind](randn(9, 5, seed=1), torch.arange(9) % 3)
     found, expected = (evaluate(f, x, y, **options) for f in (REGISTRY[name].function, REGISTRY[name].reference))
     for key, value in found.items():
