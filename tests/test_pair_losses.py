@@ -203,6 +203,26 @@ def test_compiles_as_one_graph(name, listed):
 
 @pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
 @on_names
+def test_torch_func_transforms_it(name, listed):
+    x, y, _ = problem(10, classes=2)
+    loss, tuples = REGISTRY[name].loss(), all_pairs(y) if listed else None
+
+    def call(x):
+        return loss(x, y, tuples)
+
+    def norm(x):
+        return torch.func.grad(call)(x).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(call)(x), first)
+    torch.testing.assert_close(torch.func.grad(norm)(x), second)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(call))(torch.stack((-x, x)))[1], first)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
+@on_names
 def test_the_same_bits_again(name, listed, any_threads):
     x, y, _ = problem(200, classes=20)
     tuples = all_pairs(y) if listed else None
