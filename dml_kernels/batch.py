@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import functional
 from .distances import Distance
-from .ops.contract import check_labels, check_pair
+from .ops.contract import check_labels, check_matrix, check_pair
 
 # Scores held at once by what walks them tile by tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22
@@ -72,7 +72,10 @@ def make_batch(
         ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
     """
     w = embeddings if ref_emb is None else ref_emb
-    check_pair(embeddings, w, ("embeddings", "embeddings" if ref_emb is None else "ref_emb"))
+    if ref_emb is None:
+        check_matrix("embeddings", embeddings)  # of no rows, too: a loss is then 0
+    else:
+        check_pair(embeddings, w, ("embeddings", "ref_emb"))
     tuples = check_tuples(indices_tuple, embeddings)
     if labels is None and tuples is None:
         raise ValueError("labels are needed where no indices_tuple says which pairs to compare")

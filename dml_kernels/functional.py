@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .functional_pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_hinge_sum
+from .functional_pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_hinge_sum, pair_scores
 from .ops import backend as backends
 from .ops import contract
 from .ops import masked_logsumexp as _lse
@@ -20,8 +20,8 @@ from .ops.contract import Bank, Spec
 __all__ = [
     "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "arcface_loss", "cosface_loss", "magnet_loss",
     "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
-    "normalized_softmax_loss", "proxy_anchor_loss", "proxy_nca_loss", "proxy_ranking_loss", "soft_triple_loss",
-    "sphereface_loss", "subcenter_arcface_loss",
+    "normalized_softmax_loss", "pair_scores", "proxy_anchor_loss", "proxy_nca_loss", "proxy_ranking_loss",
+    "soft_triple_loss", "sphereface_loss", "subcenter_arcface_loss",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from .ops import backend as backends
 from .ops import contract
 from .ops import masked_argmax as _argmax
 from .ops import masked_hinge_sum as _hinge
+from .ops import pair_scores as _pairs
 
 Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
 
@@ -201,6 +202,42 @@ def masked_argmax(
         )
         found = _argmax.masked_argmax(inputs, spec)
     return MaskedArgmax(*(Choice(*found[3 * i : 3 * i + 3]) if wanted[i] else None for i in range(2)))
+
+
+def pair_scores(
+    x: Tensor,
+    w: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    metric: str = "cosine",
+    *,
+    normalize: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """The scores of listed pairs: s_k of row rows[k] of x and row cols[k] of w, larger is closer.
+
+    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order of
+    the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank; x itself for pairs within a batch.
+        rows, cols: (P,) int64, in [0, N) and [0, M); a pair may be there more than once.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``: u.p, x.w, -|u - p|^2 or -|u - p|.
+        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
+        eps: guards the division by the norm.
+
+    Returns:
+        (P,) in fp32 (fp64 for fp64), whatever the inputs' dtype. Differentiable twice, then in O(P D) memory.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device, metric or index; the message names the fix.
+    """
+    contract.check_pair(x, w)
+    for name, index in (("rows", rows), ("cols", cols)):
+        contract.check_vector(name, index, rows.numel(), x, integer=True)
+    base, unit = contract.split_metric(metric, normalize)
+    w = w.view_as(w) if w is x else w
+    return _pairs.pair_scores(x, w, rows, cols, base, unit, contract.check_eps(eps), contract.product_dtype(x, w))
 
 
 def _check(

@@ -12,7 +12,7 @@ import torch
 
 from dml_kernels import functional as F
 from dml_kernels import miners, regularizers
-from dml_kernels.losses import REGISTRY
+from dml_kernels.losses import REGISTRY, CrossBatchMemory
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
@@ -54,6 +54,40 @@ def pooled(backend: str, policy: str, n: int, m: int, k: int, d: int) -> dict:
     small, large = problem(8, 200), problem(n, m)
     peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
     return {"peak": peak, "gradients": sum(t.numel() * t.element_size() for t in large[:2])}
+
+
+def pair_loss(name: str, n: int, d: int, per_class: int) -> dict:
+    """As step, of a pair loss on n rows, per_class of each class."""
+    loss = REGISTRY[name].loss()
+
+    def problem(n):
+        return torch.randn(n, d, requires_grad=True), torch.arange(n) // per_class
+
+    def run(x, y):
+        loss(x, y).backward()
+        return x.grad
+
+    small, large = problem(256), problem(n)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": large[0].nbytes}
+
+
+def cross_batch(n: int, m: int, d: int) -> dict:
+    """As step, of a contrastive loss of n rows over a full memory of m."""
+
+    def problem(n, m):
+        memory = CrossBatchMemory(REGISTRY["ContrastiveLoss"].loss(), d, m)
+        for _ in range(m // n):
+            memory._enqueue(torch.randn(n, d), torch.randint(0, m // 8, (n,)))
+        return memory, torch.randn(n, d, requires_grad=True), torch.randint(0, m // 8, (n,))
+
+    def run(memory, x, y):
+        memory(x, y).backward()
+        return x.grad
+
+    small, large = problem(32, 256), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": large[1].nbytes}
 
 
 def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:

@@ -11,8 +11,16 @@ import pkgutil
 
 from .arcface import ArcFaceLoss
 from .base import LossEntry
+from .circle import CircleLoss
+from .contrastive import ContrastiveLoss
 from .cosface import CosFaceLoss
+from .cross_batch_memory import CrossBatchMemory
+from .generalized_lifted_structure import GeneralizedLiftedStructureLoss
 from .magnet import MagnetLoss
+from .margin import MarginLoss
+from .multi_similarity import MultiSimilarityLoss
+from .n_pairs import NPairsLoss
+from .nca import NCALoss
 from .normalized_softmax import NormalizedSoftmaxLoss
 from .proxy_anchor import ProxyAnchorLoss
 from .proxy_nca import ProxyNCALoss
@@ -20,6 +28,7 @@ from .proxy_ranking import ProxyRankingLoss
 from .soft_triple import SoftTripleLoss
 from .sphereface import SphereFaceLoss
 from .subcenter_arcface import SubCenterArcFaceLoss
+from .supcon import SupConLoss
 
 REGISTRY: dict[str, LossEntry] = {}
 
@@ -31,11 +40,13 @@ for _info in pkgutil.iter_modules(__path__):
 
 
 def family(name: str) -> dict[str, LossEntry]:
-    """The registered losses of one family: ``proxies`` or ``clusters``; see LossEntry."""
+    """The registered losses of one family: ``proxies``, ``clusters`` or ``pairs``; see LossEntry."""
     return {loss: entry for loss, entry in REGISTRY.items() if entry.family == name}
 
 
 __all__ = [
-    "REGISTRY", "ArcFaceLoss", "CosFaceLoss", "LossEntry", "MagnetLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss",
-    "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "family",
+    "REGISTRY", "ArcFaceLoss", "CircleLoss", "ContrastiveLoss", "CosFaceLoss", "CrossBatchMemory",
+    "GeneralizedLiftedStructureLoss", "LossEntry", "MagnetLoss", "MarginLoss", "MultiSimilarityLoss", "NCALoss",
+    "NPairsLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss", "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss",
+    "SphereFaceLoss", "SubCenterArcFaceLoss", "SupConLoss", "family",
 ]  # fmt: skip

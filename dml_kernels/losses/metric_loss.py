@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,3 +90,18 @@ class MetricLoss(torch.nn.Module):
             value = self.embedding_regularizer(batch.x) * self.embedding_reg_weight
             parts["embedding_reg_loss"] = Terms.final(value)
         return self.reducer(parts)
+
+
+def as_function(loss: type[MetricLoss]) -> Callable[..., Tensor]:
+    """The loss as a function of (embeddings, labels, ref_emb=, ref_labels=, **constructor arguments), for the
+    registry."""
+
+    def function(
+        embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        module = loss(**options).to(embeddings.device)
+        return module(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+
+    function.__name__, function.__doc__ = loss.__name__, loss.__doc__
+    return function

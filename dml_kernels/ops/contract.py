@@ -241,6 +241,17 @@ def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
     _require_numbers(bank.col_bias, True, "col_bias must be finite or -inf (which leaves a column out)")
 
 
+def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
+    """Listed pairs name rows that are there. Runs inside the op, like check_values."""
+    device = rows.device.type
+    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
+        return
+    _require_within(rows, 0, n, 0 if n else -1, f"anchors must be rows of the embeddings, in [0, {n})")
+    _require_within(
+        cols, 0, m, 0 if m else -1, f"positives and negatives must be rows of what is compared, in [0, {m})"
+    )
+
+
 def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, ignore_index: int) -> None:
     """Cluster ids in range, a given variance a number from 0. Runs inside the op, like check_values."""
     device = clusters.device.type
