@@ -17,7 +17,8 @@ from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "MaskedLogSumExp", "magnet_loss", "masked_logsumexp", "normalize", "normalized_distance", "proxy_nca_loss",
+    "MaskedLogSumExp", "TermSums", "magnet_loss", "masked_logsumexp", "normalize", "normalized_distance",
+    "positive_pair_sum", "proxy_nca_loss", "triplet_sum",
 ]  # fmt: skip
 
 
@@ -212,5 +213,6 @@ def _reference_lse(
     )
 
 
+from .class_sums import TermSums, positive_pair_sum, triplet_sum  # noqa: E402
 from .losses.magnet import magnet_loss  # noqa: E402  (the losses are written on the functions above)
 from .losses.proxy_nca import proxy_nca_loss  # noqa: E402

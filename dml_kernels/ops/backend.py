@@ -17,7 +17,10 @@ import torch
 from .. import torch_backend, triton_backend
 from . import cpu_backend, cuda_backend
 
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
+OPS = (
+    "normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss", "positive_pair_sum",
+    "triplet_sum",
+)  # fmt: skip
 REFERENCE = "reference"
 # In order of preference: the first that can run an op runs it.
 BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}

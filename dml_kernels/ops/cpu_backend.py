@@ -13,6 +13,7 @@ name = "cpu"
 METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
 REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
@@ -22,6 +23,8 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"multiplies float32, float64 and bfloat16; not {dtype}"
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
+    if op not in OPS:
+        return f"{op} is not implemented here"
     return None if EXTENSION.module is not None else f"the extension is {EXTENSION.reason}"
 
 
