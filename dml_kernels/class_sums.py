@@ -60,7 +60,7 @@ def positive_pair_sum(
         x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
         y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index.
         u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
-            gradient. -inf, no negative, is a term of 0.
+            gradient. -inf stands for no negatives: a softplus of 0, and where neither has any, a logarithm of 0.
         kind, params: the term and its numbers.
         metric, normalize: the score. exclude: (N,) int64 bank index that is not the row's positive, -1 for none.
         ignore_index: rows with this label have no positives. eps: guards the division by the norm.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .functional_pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_hinge_sum, pair_scores
 from .ops import backend as backends
 from .ops import contract
 from .ops import masked_logsumexp as _lse
@@ -17,8 +18,9 @@ from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "MaskedLogSumExp", "TermSums", "magnet_loss", "masked_logsumexp", "normalize", "normalized_distance",
-    "positive_pair_sum", "proxy_nca_loss", "triplet_sum",
+    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "TermSums", "magnet_loss", "masked_argmax",
+    "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance", "pair_scores", "positive_pair_sum",
+    "proxy_nca_loss", "triplet_sum",
 ]  # fmt: skip
 
 
@@ -129,8 +131,25 @@ def masked_logsumexp(
 
     Nothing of size N x M is built, in the forward, the backward or the double backward.
 
+    ``policy`` changes what z is made of; with ``policy_params``:
+
+    - ``linear``, (): as above.
+    - ``max_pool``, (K,), and ``softmax_pool``, (K, gamma): K centres a class. w is (M K, D), row c K + k the k-th
+      centre of class c, and every j above is a class: M = w.size(0) / K columns. Before the logit a class's centre
+      scores become one::
+
+          max_pool      S_ij = max_k s_ijk; gradient to the first maximum    (sub-centre ArcFace, Deng et al. 2020)
+          softmax_pool  S_ij = sum_k softmax_k(s_ijk / gamma) s_ijk          (SoftTriple, Qian et al. 2019)
+
+    - ``quadratic``, (m,): Circle loss (Sun et al. 2020), ``scale`` its gamma. With v_ij = col_scale_j s_ij::
+
+          same       z_ij = -k scale_i relu(1 + m - v_ij) (v_ij - (1 - m) - o) + col_bias_j
+          different  z_ij =  k scale_i relu(v_ij + m)     (v_ij - m - o)       + col_bias_j
+
+      The relu weights are detached: constants in every derivative.
+
     Args:
-        x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
+        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled; float32 allowed beside half-precision rows.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
         c: (M,) int64 labels of the bank; None: each entry's own index.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
@@ -143,8 +162,7 @@ def masked_logsumexp(
         eps: guards the division by the norm.
         sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
             are both that positive's logit; ``sum_same + sum_different`` serves label smoothing.
-        policy, policy_params: the slot for other logits (``quadratic``, ``max_pool``, ``softmax_pool``); a backend
-            that lacks one refuses with an error.
+        policy, policy_params: the logit policy and its numbers, see above.
         backend: overrides the choice of backend for this call.
 
     Returns:
@@ -155,13 +173,13 @@ def masked_logsumexp(
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
     contract.check_pair(x, w)
-    n, m = x.size(0), w.size(0)
+    policy, params, m = contract.check_policy(policy, policy_params, w)
+    n = x.size(0)
     contract.check_vector("y", y, n, x, integer=True)
     contract.check_vector("c", c, m, x, integer=True)
     contract.check_vector("exclude", exclude, n, x, integer=True)
     contract.check_vector("col_scale", col_scale, m, x, integer=False)
     contract.check_vector("col_bias", col_bias, m, x, integer=False)
-    contract.check_policy(policy)
     contract.check_integer("ignore_index", ignore_index)
     base, unit = contract.split_metric(metric, normalize)
     eps = contract.check_eps(eps)
@@ -174,14 +192,15 @@ def masked_logsumexp(
         factor = contract.check_number("scale", scale)
         logit[0], logit[2] = logit[0] * factor, logit[2] * factor
     dtype = contract.product_dtype(x, w)
-    chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend, (n, m, x.size(1)))
+    chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend, (n, *w.shape))
     # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
     w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
     bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)
     if chosen == backends.REFERENCE:
-        out = _reference_lse(bank, base, unit, logit, ignore_index, eps)
+        out = _reference_lse(bank, base, unit, logit, ignore_index, eps, policy, params)
     else:
-        params = [float(p) for p in policy_params]
+        if policy == "quadratic":
+            logit = [-logit[0], logit[1] + 1 - params[0], logit[2], logit[3] + params[0]]
         spec = Spec(base, unit, logit, eps, ignore_index, dtype, sums, policy, params, chosen)
         out = _lse.masked_logsumexp(bank, spec)
     return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
@@ -196,7 +215,14 @@ def _factor_and_offset(name: str, pair: tuple[float, float]) -> list[float]:
 
 
 def _reference_lse(
-    bank: Bank, metric: str, unit: bool, logit: list[float], ignore_index: int, eps: float
+    bank: Bank,
+    metric: str,
+    unit: bool,
+    logit: list[float],
+    ignore_index: int,
+    eps: float,
+    policy: str,
+    policy_params: list[float],
 ) -> tuple[Tensor, ...]:
     return reference.masked_logsumexp(
         *bank[:4],
@@ -210,6 +236,8 @@ def _reference_lse(
         exclude=bank.exclude,
         ignore_index=ignore_index,
         eps=eps,
+        policy=policy,
+        policy_params=policy_params,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .ops.contract import Bank, Spec, accumulate_dtype
+from .torch_policies import Pooled, circle_weight
 
 name = "torch"
 CHUNK_ELEMENTS = 1 << 19
@@ -26,8 +27,8 @@ NEAR = 1.0 / 16
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
-    if policy != "linear":
-        return f"logit policy {policy!r} is not implemented here"
+    if policy != "linear" and op != "masked_logsumexp":
+        return f"{op} has no logit policy, such as {policy!r}"
     return None
 
 
@@ -93,8 +94,9 @@ class Side(NamedTuple):
         return grad.sub_(u * torch.where(self.unit, (u * grad).sum(-1), 0)[:, None])
 
 
-def _chunks(n: int, m: int, d: int) -> Iterator[slice]:
-    step = max(32, CHUNK_ELEMENTS // max(n, d))
+def _chunks(n: int, m: int, d: int, centres: int = 1) -> Iterator[slice]:
+    """Bank rows of each chunk: whole classes of ``centres`` rows."""
+    step = max(32 // centres, CHUNK_ELEMENTS // max(n, d) // centres, 1) * centres
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 
@@ -267,6 +269,12 @@ class Logits(NamedTuple):
     q: Tensor  # (1, chunk) column scale
 
 
+def class_chunks(bank: Bank, spec: Spec) -> Iterator[tuple[slice, slice]]:
+    """Columns of each chunk, and their bank rows: the same without pooling."""
+    for rows in _chunks(bank.x.size(0), *bank.w.shape, spec.centres):
+        yield slice(rows.start // spec.centres, rows.stop // spec.centres), rows
+
+
 def row_scale(bank: Bank, acc: torch.dtype) -> Tensor:
     n = bank.x.size(0)
     return bank.x.new_ones((n, 1), dtype=acc) if bank.scale is None else bank.scale.to(acc).reshape(-1, 1).expand(n, 1)
@@ -285,6 +293,8 @@ def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> Logits:
     factor = k_same if k_same == k_diff else torch.where(same, *s.new_tensor((k_same, k_diff)))
     offset = o_same if o_same == o_diff else torch.where(same, *s.new_tensor((o_same, o_diff)))
     q = s.new_ones((1, s.size(1))) if bank.col_scale is None else bank.col_scale[k].to(s.dtype)[None]
+    if spec.policy == "quadratic":
+        factor = factor * circle_weight(q * s, same, spec.policy_params[0])
     z = factor * t * (q * s - offset)
     if bank.col_bias is not None:
         z = z + bank.col_bias[k].to(s.dtype)
@@ -298,9 +308,9 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     t = row_scale(bank, acc)
     lse = [bank.x.new_full((n,), -math.inf, dtype=acc) for _ in range(2)]
     sums = [bank.x.new_zeros(n if spec.sums else 0, dtype=acc) for _ in range(2)]
-    for k in _chunks(n, *bank.w.shape):
-        s = _scores(rows, Side.of(bank.w[k], spec.normalize, spec.eps, spec.dtype), spec.metric).s
-        chunk = logits(s, k, t, bank, spec)
+    for k, entries in class_chunks(bank, spec):
+        s = _scores(rows, Side.of(bank.w[entries], spec.normalize, spec.eps, spec.dtype), spec.metric).s
+        chunk = logits(Pooled(s, spec).s, k, t, bank, spec)
         for i, members in enumerate((chunk.same, chunk.used & ~chunk.same)):
             z = chunk.z.masked_fill(~members, -math.inf)
             lse[i] = torch.logaddexp(lse[i], torch.logsumexp(z, 1))
@@ -332,28 +342,29 @@ def row_grads(grads: tuple[Tensor, ...], chunk: Logits, p: Tensor, sums: bool) -
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_t, need_q, need_b = needs
     rows = Side.of(bank.x, spec.normalize, spec.eps, spec.dtype)
-    acc, n, m = rows.full.dtype, bank.x.size(0), bank.w.size(0)
+    acc, n, m = rows.full.dtype, bank.x.size(0), bank.w.size(0) // spec.centres
     t = row_scale(bank, acc)
     collect = Gradients(rows, spec.metric, need_x, need_w)
     g_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format) if need_w else None
     g_t = t.new_zeros(n) if need_t else None
     g_q, g_b = (bank.x.new_empty(m if need else 0, dtype=acc) for need in (need_q, need_b))
-    for k in _chunks(n, *bank.w.shape):
-        b = Side.of(bank.w[k], spec.normalize, spec.eps, spec.dtype)
+    for k, entries in class_chunks(bank, spec):
+        b = Side.of(bank.w[entries], spec.normalize, spec.eps, spec.dtype)
         scores = _scores(rows, b, spec.metric)
-        chunk = logits(scores.s, k, t, bank, spec)
+        pooled = Pooled(scores.s, spec)
+        chunk = logits(pooled.s, k, t, bank, spec)
         dz = row_grads(grads, chunk, weights(chunk, lse), spec.sums)
         if need_b:
             g_b[k] = dz.sum(0)
         dz = dz * chunk.k
         if g_t is not None:
-            g_t += (dz * (chunk.q * scores.s - chunk.o)).sum(1)
+            g_t += (dz * (chunk.q * pooled.s - chunk.o)).sum(1)
         if need_q:
-            g_q[k] = (dz * chunk.t * scores.s).sum(0)
+            g_q[k] = (dz * chunk.t * pooled.s).sum(0)
         if need_x or need_w:
-            part = collect.chunk(b, scores, dz.mul_(chunk.t).mul_(chunk.q))
+            part = collect.chunk(b, scores, pooled.spread(dz.mul_(chunk.t).mul_(chunk.q)))
             if g_w is not None:
-                g_w[k] = part.to(bank.w.dtype)
+                g_w[entries] = part.to(bank.w.dtype)
     g_x = collect.finish()
     return (
         None if g_x is None else g_x.to(bank.x.dtype),
@@ -374,3 +385,12 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
     from .torch_double import masked_logsumexp_dbl as double
 
     return double(directions, grads, lse, bank, spec)
+
+
+from .torch_argmax import masked_argmax_fwd  # noqa: E402, F401  (written on the functions above)
+from .torch_hinge import (  # noqa: E402, F401
+    masked_hinge_sum_bwd,
+    masked_hinge_sum_dbl,
+    masked_hinge_sum_fwd,
+    positive_scores,
+)  # fmt: skip

@@ -54,20 +54,19 @@ def term(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Tensor:
     """f(s, u, v), broadcast; differentiable by autograd where u or v is -inf, too."""
     if spec.kind == "softplus":
         return log1pexp(u - spec.params[0] * s)
-    some = (u > -math.inf) | (v > -math.inf) | u.isnan() | v.isnan()
-    joint = torch.logaddexp(torch.where(some, u, 0), torch.where(some, v, 0))
-    excess = torch.where(some, joint - spec.params[0] * s - spec.params[1], 0)
-    return torch.relu(excess).square() / 2
+    none = (u == -math.inf) & (v == -math.inf)
+    joint = torch.where(none, 0, torch.logaddexp(torch.where(none, 0, u), torch.where(none, 0, v)))
+    return torch.relu(joint - spec.params[0] * s - spec.params[1]).square() / 2
 
 
 def slopes(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Slopes:
-    """f's derivatives; 0 where there is no negative."""
+    """f's derivatives."""
     if spec.kind == "softplus":
         p = torch.sigmoid(u - spec.params[0] * s)
         return Slopes(-spec.params[0] * p, p, None)
     joint = torch.logaddexp(u, v)
+    joint.masked_fill_(joint == -math.inf, 0)
     h = torch.relu(joint - spec.params[0] * s - spec.params[1])
-    joint = torch.where(joint == -math.inf, math.inf, joint)
     return Slopes(-spec.params[0] * h, h * torch.exp(u - joint), h * torch.exp(v - joint))
 
 

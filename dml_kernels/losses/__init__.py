@@ -10,8 +10,20 @@ import importlib
 import pkgutil
 
 from .base import LossEntry
+from .circle import CircleLoss
+from .contrastive import ContrastiveLoss
+from .cross_batch_memory import CrossBatchMemory
+from .generalized_lifted_structure import GeneralizedLiftedStructureLoss
+from .lifted_structure import LiftedStructureLoss
 from .magnet import MagnetLoss
+from .margin import MarginLoss
+from .multi_similarity import MultiSimilarityLoss
+from .n_pairs import NPairsLoss
+from .nca import NCALoss
+from .ntxent import NTXentLoss
 from .proxy_nca import ProxyNCALoss
+from .supcon import SupConLoss
+from .triplet_margin import TripletMarginLoss
 
 REGISTRY: dict[str, LossEntry] = {}
 
@@ -23,8 +35,12 @@ for _info in pkgutil.iter_modules(__path__):
 
 
 def family(name: str) -> dict[str, LossEntry]:
-    """The registered losses of one family: ``proxies`` or ``clusters``; see LossEntry."""
+    """The registered losses of one family: ``proxies``, ``clusters`` or ``pairs``; see LossEntry."""
     return {loss: entry for loss, entry in REGISTRY.items() if entry.family == name}
 
 
-__all__ = ["REGISTRY", "LossEntry", "MagnetLoss", "ProxyNCALoss", "family"]
+__all__ = [
+    "REGISTRY", "CircleLoss", "ContrastiveLoss", "CrossBatchMemory", "GeneralizedLiftedStructureLoss",
+    "LiftedStructureLoss", "LossEntry", "MagnetLoss", "MarginLoss", "MultiSimilarityLoss", "NCALoss", "NPairsLoss",
+    "NTXentLoss", "ProxyNCALoss", "SupConLoss", "TripletMarginLoss", "family",
+]  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import distances, reducers
-from ..ops.contract import check_pair
+from ..ops.contract import check_matrix, check_pair
 from ..reducers import Terms
 from .base import check_labels
 
@@ -119,7 +119,10 @@ class MetricLoss(torch.nn.Module):
     ) -> Batch:  # fmt: skip
         """The call's arguments, checked. ``exclude`` marks own copies among the references."""
         w = embeddings if ref_emb is None else ref_emb
-        check_pair(embeddings, w, ("embeddings", "embeddings" if ref_emb is None else "ref_emb"))
+        if ref_emb is None:
+            check_matrix("embeddings", embeddings)  # of no rows, too: the loss is then 0
+        else:
+            check_pair(embeddings, w, ("embeddings", "ref_emb"))
         tuples = check_tuples(indices_tuple, embeddings)
         if labels is None and tuples is None:
             raise ValueError("labels are needed where no indices_tuple says which pairs to compare")
@@ -140,3 +143,17 @@ class MetricLoss(torch.nn.Module):
             value = self.embedding_regularizer(batch.x) * self.embedding_reg_weight
             parts["embedding_reg_loss"] = Terms.final(value)
         return self.reducer(parts)
+
+
+def as_function(loss: type[MetricLoss]) -> Callable[..., Tensor]:
+    """The loss as a function of (embeddings, labels, ref_emb=, ref_labels=, **constructor arguments), for the
+    registry."""
+
+    def function(
+        embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        module = loss(**options).to(embeddings.device)
+        return module(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+
+    return function

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from .library import EXTENSION
 
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
-POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
+# Logit policies, and the names of their parameters.
+POLICIES = {"linear": (), "quadratic": ("m",), "max_pool": ("K",), "softmax_pool": ("K", "gamma")}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -25,6 +27,7 @@ class Bank(NamedTuple):
 
     x (N, D) rows; w (M, D) bank; y (N,) int64 row labels; c (M,) int64 bank labels or None for the column index;
     exclude (N,) int64 bank index left out for that row, -1 for none; scale () or (N,); col_scale, col_bias (M,).
+    Where K centres a class are pooled, w is (M K, D), class by class, and a column is a class.
     """
 
     x: Tensor
@@ -40,7 +43,8 @@ class Bank(NamedTuple):
 class Spec(NamedTuple):
     """The numbers of one comparison: how a score becomes a logit, and who computes it.
 
-    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j.
+    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j. Under the
+    policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight.
     """
 
     metric: str
@@ -53,6 +57,11 @@ class Spec(NamedTuple):
     policy: str
     policy_params: list[float]
     backend: str
+
+    @property
+    def centres(self) -> int:
+        """Bank rows to a column: K where centres are pooled, else 1."""
+        return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -147,9 +156,24 @@ def check_eps(eps: float) -> float:
     return eps
 
 
-def check_policy(policy: str) -> None:
+def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, list[float], int]:
+    """The policy (a pool of one centre is ``linear``), its parameters, and how many columns it makes of the bank."""
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {policy!r}")
+    names = POLICIES[policy]
+    if not isinstance(params, Sequence) or len(params) != len(names):
+        raise ValueError(f"policy {policy!r} takes policy_params ({', '.join(names)}); got {params!r}")
+    numbers = [check_number(f"policy_params[{i}] ({name})", v) for i, (name, v) in enumerate(zip(names, params))]
+    if not policy.endswith("_pool"):
+        return policy, numbers, w.size(0)
+    centres = int(numbers[0])
+    if centres != numbers[0] or centres < 1:
+        raise ValueError(f"policy_params[0] (K, centres a class) must be a positive integer; got {params[0]!r}")
+    if policy == "softmax_pool" and not numbers[1] > 0:
+        raise ValueError(f"policy_params[1] (gamma) must be positive: scores are divided by it; got {params[1]!r}")
+    if w.size(0) % centres:
+        raise ValueError(f"w must have K rows a class; got {w.size(0)} rows, no multiple of K = {centres}")
+    return ("linear", [], w.size(0)) if centres == 1 else (policy, numbers, w.size(0) // centres)
 
 
 def _refuse(message: str, values: Tensor, bad: Tensor) -> None:
@@ -182,19 +206,31 @@ def _require_numbers(values: Tensor | None, minus_infinity: bool, message: str) 
         _refuse(message, values, bad)
 
 
-def check_values(bank: Bank, ignore_index: int) -> None:
+def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
     """Labels and indices in range, scales not NaN. Runs inside the op, so compiled graphs are checked too."""
     device = bank.x.device.type
     if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
         return
-    m = bank.w.size(0)
+    m = bank.w.size(0) // centres
     if bank.c is None:
-        wanted = f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names a row of the bank"
+        named = "a row of the bank" if centres == 1 else f"a class of {centres} centres"
+        wanted = f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names {named}"
         _require_within(bank.y, 0, m, ignore_index, wanted)
     _require_within(bank.exclude, 0, m, -1, f"exclude must be a bank index in [0, {m}), or -1 for none")
     _require_numbers(bank.scale, False, "scale must be finite")
     _require_numbers(bank.col_scale, False, "col_scale must be finite")
     _require_numbers(bank.col_bias, True, "col_bias must be finite or -inf (which leaves a column out)")
+
+
+def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
+    """Listed pairs name rows that are there. Runs inside the op, like check_values."""
+    device = rows.device.type
+    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
+        return
+    _require_within(rows, 0, n, 0 if n else -1, f"anchors must be rows of the embeddings, in [0, {n})")
+    _require_within(
+        cols, 0, m, 0 if m else -1, f"positives and negatives must be rows of what is compared, in [0, {m})"
+    )
 
 
 def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, ignore_index: int) -> None:
@@ -209,3 +245,10 @@ def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, i
         _require_numbers(variance, False, "variance must be finite")
         if device == "cpu" and bool(variance < 0):
             raise ValueError(f"variance must not be negative; got {variance.item()}")
+
+
+def check_thresholds(*thresholds: Tensor | None) -> None:
+    """Thresholds are finite. Runs inside the op, like check_values."""
+    for t in thresholds:
+        if t is not None and (t.is_cpu or (t.is_cuda and os.environ.get("DML_CHECK", "0") == "1")):
+            _require_numbers(t, False, "threshold must be finite")

@@ -37,7 +37,7 @@ def _split(args: tuple[Any, ...]) -> tuple[Bank, Spec]:
 
 def _fwd(*args: Any) -> TensorTuple:
     bank, spec = _split(args)
-    check_values(bank, spec.ignore_index)
+    check_values(bank, spec.ignore_index, spec.centres)
     with without_autocast(bank.x.device.type):
         return backend.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
 

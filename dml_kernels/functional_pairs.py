@@ -1,0 +1,298 @@
+"""The functions of pair and triplet losses: sums of hinges, and mining. Reached as functional.masked_hinge_sum, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import backend as backends
+from .ops import contract
+from .ops import masked_argmax as _argmax
+from .ops import masked_hinge_sum as _hinge
+from .ops import pair_scores as _pairs
+
+Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
+
+
+class MaskedHingeSum(NamedTuple):
+    """What masked_hinge_sum returns: (N,) each."""
+
+    same: Tensor
+    different: Tensor
+    count_same: Tensor
+    count_different: Tensor
+
+
+class Choice(NamedTuple):
+    """One set's choices, (N,) each: the bank index or -1, its score, and the number of candidates."""
+
+    index: Tensor
+    score: Tensor
+    count: Tensor
+
+
+class MaskedArgmax(NamedTuple):
+    """What masked_argmax returns; None for a set that was not asked for."""
+
+    same: Choice | None
+    different: Choice | None
+
+
+def masked_hinge_sum(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    metric: str = "euclidean",
+    normalize: bool = True,
+    same: tuple[float, float] | None = None,
+    different: tuple[float, float] | None = None,
+    threshold: Threshold = None,
+    relative: bool = False,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> MaskedHingeSum:
+    """Each row's sum of hinges over the bank entries of its own label, and over all others, in one pass.
+
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors if ``normalize``) and
+    each set's own factor k and offset o::
+
+        same_i      = sum_{j: c_j  = y_i} relu(k_same s_ij + o_same + t_same_i)
+        different_i = sum_{j: c_j != y_i} relu(k_different s_ij + o_different + t_different_i)
+
+    and with ``relative`` s_ij - s_{i,y_i} in place of s_ij. A contrastive loss (Hadsell et al. 2006) of distances d = -s
+    is ``same=(-1, -pos_margin), different=(1, neg_margin)``; a margin loss (Wu et al. 2017) learns its boundary through
+    ``threshold``; triplets of a row, its proxy and every other proxy are ``different=(1, margin), relative=True``.
+    Nothing of size N x M is built, in the forward, the backward or the double backward.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
+        y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
+        c: (M,) int64 labels of the bank; None: each entry's own index.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
+        same, different: (k, o) of each set; None leaves the set out: its sum and count are 0.
+        threshold: t, a () or (N,) tensor for both sets, or a pair of these (each may be None); it gets a gradient.
+        relative: subtract the row's own positive's score; needs ``c=None``. The positive's gradient is part of the same
+            pass: no gather of ``w`` is needed outside.
+        exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
+        ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 for fp64), differentiable twice, and the numbers of their
+        positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    base, unit, eps = _check(x, w, y, c, exclude, metric, normalize, ignore_index, eps)
+    n, m = x.size(0), w.size(0)
+    if same is None and different is None:
+        raise ValueError("neither set is asked for: give same=(k, o), different=(k, o) or both")
+    if relative and c is not None:
+        raise ValueError("relative=True compares with the row's own bank entry: it needs c=None")
+    t_same, t_different = _thresholds(threshold)
+    t_same, t_different = (None if s is None else t for s, t in ((same, t_same), (different, t_different)))
+    for t in (t_same, t_different):
+        contract.check_vector("threshold", t, n, x, integer=False, scalar=True)
+    numbers = [*_factor_and_offset("same", same), *_factor_and_offset("different", different)]
+    dtype = contract.product_dtype(x, w)
+    chosen = backends.choose("masked_hinge_sum", x.device, dtype, argument=backend, size=(n, m, x.size(1)))
+    if chosen == backends.REFERENCE:
+        return MaskedHingeSum(*reference.masked_hinge_sum(
+            x, w, y, c, metric=base, normalized=unit, same=(numbers[0], numbers[1]), different=(numbers[2], numbers[3]),
+            t_same=t_same, t_different=t_different, relative=relative, exclude=exclude, ignore_index=ignore_index,
+            eps=eps,
+        ))  # fmt: skip
+    # Dynamo wants each argument to be a tensor of its own.
+    w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
+    t_different = t_different.view_as(t_different) if t_different is not None and t_different is t_same else t_different
+    inputs = _hinge.Hinged(x, w, y, c, exclude, t_same, t_different)
+    spec = _hinge.HingeSpec(base, unit, numbers, bool(relative), eps, ignore_index, dtype, chosen)
+    return MaskedHingeSum(*_hinge.masked_hinge_sum(inputs, spec))
+
+
+def masked_argmax(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    metric: str = "euclidean",
+    normalize: bool = True,
+    which: str = "both",
+    largest_same: bool = False,
+    largest_different: bool = True,
+    bounds: tuple[Tensor | None, Tensor | None] | None = None,
+    noise_seed: int | None = None,
+    log_weight: str = "uniform",
+    cutoff: float = 0.5,
+    nonzero_loss_cutoff: float = 1.4,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> MaskedArgmax:
+    """Each row's hardest, or a sampled, bank entry of its own label and of other labels, in one pass; mining.
+
+    With the score s_ij as in masked_hinge_sum (larger is closer), a set's choice is the candidate of largest score, or
+    of smallest: by default the hardest positive (farthest) and the hardest negative (nearest). ``bounds`` keeps the
+    candidates with low_i < s_ij < high_i: semi-hard negatives (Schroff et al. 2015) are the nearest below the
+    positive's score, ``bounds=(None, s_ap)``.
+
+    With ``noise_seed`` the choice is a draw in proportion to w(s): the argmax of log w(s_ij) plus Gumbel noise, which a
+    counter-based generator makes of (seed, row, column), so that a seed gives one result on any tiling and number of
+    threads. ``log_weight="distance"`` is the distance-weighted sampling of Wu et al. 2017 on unit vectors, w = 1/q(d)
+    with d = max(distance, ``cutoff``), and nothing from ``nonzero_loss_cutoff`` on.
+
+    Args:
+        x, w, y, c, metric, normalize, exclude, ignore_index, eps, backend: as in masked_hinge_sum.
+        which: ``same``, ``different`` or ``both``.
+        largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
+        bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN leaves
+            the row no candidate.
+        noise_seed: an integer: draw instead; None: choose by score.
+        log_weight: ``uniform`` or ``distance``, the weight of a draw.
+        cutoff, nonzero_loss_cutoff: of ``distance``.
+
+    Returns:
+        MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
+        there is none; score (N,) in fp32 (fp64 for fp64), detached, where there is none infinitely bad (-inf, +inf where
+        the smallest is chosen); count (N,) int64 of the candidates. NaN scores are no candidates.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    base, unit, eps = _check(x, w, y, c, exclude, metric, normalize, ignore_index, eps)
+    n, m = x.size(0), w.size(0)
+    if which not in ("same", "different", "both"):
+        raise ValueError(f"which must be same, different or both; got {which!r}")
+    if bounds is not None and (not isinstance(bounds, Sequence) or len(bounds) != 2):
+        raise TypeError(f"bounds must be a pair (low, high); got {bounds!r}")
+    low, high = (None, None) if bounds is None else bounds
+    for t in (low, high):
+        contract.check_vector("bounds", t, n, x, integer=False)
+    cutoffs = _check_weight(noise_seed, log_weight, cutoff, nonzero_loss_cutoff, base, unit)
+    dtype = contract.product_dtype(x, w)
+    chosen = backends.choose("masked_argmax", x.device, dtype, argument=backend, size=(n, m, x.size(1)))
+    wanted, largest = [which != "different", which != "same"], [bool(largest_same), bool(largest_different)]
+    if chosen == backends.REFERENCE:
+        with torch.no_grad():
+            choices = reference.masked_argmax(
+                x, w, y, c, metric=base, normalized=unit, largest=largest, low=low, high=high, seed=noise_seed,
+                log_weight=log_weight, cutoffs=cutoffs, exclude=exclude, ignore_index=ignore_index, eps=eps,
+            )  # fmt: skip
+    else:
+        w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
+        inputs = _argmax.Search(x, w, y, c, exclude, low, high)
+        noise, seed = noise_seed is not None, noise_seed or 0
+        spec = _argmax.ArgmaxSpec(
+            base, unit, wanted, largest, noise, seed, log_weight, cutoffs, eps, ignore_index, dtype, chosen
+        )
+        found = _argmax.masked_argmax(inputs, spec)
+        choices = [found[:3], found[3:]]
+    return MaskedArgmax(*(Choice(*v) if wants else None for v, wants in zip(choices, wanted, strict=True)))
+
+
+def pair_scores(
+    x: Tensor,
+    w: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    metric: str = "cosine",
+    *,
+    normalize: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """The scores of listed pairs: s_k of row rows[k] of x and row cols[k] of w, larger is closer.
+
+    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order of
+    the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank; x itself for pairs within a batch.
+        rows, cols: (P,) int64, in [0, N) and [0, M); a pair may be there more than once.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``: u.p, x.w, -|u - p|^2 or -|u - p|.
+        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
+        eps: guards the division by the norm.
+
+    Returns:
+        (P,) in fp32 (fp64 for fp64), whatever the inputs' dtype. Differentiable twice, then in O(P D) memory.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device, metric or index; the message names the fix.
+    """
+    contract.check_pair(x, w)
+    for name, index in (("rows", rows), ("cols", cols)):
+        contract.check_vector(name, index, rows.numel(), x, integer=True)
+    base, unit = contract.split_metric(metric, normalize)
+    w = w.view_as(w) if w is x else w
+    return _pairs.pair_scores(x, w, rows, cols, base, unit, contract.check_eps(eps), contract.product_dtype(x, w))
+
+
+def _check(
+    x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None,
+    metric: str, normalize: bool, ignore_index: int, eps: float,
+) -> tuple[str, bool, float]:  # fmt: skip
+    """What both functions share; the metric as backends know it, and eps."""
+    contract.check_pair(x, w)
+    n, m = x.size(0), w.size(0)
+    contract.check_vector("y", y, n, x, integer=True)
+    contract.check_vector("c", c, m, x, integer=True)
+    contract.check_vector("exclude", exclude, n, x, integer=True)
+    contract.check_integer("ignore_index", ignore_index)
+    return *contract.split_metric(metric, normalize and metric != "dot"), contract.check_eps(eps)
+
+
+def _factor_and_offset(name: str, pair: tuple[float, float] | None) -> list[float]:
+    """The numbers of a set; a set that is left out has terms relu(0)."""
+    if pair is None:
+        return [0.0, 0.0]
+    if not isinstance(pair, Sequence):
+        raise TypeError(f"{name} must be a pair (factor, offset) or None; got {pair!r}")
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a pair (factor, offset) or None; got {pair!r}")
+    return [contract.check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
+
+
+def _thresholds(threshold: Threshold) -> tuple[Tensor | None, Tensor | None]:
+    if threshold is None or isinstance(threshold, Tensor):
+        return threshold, threshold
+    if not isinstance(threshold, Sequence) or len(threshold) != 2:
+        raise TypeError(f"threshold must be a tensor, a pair of tensors (same, different) or None; got {threshold!r}")
+    return threshold[0], threshold[1]
+
+
+def _check_weight(
+    seed: int | None, log_weight: str, cutoff: float, nonzero_loss_cutoff: float, metric: str, unit: bool
+) -> list[float]:
+    if seed is not None:
+        contract.check_integer("noise_seed", seed)
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"noise_seed must be in [0, 2^63); got {seed}")
+    if log_weight not in _argmax.LOG_WEIGHTS:
+        raise ValueError(f"log_weight must be one of {', '.join(_argmax.LOG_WEIGHTS)}; got {log_weight!r}")
+    cutoffs = [contract.check_number("cutoff", cutoff),
+               contract.check_number("nonzero_loss_cutoff", nonzero_loss_cutoff)]  # fmt: skip
+    if log_weight == "distance":
+        if seed is None:
+            raise ValueError("log_weight='distance' is the weight of a draw: give noise_seed too")
+        if not unit:
+            raise ValueError(
+                f"log_weight='distance' is defined for unit vectors; got metric={metric!r} of vectors as they are. "
+                "Use normalize=True, or metric='cosine'"
+            )
+        if min(cutoffs) <= 0:
+            raise ValueError(f"cutoff and nonzero_loss_cutoff must be positive; got {cutoff} and {nonzero_loss_cutoff}")
+    return cutoffs

@@ -1,0 +1,43 @@
+"""Dense pairs of a labelled batch, for the references of the pair losses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+
+class LabelledPairs(NamedTuple):
+    """s (N, M) scores, larger is closer; same, different (N, M) bool; y (N,)."""
+
+    s: Tensor
+    same: Tensor
+    different: Tensor
+    y: Tensor
+
+    @staticmethod
+    def of(
+        embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None, distance: Any
+    ) -> LabelledPairs:
+        """All pairs of the batch but a row with itself, or with all references. A label of -100 is in no pair."""
+        own = ref_emb is None
+        w, c = (embeddings, labels) if ref_emb is None or ref_labels is None else (ref_emb, ref_labels)
+        s = reference.scores(embeddings, w, distance.metric, distance.normalize_embeddings)
+        match = labels[:, None] == c
+        used = (labels != -100)[:, None] & (c != -100)
+        if own:
+            used = used & ~torch.eye(len(labels), dtype=torch.bool)
+        return LabelledPairs(s, match & used, ~match & used, labels)
+
+
+def mean_of_positive(terms: Tensor) -> Tensor:
+    """The mean of the terms above 0; 0, connected, without any."""
+    return terms[terms > 0].mean() if (terms > 0).any() else terms.sum() * 0
+
+
+def mean(terms: Tensor, like: Tensor) -> Tensor:
+    """The mean; 0, connected to ``like``, where there are none."""
+    return terms.mean() if terms.numel() else like.sum() * 0

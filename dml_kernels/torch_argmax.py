@@ -1,0 +1,64 @@
+"""masked_argmax on the ``torch`` backend: a running best over bank chunks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import noise
+from . import torch_backend as tb
+from .torch_hinge import members
+
+
+def squared_distances(s: Tensor, metric: str) -> Tensor:
+    """Of unit vectors, from their scores."""
+    if metric == "dot":
+        return 2 - 2 * s
+    return -s if metric == "sqeuclidean" else s * s
+
+
+def log_weights(s: Tensor, spec, d: int) -> Tensor:
+    """log w of each score, in fp64."""
+    s = s.double()
+    if spec.log_weight == "uniform":
+        return torch.zeros_like(s)
+    return noise.distance_log_weight(squared_distances(s, spec.metric), d, *spec.cutoffs)
+
+
+def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
+    rows = tb.Side.of(inputs.x, spec.normalize, spec.eps, spec.dtype)
+    (n, d), device = inputs.x.shape, inputs.x.device
+    acc = rows.full.dtype
+    best = [torch.full((n,), -math.inf, dtype=torch.float64 if spec.noise else acc, device=device) for _ in range(2)]
+    index = [torch.full((n,), -1, dtype=torch.int64, device=device) for _ in range(2)]
+    score = [torch.full((n,), spec.empty_score(i), dtype=acc, device=device) for i in range(2)]
+    count = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
+    low, high = (None if t is None else t.to(acc)[:, None] for t in (inputs.low, inputs.high))
+    row_numbers = torch.arange(n, device=device)
+    for k in tb._chunks(n, *inputs.w.shape):
+        s = tb._scores(rows, tb.Side.of(inputs.w[k], spec.normalize, spec.eps, spec.dtype), spec.metric).s
+        usable = s == s
+        if low is not None:
+            usable &= s > low
+        if high is not None:
+            usable &= s < high
+        sets = members(inputs, k, spec.ignore_index)
+        if spec.noise:
+            key = log_weights(s, spec, d)
+            key += noise.gumbel(spec.seed, row_numbers, torch.arange(k.start, k.stop, device=device))
+        for i in range(2):
+            if not spec.wanted[i]:
+                continue
+            if not spec.noise:
+                key = s if spec.largest[i] else -s
+            kept = key.masked_fill(~(sets[i] & usable), -math.inf)
+            count[i] += (kept > -math.inf).sum(1)
+            value, at = kept.max(1)
+            better = value > best[i]
+            best[i] = torch.where(better, value, best[i])
+            index[i] = torch.where(better, at + k.start, index[i])
+            score[i] = torch.where(better, s.gather(1, at[:, None]).squeeze(1), score[i])
+    out = [t for found in zip(index, score, count, strict=True) for t in found]
+    return [t if spec.wanted[i // 3] else t[:0].clone() for i, t in enumerate(out)]
