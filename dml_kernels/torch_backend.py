@@ -389,8 +389,5 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
 
 from .torch_argmax import masked_argmax_fwd  # noqa: E402, F401  (written on the functions above)
 from .torch_hinge import (  # noqa: E402, F401
-    masked_hinge_sum_bwd,
-    masked_hinge_sum_dbl,
-    masked_hinge_sum_fwd,
-    positive_scores,
+    masked_hinge_sum_bwd, masked_hinge_sum_dbl, masked_hinge_sum_fwd, positive_scores,
 )  # fmt: skip
