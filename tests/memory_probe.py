@@ -11,6 +11,7 @@ import sys
 import torch
 
 from dml_kernels import functional as F
+from dml_kernels.losses import REGISTRY
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
@@ -34,6 +35,22 @@ def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") 
     peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
     gradients = sum(t.numel() * t.element_size() for t in large[:2])
     return {"peak": peak, "gradients": gradients}
+
+
+def pairs(name: str, n: int, d: int, per_class: int) -> dict:
+    """As step, of a pair loss on n rows, per_class of each class."""
+    loss = REGISTRY[name].loss()
+
+    def problem(n):
+        return torch.randn(n, d, requires_grad=True), torch.arange(n) // per_class
+
+    def run(x, y):
+        loss(x, y).backward()
+        return x.grad
+
+    small, large = problem(256), problem(n)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": large[0].nbytes}
 
 
 def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:

@@ -156,4 +156,5 @@ def as_function(loss: type[MetricLoss]) -> Callable[..., Tensor]:
         module = loss(**options).to(embeddings.device)
         return module(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
 
+    function.__name__, function.__doc__ = loss.__name__, loss.__doc__
     return function

@@ -1,0 +1,395 @@
+"""Every loss on the pairs of a batch against its own dense reference, and what must hold of any of them.
+
+A loss compares embeddings (N, D) with each other, or with references (M, D), by their labels; a new file in losses/ of the
+family ``pairs`` is tested here without a change.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from unittest import mock
+
+import pytest
+import torch
+from helpers import FP32, FP64, Yardstick, assert_all_accurate, assert_same_bits, dense_forms, randint, randn, worst
+
+from dml_kernels import reference, use_backend
+from dml_kernels.distances import CosineSimilarity, LpDistance
+from dml_kernels.losses import REGISTRY, family
+from dml_kernels.profiling import run_in_child
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+NAMES = list(family("pairs"))
+CASES = [(name, i) for name in NAMES for i in range(len(REGISTRY[name].options))]
+on_losses = pytest.mark.parametrize(("name", "which"), CASES, ids=[f"{name}-{i}" for name, i in CASES])
+on_names = pytest.mark.parametrize("name", NAMES)
+on_both = pytest.mark.parametrize("with_refs", [False, True], ids=["batch", "ref_emb"])
+
+WITHIN_THE_BATCH = {"NPairsLoss"}  # takes no ref_emb; its pairs depend on which row of a class is first
+DETACHED = {"CircleLoss"}  # its gradient takes weights as constants, so it is not that of its value
+
+
+def evaluate(function, x, y, refs=None, **options):
+    """Value and gradients; refs: (embeddings, labels)."""
+    leaves = [x.clone().requires_grad_()] + ([] if refs is None else [refs[0].clone().requires_grad_()])
+    call = {} if refs is None else {"ref_emb": leaves[1], "ref_labels": refs[1]}
+    value = function(leaves[0], y, **call, **options)
+    assert value.shape == ()
+    grads = torch.autograd.grad(value, leaves)
+    return {"value": value.detach(), **dict(zip(("grad x", "grad w"), grads))}
+
+
+def problem(n=26, m=0, d=6, classes=5, seed=0):
+    """x, y, refs: classes of several sizes, one of them alone, one row ignored."""
+    x, y = randn(n, d, seed=seed), randint(0, classes, n, seed=seed + 1)
+    y[:1], y[1:2] = classes, -100
+    return x, y, (randn(m, d, seed=seed + 2), randint(0, classes + 1, m, seed=seed + 3)) if m else None
+
+
+def cast(x, refs, dtype):
+    return x.to(dtype), None if refs is None else (refs[0].to(dtype), refs[1])
+
+
+def truth_and_sticks(entry, options, x, y, refs, dtype):
+    rounded = cast(*cast(x, refs, dtype), torch.float64)
+    truth = evaluate(entry.reference, rounded[0], y, rounded[1], **options)
+    if dtype == torch.float64:
+        return {k: s.in_fp64(truth[k]) for k, s in truth_and_sticks(entry, options, x, y, refs, torch.float32).items()}
+    sticks = []
+    for form in dense_forms(options["distance"].metric if "distance" in options else "euclidean"):
+        with mock.patch.object(reference, "scores", form):
+            dense = evaluate(entry.reference, *_apart(*cast(x, refs, dtype), y), **options)
+        sticks.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
+    return worst(sticks)
+
+
+def _apart(x, refs, y):
+    return x, y, refs
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64], ids=lambda d: d.name)
+@on_both
+@on_losses
+def test_value_and_gradient_are_accurate(name, which, with_refs, dtype):
+    if with_refs and name in WITHIN_THE_BATCH:
+        return
+    entry, options = REGISTRY[name], REGISTRY[name].options[which]
+    problems = [problem(m=31 if with_refs else 0, d=16, seed=seed) for seed in range(0, 500, 100)]
+    sticks = worst([truth_and_sticks(entry, options, *p, dtype.x) for p in problems])
+    x, y, refs = problems[0]
+    found = evaluate(entry.function, *_apart(*cast(x, refs, dtype.x), y), **options)
+    assert {t.dtype for t in found.values()} == {dtype.x}
+    assert_all_accurate(found, sticks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_both
+@on_names
+def test_half_precision_is_near(name, with_refs, dtype):
+    """bf16 rounds a score to 1 in 256: the sets of active terms change, so the error rule for reductions does not hold."""
+    if with_refs and name in WITHIN_THE_BATCH:
+        return
+    x, y, refs = problem(m=31 if with_refs else 0, d=16)
+    options = {"gamma": 4.0} if name == "CircleLoss" else {}
+    truth = evaluate(REGISTRY[name].reference, x, y, refs, **options)
+    found = evaluate(REGISTRY[name].function, *_apart(*cast(x, refs, dtype), y), **options)
+    assert found["value"].dtype == torch.float32
+    assert found["grad x"].dtype == dtype
+    torch.testing.assert_close(found["value"].double(), truth["value"], rtol=0.03, atol=0.01)
+    for key in list(truth)[1:]:
+        scale = truth[key].abs().max().item()
+        torch.testing.assert_close(found[key].double(), truth[key], rtol=0.1, atol=0.1 * scale)
+
+
+@on_both
+@on_losses
+def test_gradcheck(name, which, with_refs):
+    if (with_refs and name in WITHIN_THE_BATCH) or name in DETACHED:
+        return
+    x, y, refs = problem(12, 7 if with_refs else 0, 4, classes=3, seed=7)
+    function = functools.partial(REGISTRY[name].function, **REGISTRY[name].options[which])
+
+    def call(*leaves):
+        return function(leaves[0], y, **({"ref_emb": leaves[1], "ref_labels": refs[1]} if refs else {}))
+
+    leaves = [t.requires_grad_() for t in (x, *(refs[:1] if refs else ()))]
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves, atol=1e-4)
+
+
+@on_both
+@on_names
+def test_the_order_of_rows_does_not_matter(name, with_refs):
+    if name in WITHIN_THE_BATCH:
+        return
+    x, y, refs = problem(m=31 if with_refs else 0)
+    expected = evaluate(REGISTRY[name].function, x, y, refs)
+    rows, back = torch.randperm(26), torch.randperm(31)
+    found = evaluate(REGISTRY[name].function, x[rows], y[rows], refs and (refs[0][back], refs[1][back]))
+    torch.testing.assert_close(found["value"], expected["value"])
+    torch.testing.assert_close(found["grad x"], expected["grad x"][rows])
+    if with_refs:
+        torch.testing.assert_close(found["grad w"], expected["grad w"][back])
+
+
+@on_names
+def test_labels_are_only_names(name):
+    x, y, _ = problem()
+    call = REGISTRY[name].function
+    torch.testing.assert_close(call(x, torch.where(y == -100, -100, 1_000_000_007 * y - 5)), call(x, y))
+    torch.testing.assert_close(call(x, y.to(torch.int32)), call(x, y))
+
+
+@on_names
+def test_an_ignored_row_is_as_if_it_were_not_there(name):
+    x, y, _ = problem()
+    x[y == -100] = 1e3
+    keep = y != -100
+    every, kept = (evaluate(REGISTRY[name].function, *xy) for xy in ((x, y), (x[keep], y[keep])))
+    torch.testing.assert_close(every["value"], kept["value"])
+    torch.testing.assert_close(every["grad x"][keep], kept["grad x"])
+    assert every["grad x"][~keep].count_nonzero() == 0
+
+
+def all_pairs(y, c=None):
+    own = torch.eye(len(y), dtype=torch.bool) if c is None else False
+    match, c = y[:, None] == (y if c is None else c), y if c is None else c
+    used = (y != -100)[:, None] & (c != -100) & ~own if c is y else (y != -100)[:, None] & (c != -100)
+    return (*(match & used).nonzero(as_tuple=True), *(~match & used).nonzero(as_tuple=True))
+
+
+@on_both
+@on_losses
+def test_a_list_of_all_pairs_gives_what_the_stream_gives(name, which, with_refs):
+    """In any order. Listed pairs take in rows without labels, so none is ignored here."""
+    if with_refs and name in WITHIN_THE_BATCH:
+        return
+    x, y, refs = problem(m=31 if with_refs else 0)
+    y[1] = 2
+    pairs = all_pairs(y, refs and refs[1])
+    if name not in WITHIN_THE_BATCH:
+        i, j = torch.randperm(len(pairs[0])), torch.randperm(len(pairs[2]))
+        pairs = (pairs[0][i], pairs[1][i], pairs[2][j], pairs[3][j])
+    loss = REGISTRY[name].loss(**REGISTRY[name].options[which]).double()
+    if name == "NCALoss":  # where a tuple weighs rows
+        pairs = (torch.arange(26), torch.arange(26), torch.arange(26), torch.arange(26))
+
+    def listed(x, y, **refs):
+        return loss(x, y, pairs, **refs)
+
+    expected, found = (evaluate(f, x, y, refs) for f in (loss, listed))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
+@on_names
+def test_compiles_as_one_graph(name, listed):
+    x, y, _ = problem()
+    loss = REGISTRY[name].loss()
+    tuples = tuple(t[::2].contiguous() for t in all_pairs(y)) if listed else None
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+
+    def run(function):
+        return evaluate(lambda x, y: function(x, y, tuples), x, y)
+
+    for key, value in run(loss).items():
+        torch.testing.assert_close(run(compiled)[key], value)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
+@on_names
+def test_the_same_bits_again(name, listed, any_threads):
+    x, y, _ = problem(200, classes=20)
+    tuples = all_pairs(y) if listed else None
+    loss = REGISTRY[name].loss()
+    runs = []
+    for threads in (1, 1, 2):
+        torch.set_num_threads(threads)
+        runs.append(evaluate(lambda x, y: loss(x, y, tuples), x.float(), y).values())
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+EXTREMES = {
+    "one row": lambda x, y: (x[:1], y[:1]),
+    "two rows of a class": lambda x, y: (x[:2], y[:2] * 0),
+    "one class": lambda x, y: (x, y * 0),
+    "all classes distinct": lambda x, y: (x, torch.arange(len(y))),
+    "all embeddings equal": lambda x, y: (x[:1].expand_as(x).clone(), y),
+    "classes equal": lambda x, y: (x[:3][y], y),
+    "antipodal": lambda x, y: (torch.where(y[:, None] == 0, x[:1], -x[:1]), y),
+    "positives antipodal": lambda x, y: (torch.where((torch.arange(9) < 5)[:, None], x[:1], -x[:1]), y),
+    "a zero embedding": lambda x, y: (torch.cat((x[:1] * 0, x[1:])), y),
+    "all rows ignored": lambda x, y: (x, torch.full_like(y, -100)),
+}
+NUMBERS = {
+    "CircleLoss": ("gamma",), "ContrastiveLoss": ("pos_margin", "neg_margin"),
+    "GeneralizedLiftedStructureLoss": ("neg_margin", "pos_margin"), "MarginLoss": ("margin",),
+    "MultiSimilarityLoss": ("alpha", "beta"), "NCALoss": ("softmax_scale",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["defaults", "1e4"])
+@pytest.mark.parametrize("kind", EXTREMES)
+@on_names
+def test_extreme_inputs_match_the_reference(name, kind, large):
+    options = dict.fromkeys(NUMBERS.get(name, ()), 1e4) if large else {}
+    if large and "temperature" in REGISTRY[name].loss().__dict__:
+        options = {"temperature": 1e-4}
+    x, y = EXTREMES[kind](randn(9, 5, seed=1), torch.arange(9) % 3)
+    found, expected = (evaluate(f, x, y, **options) for f in (REGISTRY[name].function, REGISTRY[name].reference))
+    for key, value in found.items():
+        assert value.isfinite().all(), f"{key} of {name}"
+        # The reference takes the norm of a zero row, or a distance of 0, from a square root: 0 times infinity.
+        if expected[key].isfinite().all():
+            scale = max(1.0, expected[key].abs().max().item())
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9 * scale, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@on_names
+def test_an_empty_batch_gives_0(name):
+    for with_refs in (False, True)[: 1 if name in WITHIN_THE_BATCH else 2]:
+        x, y, refs = problem(0, 9 if with_refs else 0)
+        found = evaluate(REGISTRY[name].function, x, y, refs)
+        assert found["value"] == 0
+        assert found["grad x"].shape == (0, 6)
+        assert not with_refs or found["grad w"].count_nonzero() == 0
+
+
+@on_names
+def test_an_empty_list_gives_0(name):
+    x, y, _ = problem()
+    none = torch.empty(0, dtype=torch.int64)
+    loss = REGISTRY[name].loss()
+    for tuples in ((none,) * 3, (none,) * 4):
+        found = evaluate(lambda x, y, t=tuples: loss(x, y, t), x, y)
+        assert found["value"].isfinite()
+        assert name == "NCALoss" or (found["value"] == 0 and found["grad x"].count_nonzero() == 0)
+
+
+@on_names
+def test_runs_on_the_torch_backend_alone(name):
+    x, y, _ = problem()
+    expected = evaluate(REGISTRY[name].function, x, y)
+    with use_backend("torch"):
+        found = evaluate(REGISTRY[name].function, x, y)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+
+
+@on_names
+def test_autocast_changes_no_dtype(name):
+    x, y, _ = problem()
+    x = x.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evaluate(REGISTRY[name].function, x, y)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    torch.testing.assert_close(found["value"], REGISTRY[name].function(x, y), rtol=0.05, atol=0.02)
+
+
+@on_names
+def test_cpu_labels_of_any_kind_of_regulariser_join(name):
+    x, y, _ = problem()
+    plain = REGISTRY[name].loss()
+    loss = REGISTRY[name].loss(embedding_regularizer=lambda e: e.square().mean(), embedding_reg_weight=3)
+    torch.testing.assert_close(loss(x, y), plain(x, y) + 3 * x.square().mean())
+
+
+BAD = [
+    ("no labels", ValueError, "labels are needed|needs labels", {"labels": None}),
+    ("labels of another length", ValueError, "labels must have shape", {"labels": torch.arange(3)}),
+    ("floating labels", TypeError, r"labels must be integers.*labels\.long", {"labels": torch.ones(4)}),
+    ("a tuple of two", ValueError, "indices_tuple must be triplets", {"indices_tuple": (torch.arange(2),) * 2}),
+    ("unequal lengths", ValueError, "one length", {"indices_tuple": (torch.arange(2), torch.arange(3), torch.arange(2))}),
+    ("ref_emb alone", ValueError, "ref_labels is missing", {"ref_emb": torch.ones(2, 3)}),
+    ("another width", ValueError, "same embedding size", {"ref_emb": torch.ones(2, 5), "ref_labels": torch.arange(2)}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "change"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+@on_names
+def test_bad_input_is_refused(name, error, message, change):
+    call = {"embeddings": torch.ones(4, 3), "labels": torch.arange(4), **change}
+    with pytest.raises(error, match=message):
+        REGISTRY[name].loss()(**call)
+
+
+@on_names
+def test_bad_options_are_refused(name):
+    with pytest.raises(ValueError, match="collect_stats=False"):
+        REGISTRY[name].loss(collect_stats=True)
+    with pytest.raises(TypeError, match="distance must be"):
+        REGISTRY[name].loss(distance="cosine")
+    with pytest.raises(TypeError, match="reducer must be"):
+        REGISTRY[name].loss(reducer="mean")
+
+
+def test_circle_is_defined_on_cosines():
+    with pytest.raises(ValueError, match="CircleLoss is defined on CosineSimilarity; got LpDistance"):
+        REGISTRY["CircleLoss"].loss(distance=LpDistance())
+
+
+def test_indices_out_of_range_are_refused():
+    x, y = torch.ones(4, 3), torch.arange(4)
+    a = torch.arange(2)
+    for tuples in ((a, a + 3, a), (a - 1, a, a), (a, a, a + 7)):
+        with pytest.raises(ValueError, match="must be rows of"):
+            REGISTRY["ContrastiveLoss"].loss()(x, y, tuples)
+
+
+def test_n_pairs_takes_the_first_two_of_each_class_and_no_references():
+    x, y = randn(7, 3, seed=0), torch.tensor([4, 1, 4, 1, 9, 4, 1])
+    z = torch.nn.functional.normalize(x)
+    expected = torch.nn.functional.cross_entropy(z[[1, 0]] @ z[[3, 2]].T, torch.arange(2))
+    loss = REGISTRY["NPairsLoss"].loss()
+    torch.testing.assert_close(loss(x, y), expected)
+    with pytest.raises(ValueError, match="takes no ref_emb"):
+        loss(x, y, ref_emb=x, ref_labels=y)
+
+
+def test_margin_learns_its_boundary_and_keeps_its_dtype():
+    x, y, _ = problem()
+    loss = REGISTRY["MarginLoss"].loss(learn_beta=True, nu=0.3, num_classes=6)
+    loss(x.bfloat16(), y).backward()
+    assert loss.beta.dtype == torch.float32
+    assert loss.beta.grad.count_nonzero() > 2
+    assert list(loss.state_dict()) == ["beta"]
+    assert list(REGISTRY["MarginLoss"].loss().state_dict()) == []
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 6\)"):
+        loss(x, y + 3)
+    with pytest.raises(ValueError, match="triplets_per_anchor"):
+        REGISTRY["MarginLoss"].loss(triplets_per_anchor="many")
+
+
+def test_drawn_triplets_are_uniform_over_each_anchors():
+    from dml_kernels.losses.comparisons import random_triplets
+
+    x, y, refs = problem(9, 12, classes=3)
+    loss = REGISTRY["MarginLoss"].loss()
+    for batch in (loss.batch(x, y, None, None, None), loss.batch(x, y, None, *refs)):
+        c = batch.c
+        a, p, n = random_triplets(batch, 2000)
+        assert ((y[a] == c[p]) & (y[a] != c[n]) & (c[p] != -100) & (c[n] != -100)).all()
+        assert batch.exclude is None or (a != p).all()
+        same, different = all_pairs(y, None if c is batch.y else c)[::2]
+        usable = [i for i in range(9) if (same == i).any() and (different == i).any()]
+        assert a.unique().tolist() == usable
+        for i in usable:
+            for found, many in ((p, same), (n, different)):
+                counts = found[a == i].bincount(minlength=len(c))
+                expected = 2000 / (many == i).sum()
+                assert (counts > 0).sum() == (many == i).sum()
+                assert (counts[counts > 0] - expected).abs().max() < 5 * expected**0.5
+    drawn = REGISTRY["MarginLoss"].loss(triplets_per_anchor=500, distance=CosineSimilarity(), beta=0.3)
+    every = REGISTRY["MarginLoss"].loss(distance=CosineSimilarity(), beta=0.3)
+    torch.testing.assert_close(drawn(x, y), every(x, y), rtol=0.1, atol=0.0)
+
+
+@pytest.mark.slow
+@on_names
+def test_memory_at_8192_rows_is_gradients_and_64_mb(name):
+    found = json.loads(run_in_child("memory_probe", "pairs", name, "8192", "128", "8").splitlines()[-1])
+    assert found["peak"] <= found["gradients"] + (64 << 20), f"{found['peak'] / 2**20:.0f} MiB"
