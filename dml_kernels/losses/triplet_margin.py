@@ -10,7 +10,9 @@ similarity the signs turn around. By default d is the distance of unit vectors. 
 "FaceNet: A Unified Embedding for Face Recognition and Clustering", arXiv 1503.03832; Weinberger and Saul 2009.
 
 All triplets of the batch are counted, exactly, in O(N M log K) time for K positives an anchor and without a list of
-them (pytorch-metric-learning lists N M K); with ``smooth_loss`` or ``swap`` in O(N M K), still without a list.
+them (pytorch-metric-learning lists N M K); with ``smooth_loss`` or ``swap`` in O(N M K), still without a list. A
+miner's pairs make every triplet of a common anchor; with ``smooth_loss`` or ``swap`` those are listed, which breaks a
+compiled graph, as random triplets do.
 
 With references, d_pn is the distance of two references. pytorch-metric-learning takes the distance of the row of
 that number from the reference there; in the batch itself both agree.
@@ -29,7 +31,7 @@ from ..ops import segments
 from ..reducers import TRIPLET, Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
-from .comparisons import Streamed, as_triplets, random_triplets
+from .comparisons import Listed, Streamed, as_triplets, random_triplets
 from .metric_loss import Batch, MetricLoss, as_function
 
 
@@ -78,6 +80,8 @@ class TripletMarginLoss(MetricLoss):
 
     def _listed(self, batch: Batch) -> Terms:
         tuples = batch.tuples
+        if tuples is not None and len(tuples) == 4 and not (self.smooth_loss or self.swap):
+            return _all_of_lists(Listed(batch, self.distance, tuples), self.margin)
         a, p, n = random_triplets(batch, int(self.triplets_per_anchor)) if tuples is None else as_triplets(tuples)
         s_ap, s_an = self._scores(batch.x, batch.w, a, p), self._scores(batch.x, batch.w, a, n)
         if self.swap:
@@ -102,6 +106,25 @@ class TripletMarginLoss(MetricLoss):
             f"margin={self.margin}, swap={self.swap}, smooth_loss={self.smooth_loss}, "
             f"triplets_per_anchor={self.triplets_per_anchor!r}"
         )
+
+
+def _all_of_lists(pairs: Listed, margin: float) -> Terms:
+    """Every triplet that listed pairs of a common anchor make, in O(pairs) memory: negatives sorted by anchor and score,
+    a binary search for each positive, differences of prefix sums in fp64.
+    """
+    near, far = pairs.same, pairs.different
+    t, s = near.s.double() - margin, far.s.double()
+    every = t.numel() + s.numel()
+    # Among equals a negative comes first: it does not pass the threshold.
+    order = torch.cat((s, t)).detach().argsort(stable=True)
+    rank = torch.empty_like(order).scatter(0, order, torch.arange(every, device=order.device))
+    key, order = (far.rows * every + rank[: s.numel()]).sort()
+    prefix = torch.cat((s.new_zeros(1), s[order].cumsum(0)))
+    at, end = torch.searchsorted(key, near.rows * every + rank[s.numel() :]), far.bounds[near.rows + 1]
+    total = near.total(prefix[end] - prefix[at] - (end - at) * t).to(pairs.dtype)
+    number = pairs.counts()
+    active = near.total((end - at).to(pairs.dtype))
+    return Terms(total, number.same * number.different, active, TRIPLET, pairs.batch.y)
 
 
 def triplet_margin_reference(
