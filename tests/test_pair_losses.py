@@ -246,7 +246,9 @@ def test_extreme_inputs_match_the_reference(name, kind, large):
         # The reference takes the norm of a zero row, or a distance of 0, from a square root: 0 times infinity.
         if expected[key].isfinite().all():
             scale = max(1.0, expected[key].abs().max().item())
-            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-9 * scale, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                value, expected[key], rtol=0, atol=1e-9 * scale, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 @on_names
@@ -303,7 +305,12 @@ BAD = [
     ("labels of another length", ValueError, "labels must have shape", {"labels": torch.arange(3)}),
     ("floating labels", TypeError, r"labels must be integers.*labels\.long", {"labels": torch.ones(4)}),
     ("a tuple of two", ValueError, "indices_tuple must be triplets", {"indices_tuple": (torch.arange(2),) * 2}),
-    ("unequal lengths", ValueError, "one length", {"indices_tuple": (torch.arange(2), torch.arange(3), torch.arange(2))}),
+    (
+        "unequal lengths",
+        ValueError,
+        "one length",
+        {"indices_tuple": (torch.arange(2), torch.arange(3), torch.arange(2))},
+    ),
     ("ref_emb alone", ValueError, "ref_labels is missing", {"ref_emb": torch.ones(2, 3)}),
     ("another width", ValueError, "same embedding size", {"ref_emb": torch.ones(2, 5), "ref_labels": torch.arange(2)}),
 ]

@@ -109,7 +109,7 @@ class TripletMarginLoss(MetricLoss):
 
 
 def _all_of_lists(pairs: Listed, margin: float) -> Terms:
-    """Every triplet that listed pairs of a common anchor make, in O(pairs) memory: negatives sorted by anchor and score,
+    """Every triplet that listed pairs of an anchor make, in O(pairs) memory: negatives sorted by anchor and score,
     a binary search for each positive, differences of prefix sums in fp64.
     """
     near, far = pairs.same, pairs.different
