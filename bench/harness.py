@@ -17,7 +17,7 @@ import torch
 from dml_kernels.profiling import interleaved_times
 
 from . import losses as proxy_losses
-from . import magnet, ops, peak
+from . import magnet, ops, peak, triplets
 from . import problem as problems
 from .busy import Usage, share_of_others
 from .case import Case, Contender, Outputs, Step, check, compare, tolerance, truth_of
@@ -27,8 +27,13 @@ SHORTEST_ROUND = 0.02  # seconds: a faster step is repeated within its round
 SLOW_STEP = 3.0  # seconds
 SPARE_MEMORY = 1 << 30
 OPS = "ops"
-SUITES = (*proxy_losses.SUITES, *magnet.SUITES, OPS)
-SIZES_OF = {OPS: problems.OP_SIZES, magnet.BATCH: problems.CLUSTER_SIZES, magnet.GIVEN: problems.GIVEN_SIZES}
+SUITES = (*proxy_losses.SUITES, *magnet.SUITES, *triplets.SUITES, OPS)
+SIZES_OF = {
+    OPS: problems.OP_SIZES,
+    magnet.BATCH: problems.CLUSTER_SIZES,
+    magnet.GIVEN: problems.GIVEN_SIZES,
+    **dict.fromkeys(triplets.SUITES, problems.BATCH_SIZES),
+}
 
 
 class Group(NamedTuple):
@@ -79,7 +84,8 @@ def contenders(suite: str) -> list[Contender]:
     """Who takes part in a suite, in the order of the table."""
     if suite == OPS:
         return ops.contenders()
-    return (magnet if suite in magnet.SUITES else proxy_losses).contenders(suite)
+    of_batches = triplets if suite in triplets.SUITES else magnet
+    return (proxy_losses if suite in proxy_losses.SUITES else of_batches).contenders(suite)
 
 
 @dataclass(frozen=True)
@@ -308,7 +314,8 @@ def _repeated(step: Step, times: int) -> Callable[[], None]:
 def _memory_short(contender: Contender, problem: Problem) -> str:
     """Why the machine cannot hold this contender now, or nothing."""
     n, m, _ = problem.size
-    need = int(contender.dense * n * m * 4) + 3 * problem.gradient_bytes + SPARE_MEMORY
+    dense = contender.dense(problem.size) if callable(contender.dense) else contender.dense
+    need = int(dense * n * m * 4) + 3 * problem.gradient_bytes + SPARE_MEMORY
     free = available_memory()
     if free is None or need <= free:
         return ""

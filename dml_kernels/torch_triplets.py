@@ -25,6 +25,8 @@ from .torch_positives import _acc
 
 # Up to this many positives a walk over them is faster than a binary search.
 FEW = 48
+# 64-bit words of flags, a byte each, that are added up before the bytes are taken apart.
+LANE = 128
 
 
 class Points(NamedTuple):
@@ -93,6 +95,7 @@ class _Block:
         m, d = self.points.w.shape
         rows = self.block.rows.numel() if self.p is None else max(self.block.rows.numel(), self.block.cols.numel())
         step = max(32, positives.TILE // max(rows, d))
+        step -= step % (8 * LANE) if step > 8 * LANE else 0
         for start in range(0, m, step):
             k = slice(start, min(start + step, m))
             b, c = self._side(self.points.w[k]), self.points.c[k]
@@ -110,7 +113,7 @@ class _Block:
             for column in t.unbind(1):
                 over = s > column[:, None]
                 k += over
-                by_threshold.append(over.sum(1))
+                by_threshold.append(_row_counts(over))
             return k, torch.stack(by_threshold, 1)
         k = torch.searchsorted(t, s, out_int32=True)
         bins = k + torch.arange(r, device=s.device, dtype=torch.int32)[:, None] * (p + 1)
@@ -128,6 +131,15 @@ class _Block:
             return s - t, None
         pn = other[self.thresholds.at[:, slot]]
         return torch.maximum(s, pn.masked_fill_(s == -math.inf, -math.inf)).sub_(t), pn
+
+
+def _row_counts(over: Tensor) -> Tensor:
+    """(R,) int64, how many are set in each row of a bool tile: eight bytes at a time where its width allows."""
+    r, c = over.shape
+    if c % (8 * LANE) or not over.is_contiguous():
+        return over.sum(1)
+    eights = over.view(torch.int64).view(r, -1, LANE).sum(2)  # no byte of a sum passes 255
+    return eights.view(torch.uint8).view(r, -1).sum(1)
 
 
 def _kept(ranges: positives.Ranges) -> Tensor:

@@ -193,8 +193,7 @@ def test_random_triplets_are_of_the_batch_and_seeded():
 
 
 def test_swap_with_references_compares_references_where_theirs_takes_a_row():
-    """Their d_pn is mat[p, n]: row p of the batch, though p counts references. With as many of one as of the other it is
-    silent, and with more references an IndexError."""
+    """Their d_pn is mat[p, n]: row p of the batch, though p counts references. Silent where no p passes the batch."""
     theirs = require("pytorch_metric_learning").losses.TripletMarginLoss(margin=0.3, swap=True)
     ours = losses.TripletMarginLoss(margin=0.3, swap=True)
     x, y = batch()

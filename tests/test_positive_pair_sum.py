@@ -130,7 +130,7 @@ def test_without_negatives(kind, backend):
         assert (out.total == 0).all()
         assert (out.active == 0).all()
     else:
-        zeros = [leaves[0], *(torch.full((6,), -1e300).double() for _ in "uv")]
+        zeros = [leaves[0], *(torch.full((6,), -1e300, dtype=torch.float64) for _ in "uv")]
         k, o = KINDS[kind]
         d = (p.x[:, None] - p.x).norm(dim=2)
         same = (p.y[:, None] == p.y) & ~torch.eye(6, dtype=torch.bool)
