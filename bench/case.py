@@ -55,9 +55,10 @@ class Contender:
     """One way to compute a case.
 
     make(problem) prepares what a user would prepare once and returns the step to time. dense: how many N x M
-    fp32 matrices it holds at its peak, to skip it where memory is short; a function where that follows the size. warm: how to load its code before
-    memory is measured. passes: products of 2NMD the step cannot do without, 0 where that is no measure.
-    slow_first: the first step says nothing about the next, since it compiles.
+    fp32 matrices it holds at its peak, to skip it where memory is short; a function where that follows the
+    size. warm: how to load its code before memory is measured. passes: products of 2NMD the step cannot do
+    without, 0 where that is no measure. slow_first: the first step says nothing about the next, since it
+    compiles.
     """
 
     name: str

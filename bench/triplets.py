@@ -2,8 +2,9 @@
 embeddings.
 
 A problem is NxNxD, so that the floor is that of a batch compared with itself; its examples have some 8 of a class, and
-lie as at the start of a training, in no clusters. Ours is the drop-in Module, called as theirs. Theirs lists all N K N triplets, or holds every positive pair beside every
-negative pair (K N x N^2 numbers): what that takes is worked out before it is tried, and said where it is too much.
+lie as at the start of a training, in no clusters. Ours is the drop-in Module, called as theirs. Theirs lists all N K N
+triplets, or holds every positive pair beside every negative pair (K N x N^2 numbers): what that takes is worked out
+before it is tried, and said where it is too much.
 """
 
 from __future__ import annotations
