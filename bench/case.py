@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Problem, Size
 
 Outputs = tuple[Tensor, ...]
 Step = Callable[[], Outputs]
@@ -55,9 +55,10 @@ class Contender:
     """One way to compute a case.
 
     make(problem) prepares what a user would prepare once and returns the step to time. dense: how many N x M
-    fp32 matrices it holds at its peak, to skip it where memory is short. warm: how to load its code before
-    memory is measured. passes: products of 2NMD the step cannot do without, 0 where that is no measure.
-    slow_first: the first step says nothing about the next, since it compiles.
+    fp32 matrices it holds at its peak, to skip it where memory is short; a function where that follows the
+    size. warm: how to load its code before memory is measured. passes: products of 2NMD the step cannot do
+    without, 0 where that is no measure. slow_first: the first step says nothing about the next, since it
+    compiles.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Contender:
     kind: str = "ours"  # ours, peer or floor
     variant: str = ""  # the backend or peer, for a table with one row a case
     slow_first: bool = False
-    dense: float = 0.0
+    dense: float | Callable[[Size], float] = 0.0
     passes: int = 0
     note: Callable[[Problem], str] = lambda problem: ""
     warm: Callable[[Contender, Problem], object] = lambda contender, problem: contender.make(problem.part(8, 300))()

@@ -160,7 +160,9 @@ def write(page: Path, records: list[Record], line: str) -> None:
     if not rest or MARKERS[1] not in rest:
         raise ValueError(f"{page} has no place for the table: the lines {MARKERS[0]!r} and {MARKERS[1]!r}")
     lines = [" | ".join(("", *row, "")).strip() for row in (HEADER, ("---",) * len(HEADER), *rows(records))]
-    page.write_text(f"{before}{MARKERS[0]}\n\n" + "\n".join(lines) + f"\n\n{line}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+    page.write_text(
+        f"{before}{MARKERS[0]}\n\n" + "\n".join(lines) + f"\n\n{line}\n\n{MARKERS[1]}{after}", encoding="utf-8"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

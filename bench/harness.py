@@ -17,7 +17,7 @@ import torch
 from dml_kernels.profiling import interleaved_times
 
 from . import losses as proxy_losses
-from . import magnet, ops, pairs, peak
+from . import magnet, ops, pairs, peak, triplets
 from . import problem as problems
 from .busy import Usage, share_of_others
 from .case import Case, Contender, Outputs, Step, check, compare, tolerance, truth_of
@@ -27,11 +27,14 @@ SHORTEST_ROUND = 0.02  # seconds: a faster step is repeated within its round
 SLOW_STEP = 3.0  # seconds
 SPARE_MEMORY = 1 << 30
 OPS = "ops"
-SUITES = (*proxy_losses.SUITES, *magnet.SUITES, pairs.SUITE, OPS)
+SUITES = (*proxy_losses.SUITES, *magnet.SUITES, pairs.SUITE, *triplets.SUITES, OPS)
 SIZES_OF = {
-    OPS: problems.OP_SIZES, magnet.BATCH: problems.CLUSTER_SIZES, magnet.GIVEN: problems.GIVEN_SIZES,
+    OPS: problems.OP_SIZES,
+    magnet.BATCH: problems.CLUSTER_SIZES,
+    magnet.GIVEN: problems.GIVEN_SIZES,
     pairs.SUITE: problems.PAIR_SIZES,
-}  # fmt: skip
+    **dict.fromkeys(triplets.SUITES, problems.BATCH_SIZES),
+}
 
 
 class Group(NamedTuple):
@@ -82,7 +85,8 @@ def contenders(suite: str) -> list[Contender]:
     """Who takes part in a suite, in the order of the table."""
     if suite in (OPS, pairs.SUITE):
         return (ops if suite == OPS else pairs).contenders()
-    return (magnet if suite in magnet.SUITES else proxy_losses).contenders(suite)
+    of_batches = triplets if suite in triplets.SUITES else magnet
+    return (proxy_losses if suite in proxy_losses.SUITES else of_batches).contenders(suite)
 
 
 @dataclass(frozen=True)
@@ -311,7 +315,8 @@ def _repeated(step: Step, times: int) -> Callable[[], None]:
 def _memory_short(contender: Contender, problem: Problem) -> str:
     """Why the machine cannot hold this contender now, or nothing."""
     n, m, _ = problem.size
-    need = int(contender.dense * n * m * 4) + 3 * problem.gradient_bytes + SPARE_MEMORY
+    dense = contender.dense(problem.size) if callable(contender.dense) else contender.dense
+    need = int(dense * n * m * 4) + 3 * problem.gradient_bytes + SPARE_MEMORY
     free = available_memory()
     if free is None or need <= free:
         return ""

@@ -50,6 +50,8 @@ CLUSTER_SIZES = tuple(Size.parse(s) for s in ("48x12x64", "48x12x512", "1024x64x
 # A batch against itself.
 PAIR_SIZES = tuple(Size.parse(s) for s in ("512x512x128", "2048x2048x128", "8192x8192x128"))
 GIVEN_SIZES = tuple(Size.parse(s) for s in ("512x4096x64", "512x4096x512"))
+# A batch compared with itself.
+BATCH_SIZES = tuple(Size.parse(s) for s in ("128x128x128", "512x512x128", "1024x1024x128", "8192x8192x128"))
 
 
 @dataclass(frozen=True)

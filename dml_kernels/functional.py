@@ -18,10 +18,10 @@ from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "arcface_loss", "cosface_loss", "magnet_loss",
-    "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
-    "normalized_softmax_loss", "pair_scores", "proxy_anchor_loss", "proxy_nca_loss", "proxy_ranking_loss",
-    "soft_triple_loss", "sphereface_loss", "subcenter_arcface_loss",
+    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "TermSums", "arcface_loss", "cosface_loss",
+    "magnet_loss", "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
+    "normalized_softmax_loss", "pair_scores", "positive_pair_sum", "proxy_anchor_loss", "proxy_nca_loss",
+    "proxy_ranking_loss", "soft_triple_loss", "sphereface_loss", "subcenter_arcface_loss", "triplet_sum",
 ]  # fmt: skip
 
 
@@ -242,6 +242,7 @@ def _reference_lse(
     )
 
 
+from .class_sums import TermSums, positive_pair_sum, triplet_sum  # noqa: E402
 from .losses.arcface import arcface_loss  # noqa: E402  (the losses are written on the functions above)
 from .losses.cosface import cosface_loss  # noqa: E402
 from .losses.magnet import magnet_loss  # noqa: E402

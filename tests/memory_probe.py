@@ -170,6 +170,38 @@ def regular_face(m: int, d: int) -> dict:
     return {"peak": peak, "gradients": m * d * 4}
 
 
+def triplets(n: int, each: int, d: int, variant: str = "") -> dict:
+    """As step, of all triplets of n rows, ``each`` of a class, whose classes are in no order."""
+
+    def problem(n):
+        return torch.randn(n, d, requires_grad=True), torch.randperm(n) % max(n // each, 1), torch.arange(n)
+
+    def run(x, y, own):
+        options = {variant: True} if variant else {}
+        out = F.triplet_sum(x, x, y, y, margin=0.05, metric="euclidean", normalize=True, exclude=own, **options)
+        out.total.sum().backward()
+        return x.grad, out
+
+    small, large = problem(64), problem(n)
+    return {"peak": peak_extra_bytes(lambda: run(*large), lambda: run(*small)), "gradients": 2 * n * d * 4}
+
+
+def positive_pairs(n: int, each: int, d: int) -> dict:
+    """As step, of a term for each positive pair of n rows, ``each`` of a class."""
+
+    def problem(n):
+        return torch.randn(n, d, requires_grad=True), torch.randperm(n) % max(n // each, 1), torch.arange(n)
+
+    def run(x, y, own):
+        u = torch.zeros(n, requires_grad=True)[: x.size(0)]
+        out = F.positive_pair_sum(x, x, y, y, u, kind="softplus", params=(10.0,), exclude=own)
+        out.total.sum().backward()
+        return x.grad, out
+
+    small, large = problem(64), problem(n)
+    return {"peak": peak_extra_bytes(lambda: run(*large), lambda: run(*small)), "gradients": 2 * n * d * 4}
+
+
 def windows(backend: str, m: int, d: int) -> dict:
     """M x D past 2^31 from a buffer of M + D values: row j is the window that starts at j. Forward and x's gradient."""
     buffer = torch.randn(m + d, dtype=torch.bfloat16)

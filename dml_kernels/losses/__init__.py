@@ -16,12 +16,14 @@ from .contrastive import ContrastiveLoss
 from .cosface import CosFaceLoss
 from .cross_batch_memory import CrossBatchMemory
 from .generalized_lifted_structure import GeneralizedLiftedStructureLoss
+from .lifted_structure import LiftedStructureLoss
 from .magnet import MagnetLoss
 from .margin import MarginLoss
 from .multi_similarity import MultiSimilarityLoss
 from .n_pairs import NPairsLoss
 from .nca import NCALoss
 from .normalized_softmax import NormalizedSoftmaxLoss
+from .ntxent import NTXentLoss
 from .proxy_anchor import ProxyAnchorLoss
 from .proxy_nca import ProxyNCALoss
 from .proxy_ranking import ProxyRankingLoss
@@ -29,6 +31,7 @@ from .soft_triple import SoftTripleLoss
 from .sphereface import SphereFaceLoss
 from .subcenter_arcface import SubCenterArcFaceLoss
 from .supcon import SupConLoss
+from .triplet_margin import TripletMarginLoss
 
 REGISTRY: dict[str, LossEntry] = {}
 
@@ -46,7 +49,8 @@ def family(name: str) -> dict[str, LossEntry]:
 
 __all__ = [
     "REGISTRY", "ArcFaceLoss", "CircleLoss", "ContrastiveLoss", "CosFaceLoss", "CrossBatchMemory",
-    "GeneralizedLiftedStructureLoss", "LossEntry", "MagnetLoss", "MarginLoss", "MultiSimilarityLoss", "NCALoss",
-    "NPairsLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss", "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss",
-    "SphereFaceLoss", "SubCenterArcFaceLoss", "SupConLoss", "family",
+    "GeneralizedLiftedStructureLoss", "LiftedStructureLoss", "LossEntry", "MagnetLoss", "MarginLoss",
+    "MultiSimilarityLoss", "NCALoss", "NPairsLoss", "NTXentLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss",
+    "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "SupConLoss",
+    "TripletMarginLoss", "family",
 ]  # fmt: skip

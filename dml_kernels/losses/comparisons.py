@@ -87,6 +87,14 @@ class Compared:
         divisor = active.same * pairs.different + active.different * pairs.same
         return Terms(total, number, number - idle, TRIPLET, self.batch.y, divisor.sum())
 
+    def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
+        """One term for each positive pair (a, p): see :func:`positive_term`.
+
+        Args:
+            u: (N,) by anchor. v: (M,) by positive, or None.
+        """
+        raise NotImplementedError
+
     def pair_terms(self, total: Tensor, number: Tensor, active: Tensor) -> Terms:
         """Terms of pairs for the reducer."""
         return Terms(total, number, active.to(self.dtype), PAIR, self.batch.y)
@@ -153,6 +161,15 @@ class Streamed(Compared):
         return functional.masked_hinge_sum(
             self.batch.x, self.batch.w, self.y, self.c, same=same, different=different, threshold=threshold, **self.call
         )
+
+    def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
+        """By :func:`functional.positive_pair_sum`."""
+        if self.c.numel() == 0:
+            return self.pair_terms(*[self._empty()] * 3)
+        found = functional.positive_pair_sum(
+            self.batch.x, self.batch.w, self.y, self.c, u, v, kind=kind, params=params, **self.call
+        )
+        return self.pair_terms(found.total, found.number.to(self.dtype), found.active)
 
 
 class PairSet:
@@ -258,11 +275,7 @@ class Listed(Compared):
         return Terms(total, number, active, TRIPLET, self.batch.y, divisor)
 
     def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
-        """Terms over the listed positive pairs (a, p), one each: see :func:`positive_term`.
-
-        Args:
-            u: (N,) by anchor. v: (M,) by positive, or None.
-        """
+        """Over the listed pairs."""
         pairs = self.same
         by_positive = None if v is None else v.index_select(0, pairs.cols)
         values = positive_term(kind, pairs.s, pairs.spread(u), by_positive, params)

@@ -19,7 +19,7 @@ from . import cpu_backend, cuda_backend
 
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax",
-    "proxy_nca_loss", "magnet_loss",
+    "proxy_nca_loss", "magnet_loss", "positive_pair_sum", "triplet_sum",
 )  # fmt: skip
 REFERENCE = "reference"
 # In order of preference: the first that can run an op runs it.

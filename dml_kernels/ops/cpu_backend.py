@@ -16,6 +16,10 @@ REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 LOG_WEIGHT_CODES = {"uniform": 0, "distance": 1}
 PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OPS = (
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
+    "magnet_loss",
+)  # fmt: skip
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
@@ -23,6 +27,8 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"runs on the CPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"multiplies float32, float64 and bfloat16; not {dtype}"
+    if op not in OPS:
+        return f"{op} is not implemented here"
     if policy != "linear" and op != "masked_logsumexp":
         return f"{op} has no logit policy, such as {policy!r}"
     if EXTENSION.module is None:

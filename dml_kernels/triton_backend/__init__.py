@@ -61,10 +61,10 @@ MISSING = _load()
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
-    if op not in OPS:
-        return f"{op} is not implemented here"
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
+    if op not in OPS:
+        return f"{op} is not implemented here"
     if device.type == "cpu" and not INTERPRETED:
         return "runs on GPUs; CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
     if device.type not in ("cpu", "cuda"):

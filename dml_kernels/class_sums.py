@@ -1,0 +1,166 @@
+"""Sums over a row's positives, and over its positives and negatives: what losses of pairs and of triplets need.
+
+Part of :mod:`dml_kernels.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .ops import backend as backends
+from .ops import contract
+from .ops import positive_pair_sum as _pairs
+from .ops import triplet_sum as _triplets
+from .reference import by_class
+from .torch_positives import KINDS, Pairs, PairSpec, term
+from .torch_triplets import Points, TripletSpec
+
+
+class TermSums(NamedTuple):
+    """Of each row, (N,): the sum of its terms; how many they are, and how many are over 0, as int64."""
+
+    total: Tensor
+    number: Tensor
+    active: Tensor
+
+
+def positive_pair_sum(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None,
+    u: Tensor,
+    v: Tensor | None = None,
+    *,
+    kind: str,
+    params: Sequence[float] = (1.0,),
+    metric: str = "cosine",
+    normalize: bool = False,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> TermSums:
+    """For each row the sum of a term over its positives j (c_j = y_i, j not ``exclude_i``), with s_ij as in
+    :func:`masked_logsumexp`::
+
+        kind="softplus", params=(k,)      log(1 + exp(u_i - k s_ij))
+        kind="lifted",   params=(k, o)    relu(log(exp(u_i) + exp(v_j)) - k s_ij - o)^2 / 2
+
+    Positives are found by class: a sort of the labels, then small products of rows with the entries of their classes.
+    Nothing N x M, nothing of positives x negatives; memory beside the gradients is bounded, also where one class holds
+    everything. A second derivative goes through a dense expression with the N x M scores.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
+        y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index.
+        u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
+            gradient. -inf stands for no negatives: a softplus of 0, and where neither has any, a logarithm of 0.
+        kind, params: the term and its numbers.
+        metric, normalize: the score. exclude: (N,) int64 bank index that is not the row's positive, -1 for none.
+        ignore_index: rows with this label have no positives. eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        TermSums; total in fp32 (fp64 for fp64), 0 with a zero gradient for a row without positives.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    base, unit, c, dtype, chosen = _checked("positive_pair_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    contract.check_vector("u", u, x.size(0), x, integer=False)
+    contract.check_vector("v", v, w.size(0), x, integer=False)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if (v is None) != (kind == "softplus"):
+        raise ValueError(f"kind {kind!r} {'takes no' if kind == 'softplus' else 'needs'} v")
+    numbers = [contract.check_number(f"params[{i}]", value) for i, value in enumerate(params)]
+    if len(numbers) != KINDS[kind]:
+        raise ValueError(f"kind {kind!r} takes {KINDS[kind]} params; got {len(numbers)}")
+    contract.check_integer("ignore_index", ignore_index)
+    spec = PairSpec(kind, numbers, base, unit, float(eps), ignore_index, dtype)
+    if v is not None and v is u:
+        v = v.view_as(v)
+    if chosen == backends.REFERENCE:
+        same, _ = by_class.members(y, c, exclude, ignore_index)
+        s = reference.scores(x, w, base, unit, eps)
+        return TermSums(*by_class.positive_pair_sum(s, same, u, v, lambda s, u, v: term(s, u, v, spec)))
+    return TermSums(*_pairs.positive_pair_sum(Pairs(x, _apart(w, x), y, c, exclude, u, v), spec))
+
+
+def triplet_sum(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    margin: float,
+    smooth: bool = False,
+    swap: bool = False,
+    metric: str = "cosine",
+    normalize: bool = False,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> TermSums:
+    """For each anchor the sum over all its positives p (c_p = y_i) and negatives n (c_n != y_i), exactly::
+
+        sum_p sum_n relu(s_in - s_ip + margin)          smooth: log(1 + exp(.));  swap: max(s_in, s_pn) for s_in
+
+    with s as in :func:`masked_logsumexp`; s_pn is between two bank entries. Without ``smooth`` and ``swap`` the terms
+    separate: O(N M log K) time beside the products for K positives a row; with either O(N M K). Memory beside the
+    gradients is bounded in both. A second derivative goes through a dense expression with a term for every triplet.
+
+    Args:
+        x: (N, D) anchors. w: (M, D) bank, float32 allowed beside half-precision rows.
+        y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index.
+        margin: how much closer, as a score, a positive must be. smooth, swap: the variants above.
+        metric, normalize: the score. exclude: (N,) int64 bank index that is in no triplet of the anchor, -1 for none.
+        ignore_index: anchors and bank entries with this label are in no triplet. eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        TermSums; total in fp32 (fp64 for fp64), 0 with a zero gradient for an anchor without positives or negatives.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    base, unit, c, dtype, chosen = _checked("triplet_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    margin = contract.check_number("margin", margin)
+    contract.check_integer("ignore_index", ignore_index)
+    if chosen == backends.REFERENCE:
+        same, different = by_class.members(y, c, exclude, ignore_index)
+        s, between = (reference.scores(t, w, base, unit, eps) for t in (x, w))
+        return TermSums(*by_class.triplet_sum(s, same, different, margin, smooth, between if swap else None))
+    spec = TripletSpec(margin, bool(smooth), bool(swap), base, unit, float(eps), ignore_index, dtype)
+    return TermSums(*_triplets.triplet_sum(Points(x, _apart(w, x), y, c, exclude), spec))
+
+
+def _apart(w: Tensor, x: Tensor) -> Tensor:
+    # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
+    return w.view_as(w) if w is x else w
+
+
+def _checked(
+    op: str, x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, metric: str, normalize: bool,
+    eps: float, backend: str | None,
+) -> tuple[str, bool, Tensor, torch.dtype, str]:  # fmt: skip
+    contract.check_pair(x, w)
+    n, m = x.size(0), w.size(0)
+    contract.check_vector("y", y, n, x, integer=True)
+    contract.check_vector("c", c, m, x, integer=True)
+    contract.check_vector("exclude", exclude, n, x, integer=True)
+    base, unit = contract.split_metric(metric, normalize)
+    contract.check_eps(eps)
+    dtype = contract.product_dtype(x, w)
+    chosen = backends.choose(op, x.device, dtype, argument=backend, size=(n, m, x.size(1)))
+    c = torch.arange(m, device=x.device) if c is None else c.view_as(c) if c is y else c
+    return base, unit, c, dtype, chosen

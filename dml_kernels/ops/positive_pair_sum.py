@@ -1,0 +1,132 @@
+"""positive_pair_sum: for each row the sum of a term over its positives; functional.py has the formulas.
+
+Two registered ops and an autograd Function. Where somebody may differentiate again, the backward is that of a dense
+expression, which holds the N x M scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import torch_positives
+from ..reference import by_class
+from ..torch_positives import Pairs, PairSpec
+from .contract import Bank, accumulate_dtype, check_values
+from .library import filled, known_signature, register, without_autocast
+from .normalized_distance import normalized_distance
+
+_PAIRS = "Tensor x, Tensor w, Tensor y, Tensor c, Tensor? exclude, Tensor u, Tensor? v"
+_SPEC = "str kind, float[] params, str metric, bool normalize, float eps, int ignore_index, ScalarType dtype"
+N_PAIRS, N_SPEC = 7, 7
+DIFFERENTIABLE = (0, 1, 5, 6)
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Pairs, PairSpec]:
+    return Pairs(*args[:N_PAIRS]), PairSpec(*args[N_PAIRS:])
+
+
+def _fwd(*args: Any) -> tuple[Tensor, ...]:
+    pairs, spec = _split(args)
+    check_values(Bank(*pairs[:5], None, None, None), spec.ignore_index)
+    with without_autocast(pairs.x.device.type):
+        return torch_positives.fwd(pairs, spec)
+
+
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    pairs, spec = _split(args)
+    n = pairs.x.size(0)
+    return sums_like(pairs.x, n, spec.dtype)
+
+
+def sums_like(x: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(n, dtype=accumulate_dtype(dtype)),
+        x.new_empty(n, dtype=torch.int64),
+        x.new_empty(n, dtype=torch.int64),
+    )
+
+
+def _bwd(*args: Any) -> tuple[Tensor, ...]:
+    grad, needs = args[:2]
+    pairs, spec = _split(args[2:])
+    with without_autocast(pairs.x.device.type):
+        return filled(torch_positives.bwd(grad, needs, pairs, spec), pairs.x)
+
+
+def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    needs, pairs = args[1], _split(args[2:])[0]
+    return tuple(
+        torch.empty_like(pairs[i], memory_format=torch.contiguous_format) if need else pairs.x.new_empty(0)
+        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
+    )
+
+
+fwd = register("positive_pair_sum_fwd", f"({_PAIRS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+bwd = register(
+    "positive_pair_sum_bwd",
+    f"(Tensor grad, bool[] needs, {_PAIRS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def scores(x: Tensor, w: Tensor, spec: Any) -> Tensor:
+    """The N x M scores as a Function that can be differentiated twice, in the accumulation dtype."""
+    acc = accumulate_dtype(spec.dtype)
+    out = normalized_distance(x, w.view_as(w), spec.metric, spec.normalize, spec.eps, spec.dtype, "torch").to(acc)
+    return out if spec.metric == "dot" else -out
+
+
+def again(total: Tensor, leaves: tuple[Tensor | None, ...], needs: list[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of <grad, total> in the leaves that need one, differentiable in their turn."""
+    wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+    found = iter(torch.autograd.grad(total, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> list[Tensor | None]:
+    same, _ = by_class.members(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    acc = accumulate_dtype(spec.dtype)
+    # Leaves of their own: what the caller's tensors hang from is not this derivative's.
+    x, w, u = (t.view_as(t) for t in (pairs.x, pairs.w, pairs.u))
+    v = None if pairs.v is None else pairs.v.view_as(pairs.v)
+    total, _, _ = by_class.positive_pair_sum(
+        scores(x, w, spec), same, u.to(acc), None if v is None else v.to(acc),
+        lambda s, u, v: torch_positives.term(s, u, v, spec),
+    )  # fmt: skip
+    return again(total, (x, w, u, v), needs, grad)
+
+
+@known_signature
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype):
+        return fwd(x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:N_PAIRS])
+        ctx.spec = inputs[N_PAIRS:]
+        ctx.mark_non_differentiable(output[1], output[2])
+
+    @staticmethod
+    def backward(ctx, grad, _number, _active):
+        x, w, y, c, exclude, u, v = ctx.saved_tensors
+        kind, params, metric, normalize, eps, ignore_index, dtype = ctx.spec
+        needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
+        if torch.is_grad_enabled():
+            found = _differentiable(grad, needs, Pairs(x, w, y, c, exclude, u, v), PairSpec(*ctx.spec))
+        else:
+            found = bwd(
+                grad, needs, x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype
+            )
+        g_x, g_w, g_u, g_v = (g if need else None for g, need in zip(found, needs, strict=True))
+        return g_x, g_w, None, None, None, g_u, g_v, *(None,) * N_SPEC
+
+
+def positive_pair_sum(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, number, active) for checked arguments; see functional.positive_pair_sum."""
+    return _Forward.apply(*pairs, *spec)
