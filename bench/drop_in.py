@@ -1,8 +1,8 @@
 """`python -m bench.drop_in`: a step of every drop-in loss beside pytorch-metric-learning's class of the same name.
 
-The same arguments, embeddings, labels and parameters. The values and the gradients of the embeddings are compared before
-anything is timed; rounds are interleaved, times are medians, peak memory is each one's own, in a fresh process. With
-`--write docs/losses.md` the table between the page's markers is renewed.
+The same arguments, embeddings, labels and parameters. The values and the gradients of the embeddings are compared
+before anything is timed; rounds are interleaved, times are medians, peak memory is each one's own, in a fresh process.
+With `--write docs/losses.md` the table between the page's markers is renewed.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .. import functional
+from ..batch import Batch
 from ..distances import Distance
 from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..ops import segments
 from ..ops.contract import accumulate_dtype
 from ..reducers import PAIR, TRIPLET, Terms
-from .metric_loss import Batch
 
 IGNORED = -100
 Line = tuple[float, float]

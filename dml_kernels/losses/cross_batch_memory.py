@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import check_tuples
 from ..ops.contract import check_integer, check_matrix
 from .base import check_labels
 from .comparisons import IGNORED, as_triplets
-from .metric_loss import MetricLoss, check_tuples
+from .metric_loss import MetricLoss
 from .n_pairs import NPairsLoss
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import distances
+from ..batch import Batch
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
 from .comparisons import compared
-from .metric_loss import Batch, MetricLoss, as_function
+from .metric_loss import MetricLoss, as_function
 
 
 class GeneralizedLiftedStructureLoss(MetricLoss):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import distances, reducers
+from ..batch import Batch
 from ..ops.contract import check_number
 from ..reducers import TRIPLET, Terms
 from ..reference.labelled import LabelledPairs
 from .base import LossEntry, values_can_be_read
 from .comparisons import compared, random_triplets
-from .metric_loss import Batch, MetricLoss, as_function
+from .metric_loss import MetricLoss, as_function
 
 
 class MarginLoss(MetricLoss):

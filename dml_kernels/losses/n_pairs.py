@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional
+from ..batch import Batch
 from ..logspace import log1pexp
 from ..reducers import ELEMENT, Terms
 from .base import LossEntry
 from .comparisons import IGNORED
-from .metric_loss import Batch, MetricLoss, as_function
+from .metric_loss import MetricLoss, as_function
 
 
 class NPairsLoss(MetricLoss):

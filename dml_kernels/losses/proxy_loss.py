@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reducers, regularizers
+from ..batch import check_tuples
 from ..ops.contract import check_integer, check_matrix
 from ..reducers import Terms
 from .base import (
@@ -19,7 +20,7 @@ from .base import (
     row_weight,
     values_can_be_read,
 )
-from .metric_loss import MetricLoss, check_tuples
+from .metric_loss import MetricLoss
 from .softmax import Logits
 
 

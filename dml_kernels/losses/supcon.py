@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import distances, reducers
+from ..batch import Batch
 from ..logspace import log1pexp
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
 from .comparisons import compared
-from .metric_loss import Batch, MetricLoss, as_function
+from .metric_loss import MetricLoss, as_function
 
 
 class SupConLoss(MetricLoss):

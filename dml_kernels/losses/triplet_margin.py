@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional, reducers, reference
+from ..batch import Batch
 from ..ops import segments
 from ..reducers import TRIPLET, Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
 from .comparisons import Listed, Streamed, as_triplets, random_triplets
-from .metric_loss import Batch, MetricLoss, as_function
+from .metric_loss import MetricLoss, as_function
 
 
 class TripletMarginLoss(MetricLoss):
