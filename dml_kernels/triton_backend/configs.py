@@ -17,7 +17,7 @@ import torch
 class Config(NamedTuple):
     """A tile of block_n rows by block_m bank entries, block_d columns at a time.
 
-    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later, where the matrices allow it: compiled, and
+    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it: compiled and
     right in the interpreter; nobody has timed it, so no entry of the table takes it yet.
     """
 
