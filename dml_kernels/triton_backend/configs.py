@@ -17,8 +17,8 @@ import torch
 class Config(NamedTuple):
     """A tile of block_n rows by block_m bank entries, block_d columns at a time.
 
-    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where the matrices allow it. Compiled
-    and interpreted, it is right; nobody has timed it, so no entry of the table takes it yet.
+    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it: compiled and
+    right in the interpreter; nobody has timed it, so no entry of the table takes it yet.
     """
 
     block_n: int

@@ -60,7 +60,7 @@ def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
 
 
 def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
-    """Whether the forward's tiles come by tensor descriptors: asked for, and rows contiguous and aligned to 16 bytes."""
+    """Whether the forward's tiles come by tensor descriptors: asked for, rows contiguous and aligned to 16 bytes."""
     return tile.tma and all(
         t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.size(0) < 1 << 30
         for t in (x, w)
