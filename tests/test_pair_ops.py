@@ -218,8 +218,16 @@ def test_a_step_allocates_the_banks_gradient_and_nothing_else_of_its_size(n, bac
 
 
 @on_backends
-@pytest.mark.parametrize("what", ["hinge", "argmax", "draw"])
-@pytest.mark.parametrize(("n", "m", "d"), [(256, 300_000, 16), (8192, 8192, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("what", "n", "m", "d"),
+    [
+        ("hinge", 256, 300_000, 16),
+        ("draw", 8192, 8192, 16),
+        pytest.param("hinge", 8192, 8192, 16, marks=pytest.mark.slow),
+        pytest.param("draw", 256, 300_000, 16, marks=pytest.mark.slow),
+        pytest.param("argmax", 8192, 8192, 16, marks=pytest.mark.slow),
+    ],
+)
 def test_peak_memory_is_the_gradients_plus_64_mb(n, m, d, what, backend):
     """The matrices would be 307 and 268 MB."""
     found = probe("pairs", backend, n, m, d, what)
