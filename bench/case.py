@@ -42,12 +42,13 @@ PEER_SLACK = 3
 @dataclass(frozen=True)
 class Case:
     """Something to compute: (value, gradients...) of an fp64 problem, in full and, if `reference` is there,
-    densely.
+    densely. unfit(problem): why no contender's numbers could be judged on it, or nothing.
     """
 
     name: str
     truth: Callable[[Problem], Outputs]
     reference: Callable[[Problem], Outputs] | None = None
+    unfit: Callable[[Problem], str] = lambda problem: ""
 
 
 @dataclass(frozen=True)

@@ -221,9 +221,9 @@ def _check_all(entrants: list[Entrant], problem: Problem, progress: Callable[[st
     for entrant in entrants:
         contender = entrant.contender
         progress(contender.name)
-        short = _memory_short(contender, problem)
-        if short:
-            entrant.drop("skipped", short)
+        why = contender.case.unfit(problem) or _memory_short(contender, problem)
+        if why:
+            entrant.drop("skipped", why)
             continue
         if truth is None or truth[0] != contender.case.name:
             truth = None  # freed before the next is made

@@ -26,7 +26,7 @@ class OpCase:
     """run(x, w, problem, backend) -> outputs, of the shapes named; wants: the gradients taken.
 
     passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w, problem); dense:
-    how many N x M matrices that holds.
+    how many N x M matrices that holds. jumps: its gradient jumps where two scores tie, which half precision moves.
     """
 
     name: str
@@ -36,6 +36,7 @@ class OpCase:
     passes: int = 0
     peer: Callable[[Tensor, Tensor, Problem], Outputs] | None = None
     dense: float = 4.0
+    jumps: bool = False
 
 
 def _lse(name: str, metric: str, wants: str, passes: int, few: bool = False) -> OpCase:
@@ -91,7 +92,7 @@ def _pooled(policy: str, pool: Callable[[Tensor], Tensor], *params: float) -> Op
         z = 8 * pool(s).float()
         return _dense_pair(z, (problem.y // CENTRES)[:, None] == torch.arange(z.size(1)))
 
-    return OpCase(f"lse cosine, {policy} of {CENTRES}, gradients", LSE, run, "xw", 4, dense, dense=8.0)
+    return OpCase(f"lse cosine, {policy} of {CENTRES}, gradients", LSE, run, "xw", 4, dense, 8.0, policy == "max_pool")
 
 
 def _circle(m: float, gamma: float) -> OpCase:
@@ -107,7 +108,7 @@ def _circle(m: float, gamma: float) -> OpCase:
         positive = -gamma * (1 + m - s).relu().detach() * (s - (1 - m))
         return _dense_pair(torch.where(same, positive, gamma * (s + m).relu().detach() * (s - m)), same)
 
-    return OpCase("lse cosine, quadratic, 10 classes, gradients", LSE, run, "xw", 4, dense, dense=8.0)
+    return OpCase("lse cosine, quadratic, 10 classes, gradients", LSE, run, "xw", 4, dense, 8.0)
 
 
 def _softmax_pool(s: Tensor, gamma: float = 0.1) -> Tensor:
@@ -191,7 +192,7 @@ CASES = (
     _lse(", 10 classes, gradients", "cosine", "xw", 4, few=True),
     _pooled("max_pool", lambda s: s.max(2).values),
     _pooled("softmax_pool", _softmax_pool, 0.1),
-    _circle(m=0.4, gamma=80.0),
+    _circle(m=0.4, gamma=8.0),
     *(_distance("", metric, "", 1) for metric in METRICS),
     *(_distance(", gradients", metric, "xw", 3) for metric in METRICS),
     _contrastive("", "", 1),
@@ -221,7 +222,11 @@ def _case(op: OpCase) -> Case:
     def on(backend: str) -> Callable[[Problem], Outputs]:
         return lambda p: _step(op, lambda x, w: op.run(x, w, p, backend), p)()
 
-    return Case(op.name, truth=on("torch"), reference=on("reference"))
+    def unfit(problem: Problem) -> str:
+        half = op.jumps and problem.dtype == torch.bfloat16
+        return "rounding to half precision sends the gradient of some maxima to another centre" if half else ""
+
+    return Case(op.name, truth=on("torch"), reference=on("reference"), unfit=unfit)
 
 
 def _contenders(op: OpCase) -> list[Contender]:
