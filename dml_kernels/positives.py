@@ -101,7 +101,8 @@ def blocks(ranges: Ranges, keep: Tensor) -> Iterator[Block]:
 
 def _share_out(groups: Iterator[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
     """Classes (start, stop, rows) to blocks of such; a class with many rows is spread over several."""
-    parts, r, q = [], 0, 0
+    parts: list[tuple[int, int, int]] = []
+    r, q = 0, 0
     for start, stop, n in groups:
         while n:
             take = min(n, MOST_ROWS - r, TILE // (q + stop - start) - r)
