@@ -87,6 +87,26 @@ def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
     return {"peak": peak, "gradients": (n + k * given) * d * 4}
 
 
+def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
+    """As step, of masked_hinge_sum, or of masked_argmax by score or drawn."""
+
+    def problem(n, m):
+        x, w = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
+        return x, w, torch.randint(0, m, (n,))
+
+    def run(x, w, y):
+        if what == "hinge":
+            out = F.masked_hinge_sum(x, w, y, different=(1, 1.3), relative=True, backend=backend)
+            out.different.sum().backward()
+            return x.grad, w.grad
+        draw = {"noise_seed": 3, "log_weight": "distance"} if what == "draw" else {}
+        return F.masked_argmax(x, w, y, backend=backend, **draw)
+
+    small, large = problem(8, 600), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": (n + m) * d * 4 if what == "hinge" else 0}
+
+
 def windows(backend: str, m: int, d: int) -> dict:
     """M x D past 2^31 from a buffer of M + D values: row j is the window that starts at j. Forward and x's gradient."""
     buffer = torch.randn(m + d, dtype=torch.bfloat16)
