@@ -201,6 +201,7 @@ def test_compiles_as_one_graph(name, listed):
         torch.testing.assert_close(found[key], value)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
 @on_names
 def test_torch_func_transforms_it(name, listed):
