@@ -17,8 +17,8 @@ import torch
 class Config(NamedTuple):
     """A tile of block_n rows by block_m bank entries, block_d columns at a time.
 
-    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it: compiled and
-    right in the interpreter; nobody has timed it, so no entry of the table takes it yet.
+    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it: compiled,
+    and right in the interpreter; nobody has timed it, so no entry of the table takes it yet.
     """
 
     block_n: int
@@ -208,7 +208,8 @@ def form(arch: str, dtype: torch.dtype, d: int, metric: str) -> str:
     """
     if _forced_forms and d <= OWNED_WIDTH:
         return _forced_forms[-1]
-    return "owned" if has_owned(arch, dtype, d, metric) else "chunk"
+    # The interpreter, which has tiles for everything, does what a GPU would.
+    return "owned" if has_owned("sm_90" if arch == "interpreter" else arch, dtype, d, metric) else "chunk"
 
 
 def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
