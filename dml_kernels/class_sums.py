@@ -17,8 +17,8 @@ from .ops import contract
 from .ops import positive_pair_sum as _pairs
 from .ops import triplet_sum as _triplets
 from .reference import by_class
-from .torch_positives import KINDS, Pairs, PairSpec, term
-from .torch_triplets import Points, TripletSpec
+from .torch_backend.positives import KINDS, Pairs, PairSpec, term
+from .torch_backend.triplets import Points, TripletSpec
 
 
 class TermSums(NamedTuple):

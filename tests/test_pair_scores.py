@@ -36,7 +36,7 @@ def dense(metric, normalize):
 @pytest.mark.parametrize("elements", [1, 1 << 19], ids=["small blocks", "one block"])
 @on_metrics
 def test_scores_and_gradients_are_accurate(metric, normalize, elements, dtype, monkeypatch):
-    monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(torch_backend.tiles, "CHUNK_ELEMENTS", elements)
     x, w, rows, cols = problem(d=24)
     grad = randn(40, seed=9)
     cast = [t.to(dtype.x) for t in (x, w)]

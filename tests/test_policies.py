@@ -257,7 +257,7 @@ def test_chunks_of_whole_classes_make_no_difference(k, policy, monkeypatch):
     sizes = (5, 47, k if policy in POOLS else 1, 4)
 
     def both(elements):
-        monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(torch_backend.tiles, "CHUNK_ELEMENTS", elements)
         p = problem(policy, sizes[2], sizes[0], sizes[1], sizes[3], "sqeuclidean", True, seed=1)
         FEATURES["everything_at_once"](p)
         leaves = p.leaves(FP64)

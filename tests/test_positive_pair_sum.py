@@ -24,9 +24,9 @@ from helpers import (
 from torch.library import opcheck
 
 from dml_kernels import functional as F
-from dml_kernels import positives
 from dml_kernels.ops import positive_pair_sum as ops
 from dml_kernels.profiling import run_in_child
+from dml_kernels.torch_backend import by_class as blocks
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -149,7 +149,7 @@ def test_without_negatives(kind, backend):
 @on_kinds
 def test_any_tiling_gives_the_same(kind, m, tile, rows):
     p = Labelled.random(60, m and 90, 3, classes=4, seed=2)
-    with mock.patch.multiple(positives, TILE=tile, MOST_ROWS=rows):
+    with mock.patch.multiple(blocks, TILE=tile, MOST_ROWS=rows):
         found = evaluated(p, kind)
     for key, value in evaluated(p, kind, "reference").items():
         torch.testing.assert_close(found[key], value)

@@ -25,11 +25,12 @@ from helpers import (
 from torch.library import opcheck
 
 from dml_kernels import functional as F
-from dml_kernels import positives, reference
+from dml_kernels import reference
 from dml_kernels.ops import backend as backends
 from dml_kernels.ops import triplet_sum as ops
 from dml_kernels.profiling import run_in_child
 from dml_kernels.reference import by_class
+from dml_kernels.torch_backend import by_class as blocks
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -130,7 +131,7 @@ def test_any_tiling_gives_the_same(variant, m, tile, rows):
     grad, found = randn(60, seed=3), []
     for backend in ("torch", "reference"):
         leaves = p.leaves(FP64)
-        with mock.patch.multiple(positives, TILE=tile, MOST_ROWS=rows):
+        with mock.patch.multiple(blocks, TILE=tile, MOST_ROWS=rows):
             found.append(with_gradients(call(leaves, p, backend, **variant), leaves, grad))
     for key, value in found[0].items():
         torch.testing.assert_close(value, found[1][key])

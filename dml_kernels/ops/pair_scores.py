@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import torch_backend as tb
+from ..torch_backend import normalize_bwd, tiles
 from . import segments
 from .contract import accumulate_dtype, check_pair_indices
 from .library import filled, known_signature, register, without_autocast
@@ -25,7 +25,7 @@ _SPEC = "str metric, bool normalize, float eps, ScalarType dtype"
 
 def _unit(t: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
     t = t.to(dtype)
-    return t * tb._norms(t, eps)[0] if normalize else t
+    return t * tiles.norms(t, eps)[0] if normalize else t
 
 
 def _score(u: Tensor, p: Tensor, metric: str) -> Tensor:
@@ -44,7 +44,7 @@ def _slope(grad: Tensor, s: Tensor, metric: str) -> Tensor:
 
 def _fwd(x, w, rows, cols, metric, normalize, eps, dtype) -> Tensor:
     check_pair_indices(rows, cols, x.size(0), w.size(0))
-    step = max(1, tb.CHUNK_ELEMENTS // x.size(1))
+    step = max(1, tiles.CHUNK_ELEMENTS // x.size(1))
     out = x.new_empty(rows.numel(), dtype=dtype)
     with without_autocast(x.device.type):
         for k in (slice(start, start + step) for start in range(0, rows.numel(), step)):
@@ -60,7 +60,7 @@ def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor
     at, other_at, a = at[order], other_at[order], a[order]
     n, d = own.shape
     total = own.new_zeros((n, d), dtype=dtype)
-    step = max(n, tb.CHUNK_ELEMENTS // d, 1)  # each block adds n sums: as many pairs or more
+    step = max(n, tiles.CHUNK_ELEMENTS // d, 1)  # each block adds n sums: as many pairs or more
     for k in (slice(start, start + step) for start in range(0, at.numel(), step)):
         part = _unit(other.index_select(0, other_at[k]), normalize, eps, dtype)
         if metric != "dot":
@@ -68,7 +68,7 @@ def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor
         part = part * a[k, None]
         places = torch.arange(part.size(0), device=at.device)
         total += torch.nn.functional.embedding_bag(places, part, segments.offsets(at[k], n)[:-1], mode="sum")
-    return tb.normalize_bwd(total, own, eps) if normalize else total.to(own.dtype)
+    return normalize_bwd(total, own, eps) if normalize else total.to(own.dtype)
 
 
 def _bwd(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:
@@ -98,7 +98,7 @@ def _differentiable_bwd(grad, x, w, rows, cols, metric, normalize, eps, dtype) -
     """The same in PyTorch's own differentiable functions, for whoever differentiates again; O(P D) memory."""
 
     def unit(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r, over = tb._norms(t.to(dtype), eps) if normalize else (t.new_ones((), dtype=dtype), None)
+        r, over = tiles.norms(t.to(dtype), eps) if normalize else (t.new_ones((), dtype=dtype), None)
         return t.to(dtype) * r, r, over
 
     def back(g: Tensor, u: Tensor, r: Tensor, over: Tensor | None) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import torch_positives
 from ..reference import by_class
-from ..torch_positives import Pairs, PairSpec
+from ..torch_backend import positives
+from ..torch_backend.positives import Pairs, PairSpec
 from .contract import Bank, accumulate_dtype, check_values
 from .library import filled, known_signature, register, without_autocast
 from .normalized_distance import normalized_distance
@@ -32,7 +32,7 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     pairs, spec = _split(args)
     check_values(Bank(*pairs[:5], None, None, None), spec.ignore_index)
     with without_autocast(pairs.x.device.type):
-        return torch_positives.fwd(pairs, spec)
+        return positives.fwd(pairs, spec)
 
 
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -53,7 +53,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     grad, needs = args[:2]
     pairs, spec = _split(args[2:])
     with without_autocast(pairs.x.device.type):
-        return filled(torch_positives.bwd(grad, needs, pairs, spec), pairs.x)
+        return filled(positives.bwd(grad, needs, pairs, spec), pairs.x)
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpe
     v = None if pairs.v is None else pairs.v.view_as(pairs.v)
     total, _, _ = by_class.positive_pair_sum(
         scores(x, w, spec), same, u.to(acc), None if v is None else v.to(acc),
-        lambda s, u, v: torch_positives.term(s, u, v, spec),
+        lambda s, u, v: positives.term(s, u, v, spec),
     )  # fmt: skip
     return again(total, (x, w, u, v), needs, grad)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import torch_triplets
 from ..reference import by_class
-from ..torch_triplets import Points, TripletSpec
+from ..torch_backend import triplets
+from ..torch_backend.triplets import Points, TripletSpec
 from .contract import Bank, check_values
 from .library import filled, known_signature, register, without_autocast
 from .positive_pair_sum import again, scores, sums_like
@@ -33,7 +33,7 @@ def _fwd(*args: Any) -> tuple[Tensor, ...]:
     points, spec = _split(args)
     check_values(Bank(*points, None, None, None), spec.ignore_index)
     with without_autocast(points.x.device.type):
-        return torch_triplets.fwd(points, spec)
+        return triplets.fwd(points, spec)
 
 
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     grad, needs = args[:2]
     points, spec = _split(args[2:])
     with without_autocast(points.x.device.type):
-        return filled(torch_triplets.bwd(grad, needs, points, spec), points.x)
+        return filled(triplets.bwd(grad, needs, points, spec), points.x)
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import positives
-from .logspace import log1pexp
-from .torch_backend import Gradients, Scores, Side, _scores
-from .torch_positives import _acc
+from ..logspace import log1pexp
+from . import by_class, tiles
+from .positives import _acc
+from .tiles import Gradients, Scores, Side
 
 # Up to this many positives a walk over them is faster than a binary search.
 FEW = 48
@@ -63,7 +63,7 @@ class Thresholds(NamedTuple):
 class _Block:
     """A block of rows at work: its positives' thresholds, then the bank's tiles, negatives only."""
 
-    def __init__(self, block: positives.Block, points: Points, spec: TripletSpec):
+    def __init__(self, block: by_class.Block, points: Points, spec: TripletSpec):
         self.block, self.points, self.spec = block, points, spec
         self.y = points.y[block.rows][:, None]
         self.exclude = None if points.exclude is None else points.exclude[block.rows][:, None]
@@ -79,7 +79,7 @@ class _Block:
         """The entries of the block's classes with their scores, in pieces."""
         for k in self.block.pieces(self.points.x.size(1)):
             b = self._side(self.points.w[self.block.cols[k]])
-            yield k, b, _scores(self.a, b, self.spec.metric)
+            yield k, b, tiles.scores(self.a, b, self.spec.metric)
 
     def _thresholds(self) -> Thresholds:
         s = torch.cat([scores.s for _, _, scores in self.pieces()], 1)
@@ -94,7 +94,7 @@ class _Block:
         """The bank in tiles: the entries, their side, their scores, and which pairs are not negatives."""
         m, d = self.points.w.shape
         rows = self.block.rows.numel() if self.p is None else max(self.block.rows.numel(), self.block.cols.numel())
-        step = max(32, positives.TILE // max(rows, d))
+        step = max(32, by_class.TILE // max(rows, d))
         step -= step % (8 * LANE) if step > 8 * LANE else 0
         for start in range(0, m, step):
             k = slice(start, min(start + step, m))
@@ -102,7 +102,7 @@ class _Block:
             masked = (self.y == c).logical_or_(c == self.spec.ignore_index)
             if self.exclude is not None:
                 masked.logical_or_(self.exclude == torch.arange(k.start, k.stop, device=c.device))
-            yield k, b, _scores(self.a, b, self.spec.metric), masked
+            yield k, b, tiles.scores(self.a, b, self.spec.metric), masked
 
     def passed(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """k (R, C), how many thresholds each negative passes, and (R, P) how many negatives pass each threshold."""
@@ -122,7 +122,7 @@ class _Block:
 
     def swapped(self, b: Side) -> Scores | None:
         """(Q, C) the scores of the block's positives with a tile's entries."""
-        return None if self.p is None else _scores(self.p, b, self.spec.metric)
+        return None if self.p is None else tiles.scores(self.p, b, self.spec.metric)
 
     def violation(self, s: Tensor, other: Tensor | None, slot: int) -> tuple[Tensor, Tensor | None]:
         """s_n - t of every row's positive in one slot, -inf for an empty one; swapped, also s_pn."""
@@ -142,16 +142,16 @@ def _row_counts(over: Tensor) -> Tensor:
     return eights.view(torch.uint8).view(r, -1).sum(1)
 
 
-def _kept(ranges: positives.Ranges) -> Tensor:
+def _kept(ranges: by_class.Ranges) -> Tensor:
     return (ranges.positives > 0) & (ranges.negatives > 0)
 
 
 def fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Each anchor's sum, number of triplets, and number of terms over 0."""
-    ranges = positives.Ranges.of(points.y, points.c, points.exclude, spec.ignore_index)
+    ranges = by_class.Ranges.of(points.y, points.c, points.exclude, spec.ignore_index)
     total, active = points.x.new_zeros(points.x.size(0), dtype=torch.float64), torch.zeros_like(points.y)
     one_by_one = spec.smooth or spec.swap
-    for block in positives.blocks(ranges, _kept(ranges)):
+    for block in by_class.blocks(ranges, _kept(ranges)):
         work = _Block(block, points, spec)
         total[block.rows], active[block.rows] = (_walked if one_by_one else _separated)(work)
     return total.to(_acc(spec)), ranges.positives * ranges.negatives, active
@@ -188,13 +188,13 @@ def _walked(work: _Block) -> tuple[Tensor, Tensor]:
 
 def bwd(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> tuple[Tensor | None, Tensor | None]:
     """Gradients in x and w of <grad, total>."""
-    ranges = positives.Ranges.of(points.y, points.c, points.exclude, spec.ignore_index)
+    ranges = by_class.Ranges.of(points.y, points.c, points.exclude, spec.ignore_index)
     acc = _acc(spec)
     g_x, g_w = (
         torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((points.x, points.w), needs, strict=True)
     )
-    for block in positives.blocks(ranges, _kept(ranges) & (grad != 0)):
+    for block in by_class.blocks(ranges, _kept(ranges) & (grad != 0)):
         work = _Block(block, points, spec)
         collect = Gradients(work.a, spec.metric, needs[0], needs[1])
         g = grad[block.rows].to(acc)[:, None]

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import torch_backend as tb
-from .ops.contract import Bank, Spec, accumulate_dtype
-from .torch_policies import Pooled
+from ..ops.contract import Bank, Spec, accumulate_dtype
+from . import logsumexp, tiles
+from .normalize import normalize_bwd, normalize_dbl, normalize_fwd
+from .policies import Pooled
 
 
 class Step(NamedTuple):
@@ -48,13 +49,13 @@ class Tangents:
     def _lift(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if not self.normalize:
             return x, v
-        return tb.normalize_fwd(x, self.eps), tb.normalize_bwd(v, x, self.eps)
+        return normalize_fwd(x, self.eps), normalize_bwd(v, x, self.eps)
 
     def _drop(self, x: Tensor, v: Tensor, grad_u: Tensor, grad_du: Tensor) -> Tensor:
         """Gradient in x from those in u = x^ and in its tangent."""
         if not self.normalize:
             return grad_u
-        return tb.normalize_bwd(grad_u, x, self.eps) + tb.normalize_dbl(v, grad_du, x, self.eps)
+        return normalize_bwd(grad_u, x, self.eps) + normalize_dbl(v, grad_du, x, self.eps)
 
     def chunk(self, w: Tensor, v: Tensor | None) -> Step:
         w = w.to(self.acc)
@@ -63,19 +64,19 @@ class Tangents:
         if self.metric == "dot":
             s, ds = self.u @ p.T, self.du @ p.T + self.u @ dp.T
             return Step(w, v, p, dp, s, ds, ds)
-        rows = tb.Side.of(self.u, False, self.eps, self.acc)
-        s = tb._scores(rows, tb.Side.of(p, False, self.eps, self.acc), self.metric).s
+        rows = tiles.Side.of(self.u, False, self.eps, self.acc)
+        s = tiles.scores(rows, tiles.Side.of(p, False, self.eps, self.acc), self.metric).s
         # -2 (u - p).(u' - p'), expanded: an N x chunk x D difference is not affordable.
         cross = self.u @ dp.T + self.du @ p.T
         dq = 2 * (cross - (self.u * self.du).sum(1)[:, None] - (p * dp).sum(1))
-        return Step(w, v, p, dp, s, dq * tb._root_slope(s) if self.metric == "euclidean" else dq, dq)
+        return Step(w, v, p, dp, s, dq * tiles.root_slope(s) if self.metric == "euclidean" else dq, dq)
 
     def pull_back(self, step: Step, on_s: Tensor | None, on_ds: Tensor) -> Tensor:
         """Adds the rows' gradients for weights on s and on s'; returns the chunk's gradient in w."""
         a, b = on_s, on_ds
         if self.metric == "euclidean":
             # s = -sqrt(-q): s' = f1 q', and f1 itself moves with q by f2 = 2 f1^3.
-            f1 = tb._root_slope(step.s)
+            f1 = tiles.root_slope(step.s)
             a = b * 2 * f1**3 * step.dq + (0 if a is None else a * f1)
             b = b * f1
         if self.metric == "dot":
@@ -104,26 +105,26 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
     _, v_w, v_t, v_q, v_b = (v if v.numel() else None for v in directions)
     tangents = Tangents(bank.x, directions[0], spec.metric, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = tangents.acc, bank.x.size(0), bank.w.size(0) // spec.centres
-    t = tb.row_scale(bank, acc)
+    t = logsumexp.row_scale(bank, acc)
     dt = torch.zeros_like(t) if v_t is None else v_t.to(acc).reshape(-1, 1).expand(n, 1)
     d_g = [torch.zeros(n, dtype=acc, device=t.device) for _ in range(4)]
     d_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format)
     d_t = t.new_zeros(n)
     d_q, d_b = t.new_empty(m), t.new_empty(m)
-    for k, entries in tb.class_chunks(bank, spec):
+    for k, entries in logsumexp.class_chunks(bank, spec):
         step = tangents.chunk(bank.w[entries], None if v_w is None else v_w[entries])
         pooled = Pooled(step.s, spec)
         s, ds = pooled.s, pooled.tangent(step.ds)
-        chunk = tb.logits(s, k, t, bank, spec)
-        p = tb.weights(chunk, lse)
+        chunk = logsumexp.logits(s, k, t, bank, spec)
+        p = logsumexp.weights(chunk, lse)
         dq = torch.zeros_like(chunk.q) if v_q is None else v_q[k].to(acc)[None]
         kk, q = chunk.k, chunk.q
         dz = kk * (t * (q * ds + dq * s) + dt * (q * s - chunk.o))
         if v_b is not None:
             dz = dz + v_b[k].to(acc)
         dz = torch.where(chunk.used, dz, 0)
-        b = tb.row_grads(grads, chunk, p, spec.sums)
-        a = p * tb.entry((grads[0].to(acc), grads[1].to(acc)), chunk.same) * dz
+        b = logsumexp.row_grads(grads, chunk, p, spec.sums)
+        a = p * logsumexp.entry((grads[0].to(acc), grads[1].to(acc)), chunk.same) * dz
         for i, members in enumerate((chunk.same, chunk.used & ~chunk.same)):
             d_g[i] += torch.where(members, p * dz, 0).sum(1)
             d_g[2 + i] += torch.where(members, dz, 0).sum(1)
@@ -139,7 +140,7 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
         *d_lse,
         tangents.finish().to(bank.x.dtype),
         d_w,
-        None if bank.scale is None else tb.scale_grad(d_t, bank),
+        None if bank.scale is None else logsumexp.scale_grad(d_t, bank),
         None if bank.col_scale is None else d_q.to(bank.col_scale.dtype),
         None if bank.col_bias is None else d_b.to(bank.col_bias.dtype),
     )

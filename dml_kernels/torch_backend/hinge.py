@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import torch_backend as tb
-from .ops.contract import accumulate_dtype
+from ..ops.contract import accumulate_dtype
+from . import tiles
+from .double import Tangents
+from .normalize import normalize_fwd
 
 
 class Members(NamedTuple):
@@ -41,12 +43,12 @@ def positive_scores(inputs, spec) -> Tensor:
     n, d = inputs.x.shape
     out = inputs.x.new_empty(n, dtype=accumulate_dtype(spec.dtype))
     own = inputs.y.clamp(0, inputs.w.size(0) - 1)
-    step = max(1, tb.CHUNK_ELEMENTS // d)
+    step = max(1, tiles.CHUNK_ELEMENTS // d)
     for start in range(0, n, step):
         rows = slice(start, start + step)
         u, p = inputs.x[rows].to(out.dtype), inputs.w[own[rows]].to(out.dtype)
         if spec.normalize:
-            u, p = tb.normalize_fwd(u, spec.eps), tb.normalize_fwd(p, spec.eps)
+            u, p = normalize_fwd(u, spec.eps), normalize_fwd(p, spec.eps)
         if spec.metric == "dot":
             out[rows] = (u * p).sum(1)
         else:
@@ -62,12 +64,12 @@ def _active(s: Tensor, k: float, offset: Tensor, member: Tensor) -> tuple[Tensor
 
 
 def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
-    rows = tb.Side.of(lines.x, spec.normalize, spec.eps, spec.dtype)
+    rows = tiles.Side.of(lines.x, spec.normalize, spec.eps, spec.dtype)
     n = lines.x.size(0)
     sums = [rows.full.new_zeros(n) for _ in range(2)]
     counts = [rows.full.new_zeros(n, dtype=torch.int64) for _ in range(2)]
-    for chunk in tb._chunks(n, *lines.w.shape):
-        s = tb._scores(rows, tb.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype), spec.metric).s
+    for chunk in tiles.chunks(n, *lines.w.shape):
+        s = tiles.scores(rows, tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype), spec.metric).s
         sets = members(lines, chunk, spec.ignore_index)
         for i in range(2):
             z, active = _active(s, lines.k[i], lines.offset[i], sets[i])
@@ -86,12 +88,12 @@ def _weights(s: Tensor, sets: Members, slopes, lines) -> tuple[Tensor, list[Tens
 
 
 def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Tensor | None]:
-    rows = tb.Side.of(lines.x, spec.normalize, spec.eps, spec.dtype)
-    collect = tb.Gradients(rows, spec.metric, *needs)
+    rows = tiles.Side.of(lines.x, spec.normalize, spec.eps, spec.dtype)
+    collect = tiles.Gradients(rows, spec.metric, *needs)
     grad_w = torch.empty_like(lines.w, memory_format=torch.contiguous_format) if needs[1] else None
-    for chunk in tb._chunks(lines.x.size(0), *lines.w.shape):
-        b = tb.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype)
-        scores = tb._scores(rows, b, spec.metric)
+    for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
+        b = tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype)
+        scores = tiles.scores(rows, b, spec.metric)
         ds, _ = _weights(scores.s, members(lines, chunk, spec.ignore_index), slopes, lines)
         part = collect.chunk(b, scores, ds)
         if grad_w is not None:
@@ -104,13 +106,11 @@ def masked_hinge_sum_dbl(directions, slopes, lines, counts, spec) -> tuple[list[
     """With Phi = sum_ij ds_ij s'_ij, s' the scores' derivative along the directions: Phi's gradients in the incoming
     gradients of both sets, in x and in w. ds is constant but for its incoming gradient.
     """
-    from .torch_double import Tangents
-
     v_x, v_w = directions
     tangents = Tangents(lines.x, v_x, spec.metric, spec.normalize, spec.eps, spec.dtype)
     along = [tangents.x.new_zeros(lines.x.size(0)) for _ in range(2)]
     d_w = torch.empty_like(lines.w, memory_format=torch.contiguous_format)
-    for chunk in tb._chunks(lines.x.size(0), *lines.w.shape):
+    for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
         step = tangents.chunk(lines.w[chunk], v_w[chunk] if v_w.numel() else None)
         sets = members(lines, chunk, spec.ignore_index)
         ds, active = _weights(step.s, sets, slopes, lines)

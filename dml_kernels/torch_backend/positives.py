@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import positives
-from .logspace import log1pexp
-from .torch_backend import Gradients, Scores, Side, _scores
+from ..logspace import log1pexp
+from . import by_class, tiles
+from .tiles import Gradients, Scores, Side
 
 KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
 
@@ -81,22 +81,22 @@ class Tile(NamedTuple):
     v: Tensor | None
 
 
-def _tiles(block: positives.Block, a: Side, pairs: Pairs, spec: PairSpec):
+def _tiles(block: by_class.Block, a: Side, pairs: Pairs, spec: PairSpec):
     acc = a.full.dtype
     u = pairs.u[block.rows].to(acc)[:, None]
     for k in block.pieces(pairs.x.size(1)):
         cols = block.cols[k]
         b = Side.of(pairs.w[cols], spec.normalize, spec.eps, spec.dtype)
         v = None if pairs.v is None else pairs.v[cols].to(acc)
-        yield Tile(cols, b, _scores(a, b, spec.metric), block.mask(k), u, v)
+        yield Tile(cols, b, tiles.scores(a, b, spec.metric), block.mask(k), u, v)
 
 
 def fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's sum, number of positives, and number of terms over 0."""
-    ranges = positives.Ranges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    ranges = by_class.Ranges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     n = pairs.x.size(0)
     total, active = pairs.x.new_zeros(n, dtype=torch.float64), torch.zeros_like(pairs.y)
-    for block in positives.blocks(ranges, ranges.positives > 0):
+    for block in by_class.blocks(ranges, ranges.positives > 0):
         a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
         for tile in _tiles(block, a, pairs, spec):
             value = term(tile.scores.s, tile.u, tile.v, spec).masked_fill_(~tile.mask, 0)
@@ -111,13 +111,13 @@ def _acc(spec) -> torch.dtype:
 
 def bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
     """Gradients in x, w, u and v, of <grad, total>."""
-    ranges = positives.Ranges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    ranges = by_class.Ranges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     acc, need_points = _acc(spec), needs[0] or needs[1]
     g_x, g_w, g_u, g_v = (
         torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip((pairs.x, pairs.w, pairs.u, pairs.v), needs, strict=True)
     )
-    for block in positives.blocks(ranges, (ranges.positives > 0) & (grad != 0)):
+    for block in by_class.blocks(ranges, (ranges.positives > 0) & (grad != 0)):
         a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
         collect = Gradients(a, spec.metric, g_x is not None, g_w is not None)
         g = grad[block.rows].to(acc)[:, None]

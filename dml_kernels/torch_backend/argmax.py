@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import noise
-from . import torch_backend as tb
-from .torch_hinge import members
+from .. import noise
+from . import tiles
+from .hinge import members
 
 if TYPE_CHECKING:  # the ops choose among backends, so they import this one
-    from .ops.masked_argmax import ArgmaxSpec, Search
+    from ..ops.masked_argmax import ArgmaxSpec, Search
 
 
 def squared_distances(s: Tensor, metric: str) -> Tensor:
@@ -36,7 +36,7 @@ def draw_keys(s: Tensor, k: slice, spec: ArgmaxSpec, d: int) -> Tensor:
     key = torch.empty_like(s, dtype=torch.float64)
     columns = torch.arange(k.start, k.stop, device=s.device)
     rows = torch.arange(s.size(0), device=s.device)
-    step = max(1, tb.CHUNK_ELEMENTS // 8 // columns.numel())
+    step = max(1, tiles.CHUNK_ELEMENTS // 8 // columns.numel())
     for start in range(0, s.size(0), step):
         part = slice(start, start + step)
         torch.add(log_weights(s[part], spec, d), noise.gumbel(spec.seed, rows[part], columns), out=key[part])
@@ -44,7 +44,7 @@ def draw_keys(s: Tensor, k: slice, spec: ArgmaxSpec, d: int) -> Tensor:
 
 
 def masked_argmax_fwd(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
-    rows = tb.Side.of(inputs.x, spec.normalize, spec.eps, spec.dtype)
+    rows = tiles.Side.of(inputs.x, spec.normalize, spec.eps, spec.dtype)
     (n, d), device = inputs.x.shape, inputs.x.device
     acc = rows.full.dtype
     best = [torch.full((n,), -math.inf, dtype=torch.float64 if spec.noise else acc, device=device) for _ in range(2)]
@@ -52,8 +52,8 @@ def masked_argmax_fwd(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
     score = [torch.full((n,), spec.empty_score(i), dtype=acc, device=device) for i in range(2)]
     count = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
     low, high = (None if t is None else t.to(acc)[:, None] for t in (inputs.low, inputs.high))
-    for k in tb._chunks(n, *inputs.w.shape):
-        s = tb._scores(rows, tb.Side.of(inputs.w[k], spec.normalize, spec.eps, spec.dtype), spec.metric).s
+    for k in tiles.chunks(n, *inputs.w.shape):
+        s = tiles.scores(rows, tiles.Side.of(inputs.w[k], spec.normalize, spec.eps, spec.dtype), spec.metric).s
         usable = s == s
         if low is not None:
             usable &= s > low

@@ -1,0 +1,43 @@
+"""The ``torch`` backend: a loop over bank chunks in plain PyTorch, forward, backward and double backward by hand.
+
+Runs wherever nothing is compiled, on any device and dtype PyTorch multiplies. Memory is bounded: a few temporaries of
+N x chunk, where N x chunk stays near ``tiles.CHUNK_ELEMENTS`` whatever the bank's size.
+
+| file | what is there |
+|---|---|
+| `tiles.py` | rows and chunks, scores, gradients from their derivative |
+| `normalize.py`, `distance.py`, `logsumexp.py`, `hinge.py`, `argmax.py` | the ops |
+| `policies.py` | logits other than linear: pooled centres, Circle's weights |
+| `double.py` | double backward |
+| `by_class.py`, `positives.py`, `triplets.py` | sums over positives found by class, and over triplets |
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .argmax import masked_argmax_fwd
+from .distance import normalized_distance_bwd, normalized_distance_dbl, normalized_distance_fwd
+from .double import masked_logsumexp_dbl
+from .hinge import masked_hinge_sum_bwd, masked_hinge_sum_dbl, masked_hinge_sum_fwd, positive_scores
+from .logsumexp import masked_logsumexp_bwd, masked_logsumexp_fwd, scale_grad
+from .normalize import normalize_bwd, normalize_dbl, normalize_fwd
+
+__all__ = [
+    "can_run", "describe", "masked_argmax_fwd", "masked_hinge_sum_bwd", "masked_hinge_sum_dbl",
+    "masked_hinge_sum_fwd", "masked_logsumexp_bwd", "masked_logsumexp_dbl", "masked_logsumexp_fwd", "name",
+    "normalize_bwd", "normalize_dbl", "normalize_fwd", "normalized_distance_bwd", "normalized_distance_dbl",
+    "normalized_distance_fwd", "positive_scores", "scale_grad",
+]  # fmt: skip
+
+name = "torch"
+
+
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
+    if policy != "linear" and op != "masked_logsumexp":
+        return f"{op} has no logit policy, such as {policy!r}"
+    return None
+
+
+def describe() -> str:
+    return "chunk loop in plain PyTorch, bounded memory"
