@@ -25,7 +25,7 @@ LSE = ("n", "n")
 class OpCase:
     """run(x, w, problem, backend) -> outputs, of the shapes named; wants: the gradients taken.
 
-    passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w).
+    passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w, problem).
     """
 
     name: str
@@ -33,7 +33,7 @@ class OpCase:
     run: Callable[[Tensor, Tensor, Problem, str], Outputs]
     wants: str = ""
     passes: int = 0
-    peer: Callable[[Tensor, Tensor], Outputs] | None = None
+    peer: Callable[[Tensor, Tensor, Problem], Outputs] | None = None
 
 
 def _lse(name: str, metric: str, wants: str, passes: int, few: bool = False) -> OpCase:
@@ -59,7 +59,7 @@ def _distance(name: str, metric: str, wants: str, passes: int) -> OpCase:
         return (functional.normalized_distance(x, w, metric, backend=backend),)
 
     plain = PLAIN_DISTANCE.get(metric)
-    peer = None if plain is None else lambda x, w: (plain(x, w),)
+    peer = None if plain is None else lambda x, w, problem: (plain(x, w),)
     return OpCase(f"distance {metric}{name}", ("nm",), run, wants, passes, peer)
 
 
@@ -67,7 +67,74 @@ def _normalize(name: str, wants: str) -> OpCase:
     def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
         return (functional.normalize(w, backend=backend),)
 
-    return OpCase(f"normalize{name}", ("md",), run, wants, peer=lambda x, w: (F.normalize(w),))
+    return OpCase(f"normalize{name}", ("md",), run, wants, peer=lambda x, w, problem: (F.normalize(w),))
+
+
+# Margins that keep every term positive: at the edge of a hinge rounding decides, and gradients could not be compared.
+MARGINS = (0.1, 2.0)
+
+
+def _plain_contrastive(x: Tensor, w: Tensor, problem: Problem) -> Outputs:
+    distance = torch.cdist(F.normalize(x), F.normalize(w))
+    same = problem.c[problem.y][:, None] == problem.c
+    return tuple(
+        (F.relu(v) * set_).sum(1) for v, set_ in ((distance - MARGINS[0], same), (MARGINS[1] - distance, ~same))
+    )
+
+
+def _contrastive(name: str, wants: str, passes: int) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        out = functional.masked_hinge_sum(
+            x, w, problem.c[problem.y], problem.c, same=(-1, -MARGINS[0]), different=(1, MARGINS[1]), backend=backend
+        )
+        return out.same, out.different
+
+    return OpCase(f"hinge euclidean, 10 classes{name}", LSE, run, wants, passes, _plain_contrastive)
+
+
+def _plain_ranking(x: Tensor, w: Tensor, problem: Problem) -> Outputs:
+    s = F.normalize(x) @ F.normalize(w).T
+    own = problem.y[:, None]
+    return (F.relu(MARGINS[1] + s - s.gather(1, own)).scatter(1, own, 0).sum(1),)
+
+
+def _ranking(name: str, wants: str, passes: int) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        out = functional.masked_hinge_sum(
+            x, w, problem.y, metric="cosine", different=(1, MARGINS[1]), relative=True, backend=backend
+        )
+        return (out.different,)
+
+    return OpCase(f"hinge cosine, relative{name}", ("n",), run, wants, passes, _plain_ranking)
+
+
+def _plain_hardest(x: Tensor, w: Tensor, problem: Problem) -> Outputs:
+    s = F.normalize(x) @ F.normalize(w).T
+    same = problem.c[problem.y][:, None] == problem.c
+    farthest, nearest = torch.where(same, s, torch.inf).min(1), torch.where(same, -torch.inf, s).max(1)
+    return farthest.values.float(), nearest.values.float()
+
+
+def _hardest() -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        y = problem.c[problem.y]
+        found = functional.masked_argmax(x, w, y, problem.c, metric="cosine", backend=backend)
+        return found.same.score, found.different.score
+
+    return OpCase("argmax cosine, 10 classes", LSE, run, passes=1, peer=_plain_hardest)
+
+
+def _draw(weight: str) -> OpCase:
+    def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
+        y = problem.c[problem.y]
+        # Which entry is drawn may hang on a rounded distance, which the tests look into: here candidates are counted.
+        found = functional.masked_argmax(
+            x, w, y, problem.c, metric="cosine", which="different", noise_seed=1, log_weight=weight,
+            nonzero_loss_cutoff=1.99, backend=backend,
+        ).different  # fmt: skip
+        return (found.count.float(),)
+
+    return OpCase(f"argmax cosine, 10 classes, {weight} draw", ("n",), run, passes=1)
 
 
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
@@ -80,6 +147,13 @@ CASES = (
     _lse(", 10 classes, gradients", "cosine", "xw", 4, few=True),
     *(_distance("", metric, "", 1) for metric in METRICS),
     *(_distance(", gradients", metric, "xw", 3) for metric in METRICS),
+    _contrastive("", "", 1),
+    _contrastive(", gradients", "xw", 4),
+    _ranking("", "", 1),
+    _ranking(", gradients", "xw", 4),
+    _hardest(),
+    _draw("uniform"),
+    _draw("distance"),
     _normalize("", ""),
     _normalize(", gradient", "w"),
 )
@@ -90,7 +164,7 @@ def _step(op: OpCase, run: Callable[[Tensor, Tensor], Outputs], problem: Problem
     grads = None
     if op.wants:
         generator = torch.Generator().manual_seed(2)
-        dtype = problem.dtype if op.shapes != LSE or problem.dtype == torch.float64 else torch.float32
+        dtype = problem.dtype if op.shapes in (("nm",), ("md",)) or problem.dtype == torch.float64 else torch.float32
         shapes = [[getattr(problem.size, axis) for axis in shape] for shape in op.shapes]
         grads = tuple(torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes)
     return training_step(run, problem, op.wants, grads)
@@ -113,7 +187,7 @@ def _contenders(op: OpCase) -> list[Contender]:
         return Contender(f"{op.name} ({backend})", case, make, variant=backend, passes=op.passes)
 
     def peer_step(problem: Problem) -> Step:
-        return _step(op, op.peer, problem)
+        return _step(op, lambda x, w: op.peer(x, w, problem), problem)
 
     found = [ours(backend) for backend in BACKENDS]
     if op.peer is not None:

@@ -1,58 +1,15 @@
 // The compiled ops, registered through libtorch's stable ABI as dml_kernels_cpu::*. The public ops, their fake kernels
-// and autograd live in dml_kernels/ops; arguments arrive checked, and are guarded here again where memory depends on it.
+// and autograd live in dml_kernels/ops.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
 #include <tuple>
 
-#include "cpu/ops.h"
+#include "tensors.h"
 
 namespace {
 
 using namespace dml;
 using namespace dml::cpu;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Source matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_cpu(), "dml_kernels: ", name, " must be a matrix on the CPU");
-  return {t.const_data_ptr(), t.scalar_type(), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
-
-Vector vector(const Tensor& t, std::int64_t n, const char* name) {
-  if (t.dim() == 0) return {t.const_data_ptr(), t.scalar_type(), 0};
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.is_cpu(), "dml_kernels: ", name, " must have ", n, " elements");
-  return {t.const_data_ptr(), t.scalar_type(), t.stride(0)};
-}
-
-Vector vector(const OptionalTensor& t, std::int64_t n, const char* name) { return t ? vector(*t, n, name) : Vector{}; }
-
-const std::int64_t* integers(const Tensor& t, std::int64_t n, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.is_contiguous() && t.scalar_type() == ScalarType::Long,
-                  "dml_kernels: ", name, " must be ", n, " contiguous int64");
-  return t.const_data_ptr<std::int64_t>();
-}
-
-const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, const char* name) {
-  return t ? integers(*t, n, name) : nullptr;
-}
-
-// Contiguous, of the same shape as `like`; or empty where no gradient is wanted.
-Target target(const Tensor& t, std::int64_t size, const char* name) {
-  if (t.numel() == 0) return {nullptr, t.scalar_type()};
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && t.is_cpu(), "dml_kernels: ", name, " has the wrong shape");
-  return {t.mutable_data_ptr(), t.scalar_type()};
-}
-
-template <class Function>
-void with_product_type(ScalarType dtype, Function function) {
-  if (dtype == ScalarType::Float) return function(float{});
-  if (dtype == ScalarType::Double) return function(double{});
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "dml_kernels: products are float32, float64 or bfloat16");
-  function(bf16{});
-}
 
 Tensor normalize_forward(Tensor x, double eps) {
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
@@ -96,12 +53,6 @@ bool all_within(Tensor values, std::int64_t low, std::int64_t high, std::int64_t
   for (std::int64_t i = 0, n = values.size(0), stride = values.stride(0); i < n; ++i, v += stride)
     ok &= (*v >= low && *v < high) || *v == also;
   return ok;
-}
-
-Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& c, const OptionalTensor& exclude,
-              std::int64_t ignore_index) {
-  const std::int64_t n = x.size(0), m = w.size(0);
-  return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
 }
 
 // `kind` is an empty tensor whose dtype is the products'.

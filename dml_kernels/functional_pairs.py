@@ -30,9 +30,9 @@ class MaskedHingeSum(NamedTuple):
 class Choice(NamedTuple):
     """One set's choices, (N,) each: the bank index or -1, its score, and the number of candidates."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # the field's names, before a tuple's methods
     score: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 class MaskedArgmax(NamedTuple):
@@ -61,14 +61,14 @@ def masked_hinge_sum(
 ) -> MaskedHingeSum:
     """Each row's sum of hinges over the bank entries of its own label, and over all others, in one pass.
 
-    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors if ``normalize``) and
-    each set's own factor k and offset o::
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors if ``normalize``), each
+    set has its own factor k and offset o::
 
         same_i      = sum_{j: c_j  = y_i} relu(k_same s_ij + o_same + t_same_i)
         different_i = sum_{j: c_j != y_i} relu(k_different s_ij + o_different + t_different_i)
 
-    and with ``relative`` s_ij - s_{i,y_i} in place of s_ij. A contrastive loss (Hadsell et al. 2006) of distances d = -s
-    is ``same=(-1, -pos_margin), different=(1, neg_margin)``; a margin loss (Wu et al. 2017) learns its boundary through
+    and with ``relative`` s_ij - s_{i,y_i} in place of s_ij. A contrastive loss (Hadsell et al. 2006) of distances -s is
+    ``same=(-1, -pos_margin), different=(1, neg_margin)``; a margin loss (Wu et al. 2017) learns its boundary through
     ``threshold``; triplets of a row, its proxy and every other proxy are ``different=(1, margin), relative=True``.
     Nothing of size N x M is built, in the forward, the backward or the double backward.
 
@@ -88,8 +88,8 @@ def masked_hinge_sum(
         backend: overrides the choice of backend for this call.
 
     Returns:
-        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 for fp64), differentiable twice, and the numbers of their
-        positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
+        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 for fp64), differentiable twice, and the numbers of
+        their positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
@@ -159,16 +159,16 @@ def masked_argmax(
         x, w, y, c, metric, normalize, exclude, ignore_index, eps, backend: as in masked_hinge_sum.
         which: ``same``, ``different`` or ``both``.
         largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
-        bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN leaves
-            the row no candidate.
+        bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN
+            leaves the row no candidate.
         noise_seed: an integer: draw instead; None: choose by score.
         log_weight: ``uniform`` or ``distance``, the weight of a draw.
         cutoff, nonzero_loss_cutoff: of ``distance``.
 
     Returns:
         MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
-        there is none; score (N,) in fp32 (fp64 for fp64), detached, where there is none infinitely bad (-inf, +inf where
-        the smallest is chosen); count (N,) int64 of the candidates. NaN scores are no candidates.
+        there is none; score (N,) in fp32 (fp64 for fp64), detached, -inf where there is none (+inf where the smallest
+        is chosen); count (N,) int64 of the candidates. NaN scores are no candidates.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
@@ -189,10 +189,10 @@ def masked_argmax(
     wanted, largest = [which != "different", which != "same"], [bool(largest_same), bool(largest_different)]
     if chosen == backends.REFERENCE:
         with torch.no_grad():
-            choices = reference.masked_argmax(
+            found = tuple(reference.masked_argmax(
                 x, w, y, c, metric=base, normalized=unit, largest=largest, low=low, high=high, seed=noise_seed,
                 log_weight=log_weight, cutoffs=cutoffs, exclude=exclude, ignore_index=ignore_index, eps=eps,
-            )  # fmt: skip
+            ))  # fmt: skip
     else:
         w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
         inputs = _argmax.Search(x, w, y, c, exclude, low, high)
@@ -201,8 +201,7 @@ def masked_argmax(
             base, unit, wanted, largest, noise, seed, log_weight, cutoffs, eps, ignore_index, dtype, chosen
         )
         found = _argmax.masked_argmax(inputs, spec)
-        choices = [found[:3], found[3:]]
-    return MaskedArgmax(*(Choice(*v) if wants else None for v, wants in zip(choices, wanted, strict=True)))
+    return MaskedArgmax(*(Choice(*found[3 * i : 3 * i + 3]) if wanted[i] else None for i in range(2)))
 
 
 def pair_scores(

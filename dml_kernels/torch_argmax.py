@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from . import noise
 from . import torch_backend as tb
 from .torch_hinge import members
+
+if TYPE_CHECKING:  # the ops choose among backends, so they import this one
+    from .ops.masked_argmax import ArgmaxSpec, Search
 
 
 def squared_distances(s: Tensor, metric: str) -> Tensor:
@@ -19,7 +23,7 @@ def squared_distances(s: Tensor, metric: str) -> Tensor:
     return -s if metric == "sqeuclidean" else s * s
 
 
-def log_weights(s: Tensor, spec, d: int) -> Tensor:
+def log_weights(s: Tensor, spec: ArgmaxSpec, d: int) -> Tensor:
     """log w of each score, in fp64."""
     s = s.double()
     if spec.log_weight == "uniform":
@@ -27,7 +31,19 @@ def log_weights(s: Tensor, spec, d: int) -> Tensor:
     return noise.distance_log_weight(squared_distances(s, spec.metric), d, *spec.cutoffs)
 
 
-def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
+def draw_keys(s: Tensor, k: slice, spec: ArgmaxSpec, d: int) -> Tensor:
+    """log w + Gumbel noise of one chunk, in fp64; some rows at a time, as that takes several temporaries."""
+    key = torch.empty_like(s, dtype=torch.float64)
+    columns = torch.arange(k.start, k.stop, device=s.device)
+    rows = torch.arange(s.size(0), device=s.device)
+    step = max(1, tb.CHUNK_ELEMENTS // 8 // columns.numel())
+    for start in range(0, s.size(0), step):
+        part = slice(start, start + step)
+        torch.add(log_weights(s[part], spec, d), noise.gumbel(spec.seed, rows[part], columns), out=key[part])
+    return key
+
+
+def masked_argmax_fwd(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
     rows = tb.Side.of(inputs.x, spec.normalize, spec.eps, spec.dtype)
     (n, d), device = inputs.x.shape, inputs.x.device
     acc = rows.full.dtype
@@ -36,7 +52,6 @@ def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
     score = [torch.full((n,), spec.empty_score(i), dtype=acc, device=device) for i in range(2)]
     count = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(2)]
     low, high = (None if t is None else t.to(acc)[:, None] for t in (inputs.low, inputs.high))
-    row_numbers = torch.arange(n, device=device)
     for k in tb._chunks(n, *inputs.w.shape):
         s = tb._scores(rows, tb.Side.of(inputs.w[k], spec.normalize, spec.eps, spec.dtype), spec.metric).s
         usable = s == s
@@ -46,8 +61,7 @@ def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
             usable &= s < high
         sets = members(inputs, k, spec.ignore_index)
         if spec.noise:
-            key = log_weights(s, spec, d)
-            key += noise.gumbel(spec.seed, row_numbers, torch.arange(k.start, k.stop, device=device))
+            key = draw_keys(s, k, spec, d)
         for i in range(2):
             if not spec.wanted[i]:
                 continue

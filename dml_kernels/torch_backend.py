@@ -387,7 +387,7 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
     return double(directions, grads, lse, bank, spec)
 
 
-from .torch_argmax import masked_argmax_fwd  # noqa: E402, F401  (written on the functions above)
-from .torch_hinge import (  # noqa: E402, F401
-    masked_hinge_sum_bwd, masked_hinge_sum_dbl, masked_hinge_sum_fwd, positive_scores,
-)  # fmt: skip
+# The ops of pair losses, which are written on the functions above.
+from .torch_argmax import masked_argmax_fwd  # noqa: E402, F401
+from .torch_hinge import masked_hinge_sum_bwd, masked_hinge_sum_dbl, masked_hinge_sum_fwd  # noqa: E402, F401
+from .torch_hinge import positive_scores as positive_scores  # noqa: E402

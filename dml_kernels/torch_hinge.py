@@ -76,9 +76,9 @@ def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
     return (*sums, *counts)
 
 
-def _weights(s: Tensor, sets: Members, slopes, lines) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _weights(s: Tensor, sets: Members, slopes, lines) -> tuple[Tensor, list[Tensor]]:
     """The gradient on each score of a chunk, and where each set's terms are positive."""
-    active = tuple(_active(s, lines.k[i], lines.offset[i], sets[i])[1] for i in range(2))
+    active = [_active(s, lines.k[i], lines.offset[i], sets[i])[1] for i in range(2)]
     ds = torch.where(active[0], slopes.same[:, None], torch.where(active[1], slopes.different[:, None], 0))
     if slopes.own is not None:
         ds = torch.where(sets.own, slopes.own[:, None], ds)

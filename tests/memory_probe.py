@@ -11,7 +11,7 @@ import sys
 import torch
 
 from dml_kernels import functional as F
-from dml_kernels.losses import REGISTRY
+from dml_kernels.losses import REGISTRY, CrossBatchMemory
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
@@ -51,6 +51,24 @@ def pairs(name: str, n: int, d: int, per_class: int) -> dict:
     small, large = problem(256), problem(n)
     peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
     return {"peak": peak, "gradients": large[0].nbytes}
+
+
+def cross_batch(n: int, m: int, d: int) -> dict:
+    """As step, of a contrastive loss of n rows over a full memory of m."""
+
+    def problem(n, m):
+        memory = CrossBatchMemory(REGISTRY["ContrastiveLoss"].loss(), d, m)
+        for _ in range(m // n):
+            memory._enqueue(torch.randn(n, d), torch.randint(0, m // 8, (n,)))
+        return memory, torch.randn(n, d, requires_grad=True), torch.randint(0, m // 8, (n,))
+
+    def run(memory, x, y):
+        memory(x, y).backward()
+        return x.grad
+
+    small, large = problem(32, 256), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": large[1].nbytes}
 
 
 def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
@@ -99,6 +117,26 @@ def positive_pairs(n: int, each: int, d: int) -> dict:
 
     small, large = problem(64), problem(n)
     return {"peak": peak_extra_bytes(lambda: run(*large), lambda: run(*small)), "gradients": 2 * n * d * 4}
+
+
+def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
+    """As step, of masked_hinge_sum, or of masked_argmax by score or drawn."""
+
+    def problem(n, m):
+        x, w = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
+        return x, w, torch.randint(0, m, (n,))
+
+    def run(x, w, y):
+        if what == "hinge":
+            out = F.masked_hinge_sum(x, w, y, different=(1, 1.3), relative=True, backend=backend)
+            out.different.sum().backward()
+            return x.grad, w.grad
+        draw = {"noise_seed": 3, "log_weight": "distance"} if what == "draw" else {}
+        return F.masked_argmax(x, w, y, backend=backend, **draw)
+
+    small, large = problem(8, 600), problem(n, m)
+    peak = peak_extra_bytes(lambda: run(*large), lambda: run(*small))
+    return {"peak": peak, "gradients": (n + m) * d * 4 if what == "hinge" else 0}
 
 
 def windows(backend: str, m: int, d: int) -> dict:

@@ -23,7 +23,8 @@ def two_groups(n: int, m: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
     v = randn(d, seed=seed + 7)
     v /= v.norm()
     sign = 1 - 2 * (torch.arange(m)[:, None] % 2)  # two entries are already two groups
-    return v + 0.3 * randn(n, d, seed=seed) / math.sqrt(d), sign * v + 0.3 * randn(m, d, seed=seed + 1) / math.sqrt(d)
+    x, w = (0.5 * randn(rows, d, seed=seed + i) / math.sqrt(d) for i, rows in enumerate((n, m)))
+    return x + v, w + sign * v
 
 
 def middle_of_the_gap(s: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from helpers import on_backends, randint, randn
 from torch.library import opcheck
 
 from dml_kernels.ops import magnet, normalize, normalized_distance, proxy_nca
+from dml_kernels.ops import masked_argmax as argmax
+from dml_kernels.ops import masked_hinge_sum as hinge
 from dml_kernels.ops import masked_logsumexp as lse
 
 N, M, D = 5, 40, 3
@@ -133,13 +135,51 @@ def test_magnet(given, dtype, backend):
             check(magnet.bwd, (torch.ones_like(value), different, needs, *inputs, *spec))
 
 
+@on_backends
+@ON_DTYPES
+@WHICH
+def test_masked_hinge_sum(which, dtype, backend):
+    x, w, y, c, exclude, *_ = bank(dtype, which)
+    relative = c is None
+    t_same, t_different = (
+        (None, None) if which == "bare" else (randn(N, seed=4).to(acc(dtype)), torch.tensor(0.4, dtype=acc(dtype)))
+    )
+    inputs = (x, w, y, c, exclude, t_same, t_different)
+    metric, unit, *_ = spec(dtype, which, backend)
+    s = (metric, unit, [2.0, 0.1, -1.0, 0.3], relative, 1e-12, -100, dtype, backend)
+    check(hinge.fwd, (*inputs, *s))
+    out = hinge.fwd(*inputs, *s)
+    grads = [randn(N, seed=9).to(acc(dtype)) for _ in range(2)]
+    given = t_same is not None
+    for needs in ([True, True, given, given], [True, False, False, given]):
+        check(hinge.bwd, (*grads, *out[2:], needs, *inputs, *s))
+    directions = [
+        x.new_empty(0) if t is None else randn(*t.shape, seed=10).to(t.dtype) for t in (x, w, t_same, t_different)
+    ]
+    check(hinge.dbl, (*directions, *grads, *out[2:], *inputs, *s))
+
+
+@on_backends
+@ON_DTYPES
+@WHICH
+def test_masked_argmax(which, dtype, backend):
+    x, w, y, c, exclude, *_ = bank(dtype, which)
+    low, high = (None, None) if which == "bare" else (randn(N, seed=4).to(acc(dtype)) - 3, randn(N, seed=5).to(dtype))
+    metric, unit, *_ = spec(dtype, which, backend)
+    wanted, noise = {"full": ([True, True], False), "strided": ([False, True], False), "bare": ([True, False], True)}[
+        which
+    ]
+    s = (metric, unit, wanted, [False, True], noise, 7, "distance" if noise else "uniform", [0.5, 1.4])
+    check(argmax.fwd, (x, w, y, c, exclude, low, high, *s, 1e-12, -100, dtype, backend))
+
+
 def test_every_registered_op_is_checked_here():
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("dml_kernels::")}
     checked = {
         f"{op}_{kind}"
-        for op in ("normalize", "normalized_distance", "masked_logsumexp")
+        for op in ("normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum")
         for kind in ("fwd", "bwd", "dbl")
-    } | {"proxy_nca_fwd", "proxy_nca_bwd", "magnet_fwd", "magnet_bwd"}
+    } | {"proxy_nca_fwd", "proxy_nca_bwd", "magnet_fwd", "magnet_bwd", "masked_argmax_fwd"}
     # Beside the tests of their values: test_triplet_sum.py, test_positive_pair_sum.py.
     checked |= {f"{op}_{kind}" for op in ("triplet_sum", "positive_pair_sum") for kind in ("fwd", "bwd")}
     assert names == checked

@@ -1,7 +1,7 @@
 """Every loss on the pairs of a batch against its own dense reference, and what must hold of any of them.
 
-A loss compares embeddings (N, D) with each other, or with references (M, D), by their labels; a new file in losses/ of the
-family ``pairs`` is tested here without a change.
+A loss compares embeddings (N, D) with each other, or with references (M, D), by their labels; a new file in losses/ of
+the family ``pairs`` is tested here without a change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from helpers import FP32, FP64, Yardstick, assert_all_accurate, assert_same_bits, dense_forms, randint, randn, worst
 
 from dml_kernels import reference, use_backend
-from dml_kernels.distances import CosineSimilarity, LpDistance
 from dml_kernels.losses import REGISTRY, family
 from dml_kernels.profiling import run_in_child
 
@@ -28,7 +27,7 @@ on_names = pytest.mark.parametrize("name", NAMES)
 on_both = pytest.mark.parametrize("with_refs", [False, True], ids=["batch", "ref_emb"])
 
 WITHIN_THE_BATCH = {"NPairsLoss"}  # takes no ref_emb; its pairs depend on which row of a class is first
-DETACHED = {"CircleLoss"}  # its gradient takes weights as constants, so it is not that of its value
+DETACHED = {"CircleLoss"}  # its gradient takes weights as constants: it is not that of its value
 
 
 def evaluate(function, x, y, refs=None, **options):
@@ -52,21 +51,23 @@ def cast(x, refs, dtype):
     return x.to(dtype), None if refs is None else (refs[0].to(dtype), refs[1])
 
 
-def truth_and_sticks(entry, options, x, y, refs, dtype):
-    rounded = cast(*cast(x, refs, dtype), torch.float64)
-    truth = evaluate(entry.reference, rounded[0], y, rounded[1], **options)
+@functools.cache
+def sticks_of(name, which, with_refs, seed, dtype):
+    entry, options = REGISTRY[name], REGISTRY[name].options[which]
+    x, y, refs = problem(m=31 if with_refs else 0, d=16, seed=seed)
+    truth = evaluate_at(entry.reference, *cast(*cast(x, refs, dtype), torch.float64), y, options)
     if dtype == torch.float64:
-        return {k: s.in_fp64(truth[k]) for k, s in truth_and_sticks(entry, options, x, y, refs, torch.float32).items()}
+        return {k: s.in_fp64(truth[k]) for k, s in sticks_of(name, which, with_refs, seed, torch.float32).items()}
     sticks = []
     for form in dense_forms(options["distance"].metric if "distance" in options else "euclidean"):
         with mock.patch.object(reference, "scores", form):
-            dense = evaluate(entry.reference, *_apart(*cast(x, refs, dtype), y), **options)
+            dense = evaluate_at(entry.reference, *cast(x, refs, dtype), y, options)
         sticks.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
     return worst(sticks)
 
 
-def _apart(x, refs, y):
-    return x, y, refs
+def evaluate_at(function, x, refs, y, options):
+    return evaluate(function, x, y, refs, **options)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=lambda d: d.name)
@@ -76,10 +77,9 @@ def test_value_and_gradient_are_accurate(name, which, with_refs, dtype):
     if with_refs and name in WITHIN_THE_BATCH:
         return
     entry, options = REGISTRY[name], REGISTRY[name].options[which]
-    problems = [problem(m=31 if with_refs else 0, d=16, seed=seed) for seed in range(0, 500, 100)]
-    sticks = worst([truth_and_sticks(entry, options, *p, dtype.x) for p in problems])
-    x, y, refs = problems[0]
-    found = evaluate(entry.function, *_apart(*cast(x, refs, dtype.x), y), **options)
+    sticks = worst([sticks_of(name, which, with_refs, seed, dtype.x) for seed in range(0, 800, 100)])
+    x, y, refs = problem(m=31 if with_refs else 0, d=16)
+    found = evaluate_at(entry.function, *cast(x, refs, dtype.x), y, options)
     assert {t.dtype for t in found.values()} == {dtype.x}
     assert_all_accurate(found, sticks)
 
@@ -88,13 +88,13 @@ def test_value_and_gradient_are_accurate(name, which, with_refs, dtype):
 @on_both
 @on_names
 def test_half_precision_is_near(name, with_refs, dtype):
-    """bf16 rounds a score to 1 in 256: the sets of active terms change, so the error rule for reductions does not hold."""
+    """Scores are rounded to 1 part in 256: other terms are active then, and the rule for rounding does not hold."""
     if with_refs and name in WITHIN_THE_BATCH:
         return
     x, y, refs = problem(m=31 if with_refs else 0, d=16)
     options = {"gamma": 4.0} if name == "CircleLoss" else {}
     truth = evaluate(REGISTRY[name].reference, x, y, refs, **options)
-    found = evaluate(REGISTRY[name].function, *_apart(*cast(x, refs, dtype), y), **options)
+    found = evaluate_at(REGISTRY[name].function, *cast(x, refs, dtype), y, options)
     assert found["value"].dtype == torch.float32
     assert found["grad x"].dtype == dtype
     torch.testing.assert_close(found["value"].double(), truth["value"], rtol=0.03, atol=0.01)
@@ -108,7 +108,7 @@ def test_half_precision_is_near(name, with_refs, dtype):
 def test_gradcheck(name, which, with_refs):
     if (with_refs and name in WITHIN_THE_BATCH) or name in DETACHED:
         return
-    x, y, refs = problem(12, 7 if with_refs else 0, 4, classes=3, seed=7)
+    x, y, refs = problem(8, 5 if with_refs else 0, 3, classes=2, seed=7)
     function = functools.partial(REGISTRY[name].function, **REGISTRY[name].options[which])
 
     def call(*leaves):
@@ -116,7 +116,7 @@ def test_gradcheck(name, which, with_refs):
 
     leaves = [t.requires_grad_() for t in (x, *(refs[:1] if refs else ()))]
     assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves, atol=1e-4)
+    assert torch.autograd.gradgradcheck(call, leaves, atol=1e-4, fast_mode=True)
 
 
 @on_both
@@ -190,13 +190,36 @@ def test_compiles_as_one_graph(name, listed):
     x, y, _ = problem()
     loss = REGISTRY[name].loss()
     tuples = tuple(t[::2].contiguous() for t in all_pairs(y)) if listed else None
+    torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
 
     def run(function):
         return evaluate(lambda x, y: function(x, y, tuples), x, y)
 
+    found = run(compiled)
     for key, value in run(loss).items():
-        torch.testing.assert_close(run(compiled)[key], value)
+        torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
+@on_names
+def test_torch_func_transforms_it(name, listed):
+    x, y, _ = problem(10, classes=2)
+    loss, tuples = REGISTRY[name].loss(), all_pairs(y) if listed else None
+
+    def call(x):
+        return loss(x, y, tuples)
+
+    def norm(x):
+        return torch.func.grad(call)(x).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(call(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(call)(x), first)
+    torch.testing.assert_close(torch.func.grad(norm)(x), second)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(call))(torch.stack((-x, x)))[1], first)
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["streamed", "listed"])
@@ -232,13 +255,30 @@ NUMBERS = {
 }  # fmt: skip
 
 
+def extreme_options(name):
+    if "temperature" in REGISTRY[name].loss().__dict__:
+        return {"temperature": 1e-4}
+    return dict.fromkeys(NUMBERS.get(name, ()), 1e4)
+
+
+@on_names
+def test_listed_pairs_do_not_overflow(name):
+    x, y = randn(9, 5, seed=1), torch.arange(9) % 3
+    options = extreme_options(name)
+    loss, listed = REGISTRY[name].loss(**options), None if name == "NCALoss" else all_pairs(y)
+    found = evaluate(lambda x, y: loss(x, y, listed), x, y)
+    for key, value in evaluate(REGISTRY[name].reference, x, y, **options).items():
+        scale = max(1.0, value.abs().max().item())
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-9 * scale)
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["defaults", "1e4"])
 @pytest.mark.parametrize("kind", EXTREMES)
 @on_names
 def test_extreme_inputs_match_the_reference(name, kind, large):
-    options = dict.fromkeys(NUMBERS.get(name, ()), 1e4) if large else {}
-    if large and "temperature" in REGISTRY[name].loss().__dict__:
-        options = {"temperature": 1e-4}
+    options = extreme_options(name) if large else {}
+    if kind == "a zero embedding" and name == "ContrastiveLoss" and not large:
+        options = {"neg_margin": 1.1}  # zero is at distance 1 of every unit vector: at the default, on the hinge
     x, y = EXTREMES[kind](randn(9, 5, seed=1), torch.arange(9) % 3)
     found, expected = (evaluate(f, x, y, **options) for f in (REGISTRY[name].function, REGISTRY[name].reference))
     for key, value in found.items():
@@ -332,67 +372,6 @@ def test_bad_options_are_refused(name):
         REGISTRY[name].loss(distance="cosine")
     with pytest.raises(TypeError, match="reducer must be"):
         REGISTRY[name].loss(reducer="mean")
-
-
-def test_circle_is_defined_on_cosines():
-    with pytest.raises(ValueError, match="CircleLoss is defined on CosineSimilarity; got LpDistance"):
-        REGISTRY["CircleLoss"].loss(distance=LpDistance())
-
-
-def test_indices_out_of_range_are_refused():
-    x, y = torch.ones(4, 3), torch.arange(4)
-    a = torch.arange(2)
-    for tuples in ((a, a + 3, a), (a - 1, a, a), (a, a, a + 7)):
-        with pytest.raises(ValueError, match="must be rows of"):
-            REGISTRY["ContrastiveLoss"].loss()(x, y, tuples)
-
-
-def test_n_pairs_takes_the_first_two_of_each_class_and_no_references():
-    x, y = randn(7, 3, seed=0), torch.tensor([4, 1, 4, 1, 9, 4, 1])
-    z = torch.nn.functional.normalize(x)
-    expected = torch.nn.functional.cross_entropy(z[[1, 0]] @ z[[3, 2]].T, torch.arange(2))
-    loss = REGISTRY["NPairsLoss"].loss()
-    torch.testing.assert_close(loss(x, y), expected)
-    with pytest.raises(ValueError, match="takes no ref_emb"):
-        loss(x, y, ref_emb=x, ref_labels=y)
-
-
-def test_margin_learns_its_boundary_and_keeps_its_dtype():
-    x, y, _ = problem()
-    loss = REGISTRY["MarginLoss"].loss(learn_beta=True, nu=0.3, num_classes=6)
-    loss(x.bfloat16(), y).backward()
-    assert loss.beta.dtype == torch.float32
-    assert loss.beta.grad.count_nonzero() > 2
-    assert list(loss.state_dict()) == ["beta"]
-    assert list(REGISTRY["MarginLoss"].loss().state_dict()) == []
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 6\)"):
-        loss(x, y + 3)
-    with pytest.raises(ValueError, match="triplets_per_anchor"):
-        REGISTRY["MarginLoss"].loss(triplets_per_anchor="many")
-
-
-def test_drawn_triplets_are_uniform_over_each_anchors():
-    from dml_kernels.losses.comparisons import random_triplets
-
-    x, y, refs = problem(9, 12, classes=3)
-    loss = REGISTRY["MarginLoss"].loss()
-    for batch in (loss.batch(x, y, None, None, None), loss.batch(x, y, None, *refs)):
-        c = batch.c
-        a, p, n = random_triplets(batch, 2000)
-        assert ((y[a] == c[p]) & (y[a] != c[n]) & (c[p] != -100) & (c[n] != -100)).all()
-        assert batch.exclude is None or (a != p).all()
-        same, different = all_pairs(y, None if c is batch.y else c)[::2]
-        usable = [i for i in range(9) if (same == i).any() and (different == i).any()]
-        assert a.unique().tolist() == usable
-        for i in usable:
-            for found, many in ((p, same), (n, different)):
-                counts = found[a == i].bincount(minlength=len(c))
-                expected = 2000 / (many == i).sum()
-                assert (counts > 0).sum() == (many == i).sum()
-                assert (counts[counts > 0] - expected).abs().max() < 5 * expected**0.5
-    drawn = REGISTRY["MarginLoss"].loss(triplets_per_anchor=500, distance=CosineSimilarity(), beta=0.3)
-    every = REGISTRY["MarginLoss"].loss(distance=CosineSimilarity(), beta=0.3)
-    torch.testing.assert_close(drawn(x, y), every(x, y), rtol=0.1, atol=0.0)
 
 
 @pytest.mark.slow

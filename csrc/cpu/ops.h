@@ -103,6 +103,52 @@ void magnet_fwd(const MagnetArgs&, const MagnetOut&);
 template <class P>
 void magnet_bwd(const MagnetArgs&, const Vector& grad, const Vector& different, const MagnetTargets&);
 
+// masked_hinge_sum: term = relu(k s + offset), offsets one for each row; see dml_kernels/ops/masked_hinge_sum.py.
+struct HingeArgs {
+  double k_same, k_different;
+  Vector offset_same, offset_different;
+};
+
+struct HingeOut {
+  void *same, *different;                      // (n,) of the accumulation type
+  std::int64_t *count_same, *count_different;  // (n,)
+};
+
+// The gradient on a score of a positive term, for each row; own: at the row's own label's column, null where not used.
+struct HingeSlopes {
+  Vector same, different, own;
+};
+
+template <class P>
+void masked_hinge_sum_fwd(const Problem<P>&, const Labels&, const HingeArgs&, const HingeOut&);
+template <class P>
+void masked_hinge_sum_bwd(const Problem<P>&, const Labels&, const HingeArgs&, const HingeSlopes&, Target grad_x,
+                          Target grad_w);
+
+enum class LogWeight : std::int64_t { uniform = 0, distance = 1 };
+
+// masked_argmax, see dml_kernels/functional_pairs.py.
+struct ArgmaxArgs {
+  Vector low, high;      // open bounds of each row's scores, null where not given
+  bool same, different;  // which sets are asked for
+  bool largest_same, largest_different;
+  bool noise;
+  std::uint64_t seed;
+  LogWeight weight;
+  double cutoff, nonzero_loss_cutoff;
+};
+
+// One set's results, (n,); null where not asked for. score: of the accumulation type.
+struct ArgmaxOut {
+  std::int64_t* index;
+  void* score;
+  std::int64_t* count;
+};
+
+template <class P>
+void masked_argmax(const Problem<P>&, const Labels&, const ArgmaxArgs&, const ArgmaxOut& same,
+                   const ArgmaxOut& different);
+
 // out (n, m) contiguous, of the product type: a similarity, or a distance.
 template <class P>
 void distance_fwd(const Problem<P>&, P* out);

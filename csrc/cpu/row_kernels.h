@@ -53,6 +53,13 @@ struct RowKernels {
   void (*products_bf16)(const A* v, A f, const A* r, bf16* out, std::int64_t n);
   void (*widen)(const bf16* v, A* out, std::int64_t n);
   void (*add_bf16)(A* total, const bf16* v, std::int64_t n);
+  void (*affine)(A* z, A k, A o, std::int64_t n);  // in place: k z + o
+  // Sum of the z above 0, and of NaN, with their number added to `count`.
+  double (*sum_positive)(const A* z, std::int64_t n, std::int64_t& count);
+  void (*indicate)(A* z, A value, std::int64_t n);  // in place: `value` where sum_positive would add z, else 0
+  // In place: sign z where low <= z <= high, else (and for NaN) -inf.
+  void (*within)(A* z, A sign, A low, A high, std::int64_t n);
+  std::int64_t (*count_used)(const A* z, std::int64_t n);  // those above -inf
 };
 
 namespace baseline {

@@ -260,6 +260,35 @@ void add_bf16(A* total, const bf16* v, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) total[j] += A(from_bf16(half[j]));
 }
 
+template <class A>
+void affine(A* z, A k, A o, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) z[j] = k * z[j] + o;
+}
+
+template <class A>
+double sum_positive(const A* z, std::int64_t n, std::int64_t& count) {
+  count +=
+      std::int64_t(fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + (z[j] <= A(0) ? A(0) : A(1)); }, plus<A>));
+  return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + (z[j] <= A(0) ? A(0) : z[j]); }, plus<A>);
+}
+
+template <class A>
+void indicate(A* z, A value, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) z[j] = z[j] <= A(0) ? A(0) : value;
+}
+
+template <class A>
+void within(A* z, A sign, A low, A high, std::int64_t n) {
+  constexpr A out = -std::numeric_limits<A>::infinity();
+  for (std::int64_t j = 0; j < n; ++j) z[j] = (z[j] >= low) & (z[j] <= high) ? sign * z[j] : out;
+}
+
+template <class A>
+std::int64_t count_used(const A* z, std::int64_t n) {
+  constexpr A out = -std::numeric_limits<A>::infinity();
+  return std::int64_t(fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + (z[j] > out ? A(1) : A(0)); }, plus<A>));
+}
+
 }  // namespace
 
 template <class A>
@@ -282,6 +311,11 @@ const RowKernels<A>& table() {
       .products_bf16 = products_bf16<A>,
       .widen = widen<A>,
       .add_bf16 = add_bf16<A>,
+      .affine = affine<A>,
+      .sum_positive = sum_positive<A>,
+      .indicate = indicate<A>,
+      .within = within<A>,
+      .count_used = count_used<A>,
   };
   return kernels;
 }

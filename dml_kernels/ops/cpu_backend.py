@@ -12,8 +12,9 @@ from .library import EXTENSION
 name = "cpu"
 METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
 REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
+LOG_WEIGHT_CODES = {"uniform": 0, "distance": 1}
+PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
@@ -23,9 +24,13 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> s
         return f"multiplies float32, float64 and bfloat16; not {dtype}"
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
-    if op not in OPS:
+    if op in ("positive_pair_sum", "triplet_sum"):
         return f"{op} is not implemented here"
-    return None if EXTENSION.module is not None else f"the extension is {EXTENSION.reason}"
+    if EXTENSION.module is None:
+        return f"the extension is {EXTENSION.reason}"
+    if op in PAIR_OPS and not hasattr(_ops(), PAIR_OPS[op]):
+        return "the extension was built before this op was written; build it again"
+    return None
 
 
 def describe() -> str:
@@ -68,6 +73,35 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
     if needs[2]:
         targets[2] = scale_grad(targets[2], bank)
     return _wanted(targets, needs)
+
+
+def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
+    return _ops().hinge_fwd(_kind(spec), *_plain_lines(lines), *_pair_numbers(spec))
+
+
+def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> list[Tensor | None]:
+    targets = [_like(t, need) for t, need in zip((lines.x, lines.w), needs, strict=True)]
+    _ops().hinge_bwd(*targets, *slopes, _kind(spec), *_plain_lines(lines), *_pair_numbers(spec))
+    return _wanted(targets, needs)
+
+
+def _plain_lines(lines) -> tuple:
+    return *_plain_labels(*lines[:5]), *lines.offset, *lines.k
+
+
+def masked_argmax_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    return _ops().argmax_fwd(
+        _kind(spec), *_plain_labels(*inputs[:5]), *_widened(inputs[5:]), *spec.wanted, *spec.largest, spec.noise,
+        spec.seed, LOG_WEIGHT_CODES[spec.log_weight], *spec.cutoffs, *_pair_numbers(spec),
+    )  # fmt: skip
+
+
+def _pair_numbers(spec) -> tuple:
+    return METRIC_CODES[spec.metric], spec.normalize, spec.eps, spec.ignore_index
+
+
+def _plain_labels(x, w, y, c, exclude) -> tuple:
+    return x, w, *(t if t is None else t.contiguous() for t in (y, c, exclude))
 
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""masked_argmax: the hardest, or a sampled, bank entry of a row's own label and of other labels. An index: no gradient."""
+"""masked_argmax: the hardest, or a drawn, bank entry of a row's own label and of other labels; no gradient."""
 
 from __future__ import annotations
 

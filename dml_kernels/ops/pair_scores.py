@@ -119,6 +119,8 @@ def _differentiable_bwd(grad, x, w, rows, cols, metric, normalize, eps, dtype) -
 
 @known_signature
 class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, w, rows, cols, metric, normalize, eps, dtype):
         return fwd(x, w, rows, cols, metric, normalize, eps, dtype)

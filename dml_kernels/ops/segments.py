@@ -29,6 +29,8 @@ def maximum(values: Tensor, bounds: Tensor) -> Tensor:
 
 @known_signature
 class _Sum(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(values, rows, bounds):
         return _reduce(values, bounds, "sum")
@@ -45,6 +47,8 @@ class _Sum(torch.autograd.Function):
 
 @known_signature
 class _Spread(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(per_row, rows, bounds):
         return per_row.index_select(0, rows)

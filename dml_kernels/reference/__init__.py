@@ -84,4 +84,7 @@ def masked_logsumexp(
     return *lse, *(torch.where(members, z, 0).sum(1) for z, members in sets)
 
 
-from .pairs import masked_argmax, masked_hinge_sum  # noqa: E402, F401  (written on the functions above)
+# Written on the functions above.
+from .pairs import distance_log_weight as distance_log_weight  # noqa: E402
+from .pairs import masked_argmax as masked_argmax  # noqa: E402
+from .pairs import masked_hinge_sum as masked_hinge_sum  # noqa: E402

@@ -51,8 +51,8 @@ def distance_log_weight(distance: Tensor, d: int, cutoff: float, nonzero_loss_cu
 def masked_argmax(
     x, w, y, c=None, *, metric="euclidean", normalized=True, largest=(False, True), low=None, high=None, seed=None,
     log_weight="uniform", cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12,
-) -> list[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """(index, score, count) of same and of different; see functional.masked_argmax."""
+) -> list[Tensor]:  # fmt: skip
+    """index, score, count of same, then of different; see functional.masked_argmax."""
     s = reference.scores(x, w, metric, normalized, eps)
     n, m = s.shape
     usable = ~s.isnan()
@@ -61,8 +61,8 @@ def masked_argmax(
     if seed is not None:
         key = noise.gumbel(seed, torch.arange(n, device=s.device), torch.arange(m, device=s.device))
         if log_weight == "distance":
-            distance = {"dot": lambda: (2 - 2 * s).clamp_min(0).sqrt(), "cosine": lambda: (2 - 2 * s).clamp_min(0).sqrt(),
-                        "sqeuclidean": lambda: (-s).sqrt(), "euclidean": lambda: -s}[metric]()  # fmt: skip
+            of_cosine = (2 - 2 * s).clamp_min(0).sqrt()
+            distance = {"sqeuclidean": (-s).clamp_min(0).sqrt(), "euclidean": -s}.get(metric, of_cosine)
             key = key + distance_log_weight(distance.double(), x.size(1), *cutoffs)
     found = []
     for wants_largest, members in zip(largest, _sets(y, c, m, exclude, ignore_index), strict=True):
@@ -72,5 +72,5 @@ def masked_argmax(
         empty = -math.inf if wants_largest or seed is not None else math.inf
         none = best == -math.inf
         score = torch.where(none, empty, s.gather(1, at[:, None]).squeeze(1))
-        found.append((torch.where(none, -1, at), score, (rank > -math.inf).sum(1)))
+        found += [torch.where(none, -1, at), score, (rank > -math.inf).sum(1)]
     return found

@@ -1,0 +1,124 @@
+// masked_hinge_sum: each set's positive terms are summed and counted, and in the backward weighed by one number a row.
+#include "sets.h"
+
+namespace dml::cpu {
+namespace {
+
+// A term's argument; the same code both ways, as the backward must find the forward's positive terms.
+template <class A>
+inline A argument(A s, A k, A offset) {
+  return k * s + offset;
+}
+
+template <class A>
+struct RowSums {
+  double same = 0, different = 0;
+  std::int64_t count_same = 0, count_different = 0;
+};
+
+// Both sets' factors, and the offset of each row.
+template <class A>
+struct Lines {
+  A k_same, k_different;
+  std::vector<A> same, different;
+
+  Lines(const HingeArgs& args, std::int64_t n)
+      : k_same(A(args.k_same)), k_different(A(args.k_different)), same(read_rows<A>(args.offset_same, n, A(0))),
+        different(read_rows<A>(args.offset_different, n, A(0))) {}
+};
+
+}  // namespace
+
+template <class P>
+void masked_hinge_sum_fwd(const Problem<P>& problem, const Labels& labels, const HingeArgs& args, const HingeOut& out) {
+  using A = Acc<P>;
+  const auto& k = row_kernels<A>();
+  const std::int64_t n = problem.x.rows;
+  const LabelIndex index(labels.y, n, labels.c, labels.ignore);
+  const Lines<A> lines(args, n);
+  const auto none = [] {};
+  std::vector<RowSums<A>> sums(problem.plan.slices * n);
+  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
+    SetWalk<P> walk(problem, labels, index, false);
+    RowSums<A>* sum = nullptr;
+    const auto row = [&](std::int64_t, std::int64_t i) {
+      if (index.ignored(i)) return;
+      walk.score(i);
+      RowSums<A>& mine = sum[i];
+      for (const A s : walk.same) {
+        const A term = argument(s, lines.k_same, lines.same[i]);
+        if (!(term <= A(0))) mine.same += term, ++mine.count_same;
+      }
+      A* z = walk.scores.z.data();
+      k.affine(z, lines.k_different, lines.different[i], walk.scores.count);
+      walk.keep_others();
+      mine.different += k.sum_positive(z, walk.scores.count, mine.count_different);
+    };
+    for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
+      sum = sums.data() + slice * n;
+      walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+    }
+  });
+  for (std::int64_t i = 0; i < n; ++i) {
+    RowSums<A> total;
+    for (std::int64_t slice = 0; slice < problem.plan.slices; ++slice) {
+      const RowSums<A>& part = sums[slice * n + i];
+      total.same += part.same, total.different += part.different;
+      total.count_same += part.count_same, total.count_different += part.count_different;
+    }
+    static_cast<A*>(out.same)[i] = A(total.same);
+    static_cast<A*>(out.different)[i] = A(total.different);
+    out.count_same[i] = total.count_same, out.count_different[i] = total.count_different;
+  }
+}
+
+template <class P>
+void masked_hinge_sum_bwd(const Problem<P>& problem, const Labels& labels, const HingeArgs& args,
+                          const HingeSlopes& slopes, Target grad_x, Target grad_w) {
+  using A = Acc<P>;
+  const auto& k = row_kernels<A>();
+  const std::int64_t n = problem.x.rows;
+  const LabelIndex index(labels.y, n, labels.c, labels.ignore);
+  const Lines<A> lines(args, n);
+  const auto same = read_rows<A>(slopes.same, n, A(0)), different = read_rows<A>(slopes.different, n, A(0)),
+             own = read_rows<A>(slopes.own, n, A(0));
+  const bool root = problem.metric == Metric::euclidean;
+  Gradients<P> gradients(problem, grad_x, grad_w);
+  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
+    SetWalk<P> walk(problem, labels, index, root);
+    typename Gradients<P>::Worker out(gradients, walk.scores);
+    const auto row = [&](std::int64_t local, std::int64_t i) {
+      if (index.ignored(i)) return out.empty_row(local);
+      walk.score(i);
+      A* ds = walk.scores.z.data();
+      const std::int64_t count = walk.scores.count;
+      k.affine(ds, lines.k_different, lines.different[i], count);
+      walk.keep_others();
+      k.indicate(ds, different[i], count);
+      for (std::size_t p = 0; p < walk.same.size(); ++p)
+        if (!(argument(walk.same[p], lines.k_same, lines.same[i]) <= A(0))) ds[walk.at[p]] = same[i];
+      const std::int64_t column = labels.y[i] - walk.scores.first;
+      if (slopes.own && column >= 0 && column < count) ds[column] = own[i];
+      k.score_grad(ds, count, nullptr, root ? walk.scores.s.data() : nullptr);
+      out.row(local, i, ds, A(1));
+    };
+    for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
+      out.begin_slice(slice);
+      walk.run(
+          slice, [&] { out.begin_tile(); }, row,
+          [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, [&] { out.end_tile(); });
+    }
+  });
+  gradients.finish();
+}
+
+#define DML_INSTANTIATE(P)                                                                                      \
+  template void masked_hinge_sum_fwd<P>(const Problem<P>&, const Labels&, const HingeArgs&, const HingeOut&);   \
+  template void masked_hinge_sum_bwd<P>(const Problem<P>&, const Labels&, const HingeArgs&, const HingeSlopes&, \
+                                        Target, Target);
+DML_INSTANTIATE(float)
+DML_INSTANTIATE(double)
+DML_INSTANTIATE(bf16)
+#undef DML_INSTANTIATE
+
+}  // namespace dml::cpu

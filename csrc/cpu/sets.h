@@ -1,0 +1,87 @@
+// The walk of the ops that treat a row's scores set by set: its own label's (a short list) and all others (the tile's
+// row with those entries taken out).
+#pragma once
+#include <limits>
+
+#include "ops.h"
+
+namespace dml::cpu {
+
+template <class A>
+std::vector<A> read_rows(const Vector& v, std::int64_t n, A otherwise) {
+  std::vector<A> out(n, otherwise);
+  if (v) v.read(0, n, out.data());
+  return out;
+}
+
+// One thread's walk: tiles of a slice, row blocks of a tile, rows of a block.
+template <class P>
+class SetWalk {
+ public:
+  using A = Acc<P>;
+  static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+  SetWalk(const Problem<P>& problem, const Labels& labels, const LabelIndex& index, bool keep_scores)
+      : scores(problem), problem_(problem), labels_(labels), index_(index), keep_scores_(keep_scores) {}
+
+  TileScores<P> scores;
+  std::vector<A> same;           // the scores of the row's own label in this tile, without an excluded one
+  std::vector<std::int32_t> at;  // and their places
+
+  // Row i's scores: all in scores.z, those of its own label in `same` too.
+  void score(std::int64_t i) {
+    scores.score_row(i, A(1), A(0), nullptr, nullptr, keep_scores_);
+    excluded_ = labels_.exclude ? labels_.exclude[i] - scores.first : -1;
+    row_ = i;
+    same.clear(), at.clear();
+    for (std::int64_t p = pairs_.count(i) - 1; p >= 0; --p) {  // a row's pairs are listed from the last
+      const std::int32_t j = pairs_.of(i)[p];
+      if (j != excluded_) same.push_back(scores.z[j]), at.push_back(j);
+    }
+  }
+
+  // Leaves in scores.z the others alone: everything else becomes -inf.
+  void keep_others() {
+    A* z = scores.z.data();
+    for (std::int64_t p = 0; p < pairs_.count(row_); ++p) z[pairs_.of(row_)[p]] = minus_infinity;
+    for (const std::int32_t j : ignored_) z[j] = minus_infinity;
+    if (excluded_ >= 0 && excluded_ < scores.count) z[excluded_] = minus_infinity;
+  }
+
+  // For every tile of the slice and every row: begin(), row(local, i), block(begin, n), end().
+  template <class Begin, class RowStep, class Block, class End>
+  void run(std::int64_t slice, Begin begin_tile, RowStep row, Block block, End end_tile) {
+    const Plan& plan = problem_.plan;
+    const std::int64_t last_row = plan.end_row(slice);
+    for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) {
+      load(tile);
+      begin_tile();
+      for (std::int64_t begin = plan.first_row(slice); begin < last_row; begin += plan.row_block) {
+        const std::int64_t rows = std::min(plan.row_block, last_row - begin);
+        scores.multiply_rows(begin, rows);
+        for (std::int64_t local = 0; local < rows; ++local) row(local, begin + local);
+        block(begin, rows);
+      }
+      end_tile();
+    }
+  }
+
+ private:
+  void load(std::int64_t tile) {
+    scores.load(tile);
+    ignored_.clear();
+    for (std::int64_t j = 0; j < scores.count; ++j)
+      if (index_.column_ignored(scores.first + j)) ignored_.push_back(std::int32_t(j));
+    index_.tile(scores.first, scores.count, pairs_);
+  }
+
+  const Problem<P>& problem_;
+  const Labels& labels_;
+  const LabelIndex& index_;
+  bool keep_scores_;
+  std::int64_t row_ = 0, excluded_ = -1;
+  std::vector<std::int32_t> ignored_;
+  TilePairs pairs_;
+};
+
+}  // namespace dml::cpu

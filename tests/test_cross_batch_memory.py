@@ -1,0 +1,184 @@
+"""CrossBatchMemory: a ring of past embeddings around any pair loss, beside pytorch-metric-learning 2.9.0."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import randint, randn, require
+
+from dml_kernels import losses
+from dml_kernels.losses import CrossBatchMemory, family
+from dml_kernels.profiling import run_in_child
+
+NAMES = [name for name in family("pairs") if name != "NPairsLoss"]
+# In the memory theirs compares a row with its own copy.
+OWN_COPY = "NCALoss"
+on_names = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    require("pytorch_metric_learning")
+    from pytorch_metric_learning import losses
+
+    return losses
+
+
+def batches(count=5, n=8, d=6, classes=3):
+    return [(randn(n, d, seed=10 * i), randint(0, classes, n, seed=10 * i + 1)) for i in range(count)]
+
+
+def step(memory, x, y, *rest, **options):
+    x = x.clone().requires_grad_()
+    value = memory(x, y, *rest, **options)
+    value.sum().backward()
+    return value.detach().sum(), x.grad
+
+
+def pair(theirs, name, size, **options):
+    ours, other = (lib.CrossBatchMemory(getattr(lib, name)(), 6, size, **options).double() for lib in (losses, theirs))
+    return ours, other
+
+
+@pytest.mark.parametrize("size", [8, 20, 64], ids=["one batch", "wraps around", "never full"])
+@on_names
+def test_every_step_is_theirs(name, size, theirs):
+    if name == OWN_COPY:
+        return
+    ours, other = pair(theirs, name, size)
+    for x, y in batches():
+        for a, b in zip(step(ours, x, y), step(other, x, y)):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+        assert int(ours.queue_idx) == other.queue_idx
+        assert bool(ours.has_been_filled) == other.has_been_filled
+        filled = size if other.has_been_filled else other.queue_idx
+        torch.testing.assert_close(ours.embedding_memory, other.embedding_memory)
+        assert torch.equal(ours.label_memory[:filled], other.label_memory[:filled])
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triplets"])
+@on_names
+def test_with_a_miner_every_step_is_theirs(name, kind, theirs):
+    if name == OWN_COPY:
+        return
+    from pytorch_metric_learning import miners
+
+    def miner():
+        return miners.MultiSimilarityMiner(epsilon=0.4) if kind == "pairs" else miners.TripletMarginMiner(margin=0.3)
+
+    ours, other = pair(theirs, name, 20, miner=miner())
+    for x, y in batches():
+        for a, b in zip(step(ours, x, y), step(other, x, y)):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["ContrastiveLoss", "MultiSimilarityLoss", "MarginLoss"])
+def test_a_given_tuple_joins_as_theirs(name, theirs):
+    ours, other = pair(theirs, name, 40)
+    for kind, (x, y) in zip(("pairs", "triplets") * 2, batches(4)):
+        at, same = int(ours.queue_idx), (y[:, None] == y) & ~torch.eye(8, dtype=torch.bool)
+        if kind == "triplets":
+            a, p, n = (same[:, :, None] & (y[:, None] != y)[:, None]).nonzero(as_tuple=True)
+            given = (a[::5], p[::5] + at, n[::5] + at)
+        else:
+            (a, p), (b, n) = same.nonzero(as_tuple=True), (y[:, None] != y).nonzero(as_tuple=True)
+            given = (a, p + at, b, n + at)
+        for found, expected in zip(step(ours, x, y, given), step(other, x, y, given)):
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+
+
+@on_names
+def test_a_mask_stores_some_and_compares_the_others(name, theirs):
+    if name == OWN_COPY:
+        return
+    ours, other = pair(theirs, name, 10)
+    for x, y in batches():
+        mask = torch.arange(8) >= 4
+        for a, b in zip(step(ours, x, y, enqueue_mask=mask), step(other, x, y, enqueue_mask=mask)):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+@on_names
+def test_a_rows_own_copy_is_left_out(name):
+    """A memory that holds one batch is that batch: the loss is the batch's own, with the references held fixed."""
+    (x, y), loss = batches(1)[0], getattr(losses, name)()
+    memory = CrossBatchMemory(loss, 6, 8).double()
+    value, grad = step(memory, x, y)
+    torch.testing.assert_close(value, loss.double()(x, y))
+    assert grad.count_nonzero() > 0
+    assert not memory.embedding_memory.requires_grad
+
+
+def test_the_state_goes_on_where_it_stopped():
+    steps = batches()
+    whole = CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double()
+    for x, y in steps[:3]:
+        step(whole, x, y)
+    state = copy.deepcopy(whole.state_dict())
+    assert set(state) == {"embedding_memory", "label_memory", "queue_idx", "has_been_filled"}
+    resumed = CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double()
+    resumed.load_state_dict(state)
+    for x, y in steps[3:]:
+        assert torch.equal(step(resumed, x, y)[0], step(whole, x, y)[0])
+    whole.reset_queue()
+    assert int(whole.queue_idx) == 0
+    assert not whole.has_been_filled
+    assert whole(x[:1], y[:1]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_memory_keeps_its_dtype(dtype):
+    memory = CrossBatchMemory(losses.SupConLoss(), 6, 20)
+    for x, y in batches(3):
+        value, grad = step(memory, x.to(dtype), y)
+        assert value.dtype == torch.float32
+        assert grad.dtype == dtype
+        assert memory.embedding_memory.dtype == torch.float32
+    with pytest.raises(TypeError, match="cast one to the other"):
+        memory(x, y)
+
+
+def test_compiles_as_one_graph():
+    torch._dynamo.reset()
+    eager, other = (CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double() for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager", dynamic=False)
+    for x, y in batches(4):
+        torch.testing.assert_close(step(compiled, x, y), step(eager, x, y))
+    assert torch.equal(other.queue_idx, eager.queue_idx)
+
+
+def test_learns_the_parameters_of_its_loss():
+    memory = CrossBatchMemory(losses.MarginLoss(learn_beta=True, nu=0.1), 6, 20).double()
+    (x, y) = batches(1)[0]
+    memory(x, y).backward()
+    assert memory.loss.beta.grad.count_nonzero() == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "call", "error", "message"),
+    [
+        ({"loss": losses.NPairsLoss()}, {}, TypeError, "takes ref_emb.*got NPairsLoss"),
+        ({"loss": torch.nn.L1Loss()}, {}, TypeError, "got L1Loss"),
+        ({"memory_size": 0}, {}, ValueError, "must be positive"),
+        ({"memory_size": 7}, {}, ValueError, "8 rows do not fit a memory of 7"),
+        ({"embedding_size": 5}, {}, ValueError, r"must have shape \(N, 5\); got \(8, 6\)"),
+        ({}, {"enqueue_mask": torch.ones(3) > 0}, ValueError, r"enqueue_mask must be bool of shape \(8,\)"),
+        ({}, {"enqueue_mask": torch.ones(8) > 0, "indices_tuple": (torch.arange(2),) * 3}, ValueError, "exclude"),
+        ({}, {"labels": torch.arange(3)}, ValueError, "labels must have shape"),
+    ],
+)
+def test_bad_input_is_refused(make, call, error, message):
+    x, y = batches(1)[0]
+    with pytest.raises(error, match=message):
+        CrossBatchMemory(**{"loss": losses.ContrastiveLoss(), "embedding_size": 6, "memory_size": 20, **make})(
+            **{"embeddings": x.float(), "labels": y, **call}
+        )
+
+
+@pytest.mark.slow
+def test_a_large_memory_is_streamed():
+    found = json.loads(run_in_child("memory_probe", "cross_batch", "512", "65536", "128").splitlines()[-1])
+    assert found["peak"] <= found["gradients"] + (64 << 20)
