@@ -15,7 +15,7 @@ from torch import Tensor
 from dml_kernels import use_backend
 from dml_kernels.losses import family
 
-from . import floor
+from . import floor, triplets
 from .case import Case, Contender, Outputs, Step, training_step
 from .problem import Problem
 
@@ -60,5 +60,6 @@ def _contenders(name: str) -> list[Contender]:
 
 
 def contenders() -> list[Contender]:
-    """The floor, then every pair loss of the registry, ours and theirs."""
-    return [floor.four_contender(), *(c for name in family(SUITE) for c in _contenders(name))]
+    """The floor, then every pair loss of the registry, ours and theirs, but those with a suite of their own."""
+    names = (name for name in family(SUITE) if name not in triplets.SUITES)
+    return [floor.four_contender(), *(c for name in names for c in _contenders(name))]

@@ -201,6 +201,18 @@ def test_a_tie_at_the_margin_is_no_violation():
     assert out == (torch.tensor([6.0]), torch.tensor([3]), torch.tensor([1]))
 
 
+@pytest.mark.parametrize("n", [[3.0, 0], [4.0, -1], [0.0, 3]], ids=["tie", "the anchor's", "the positive's"])
+def test_swap_gives_the_gradient_to_the_closer_pair_and_a_tie_to_both(n):
+    """Dot products of whole numbers: s_an is n_0, s_pn is n_0 + 2 n_1, but a tie where n_1 is 0."""
+    x = torch.tensor([[1.0, 0], [1, 2], n], requires_grad=True)
+    y, own = torch.tensor([0, 0, 1]), torch.tensor([0])
+    found = []
+    for backend in ("torch", "reference"):
+        out = F.triplet_sum(x[:1], x, y[:1], y, margin=1.0, metric="dot", swap=True, exclude=own, backend=backend)
+        found.append(torch.autograd.grad(out.total, x, torch.ones(1))[0])
+    assert torch.equal(*found)
+
+
 def test_nan_is_never_silent():
     p = Labelled.random(40, 0, 4, classes=3)
     for row in (-1, -2):

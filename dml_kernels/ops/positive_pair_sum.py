@@ -1,4 +1,4 @@
-"""positive_pair_sum: for each row the sum of a term over its positives; functional.py has the formulas.
+"""positive_pair_sum: for each row the sum of a term over its positives; functional has the formulas.
 
 Two registered ops and an autograd Function. Where somebody may differentiate again, the backward is that of a dense
 expression, which holds the N x M scores.

@@ -1,4 +1,4 @@
-"""triplet_sum: for each anchor the sum over all its triplets; functional.py has the formula.
+"""triplet_sum: for each anchor the sum over all its triplets; functional has the formula.
 
 Two registered ops and an autograd Function. Where somebody may differentiate again, the backward is that of a dense
 expression, which holds the N x M scores and a term for every triplet.

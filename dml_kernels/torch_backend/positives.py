@@ -1,4 +1,4 @@
-"""positive_pair_sum in plain PyTorch, forward and backward by hand, on any device: functional.py has the formulas.
+"""positive_pair_sum in plain PyTorch, forward and backward by hand, on any device: functional has the formulas.
 
 A block of rows against the entries of their classes is one small product; its tile of terms is masked and summed.
 """

@@ -1,4 +1,4 @@
-"""triplet_sum in plain PyTorch, forward and backward by hand, on any device: functional.py has the formula.
+"""triplet_sum in plain PyTorch, forward and backward by hand, on any device: functional has the formula.
 
 With the thresholds t_ip = s_ip - margin of a row's positives a term is relu(s_in - t_ip). The positives are few and are
 sorted; a negative needs only k_in, how many thresholds it passes, and a threshold how many negatives pass it:

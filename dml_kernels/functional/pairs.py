@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .ops import backend as backends
-from .ops import contract
-from .ops import masked_argmax as _argmax
-from .ops import masked_hinge_sum as _hinge
-from .ops import pair_scores as _pairs
+from .. import reference
+from ..ops import backend as backends
+from ..ops import contract
+from ..ops import masked_argmax as _argmax
+from ..ops import masked_hinge_sum as _hinge
+from ..ops import pair_scores as _pairs
 
 Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .ops import backend as backends
-from .ops import contract
-from .ops import positive_pair_sum as _pairs
-from .ops import triplet_sum as _triplets
-from .reference import by_class
-from .torch_backend.positives import KINDS, Pairs, PairSpec, term
-from .torch_backend.triplets import Points, TripletSpec
+from .. import reference
+from ..ops import backend as backends
+from ..ops import contract
+from ..ops import positive_pair_sum as _pairs
+from ..ops import triplet_sum as _triplets
+from ..reference import by_class
+from ..torch_backend.positives import KINDS, Pairs, PairSpec, term
+from ..torch_backend.triplets import Points, TripletSpec
 
 
 class TermSums(NamedTuple):

@@ -1,4 +1,4 @@
-"""Plain functions: checked arguments in, tensors out. The losses are written on these."""
+"""Both log-sum-exps of a row in one pass."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from .functional_pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_hinge_sum, pair_scores
-from .ops import backend as backends
-from .ops import contract
-from .ops import masked_logsumexp as _lse
-from .ops import normalize as _normalize
-from .ops import normalized_distance as _distance
-from .ops.contract import Bank, Spec
-
-__all__ = [
-    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "TermSums", "arcface_loss", "cosface_loss",
-    "magnet_loss", "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
-    "normalized_softmax_loss", "pair_scores", "positive_pair_sum", "proxy_anchor_loss", "proxy_nca_loss",
-    "proxy_ranking_loss", "soft_triple_loss", "sphereface_loss", "subcenter_arcface_loss", "triplet_sum",
-]  # fmt: skip
+from .. import reference
+from ..ops import backend as backends
+from ..ops import contract
+from ..ops import masked_logsumexp as _lse
+from ..ops.contract import Bank, Spec
 
 
 class MaskedLogSumExp(NamedTuple):
@@ -32,73 +22,6 @@ class MaskedLogSumExp(NamedTuple):
     different: Tensor
     sum_same: Tensor | None
     sum_different: Tensor | None
-
-
-def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
-    """Unit vectors along the last dimension: x / max(|x|, eps).
-
-    Args:
-        x: (..., D), float32, float64, bfloat16 or float16.
-        eps: the norm below which a vector is divided by ``eps`` instead, with gradient g / eps.
-        backend: overrides the choice of backend for this call.
-
-    Returns:
-        Tensor like x. Norms are taken in fp32 (fp64 for fp64). Differentiable twice.
-
-    Raises:
-        TypeError: x is not a floating tensor. ValueError: x has no last dimension, or eps is not positive.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
-    if x.dim() == 0 or x.size(-1) == 0:
-        raise ValueError(f"x must have shape (..., D) with D at least 1; got {tuple(x.shape)}")
-    rows = x.reshape(-1, x.size(-1))
-    contract.check_matrix("x", rows)
-    eps = contract.check_eps(eps)
-    chosen = backends.choose("normalize", x.device, x.dtype, argument=backend)
-    if chosen == backends.REFERENCE:
-        return reference.normalize(x, eps)
-    return _normalize.normalize(rows, eps, chosen).view(x.shape)
-
-
-def normalized_distance(
-    x: Tensor,
-    w: Tensor,
-    metric: str = "euclidean",
-    *,
-    normalize: bool = True,
-    eps: float = 1e-12,
-    backend: str | None = None,
-) -> Tensor:
-    """All N x M similarities or distances, with no N x M temporary in the backward.
-
-    ``cosine`` x^.w^ and ``dot`` x.w are similarities (larger is closer); ``sqeuclidean`` |u - p|^2 and ``euclidean``
-    |u - p| are distances, on unit vectors u = x^, p = w^ unless ``normalize=False``. Small distances are summed from
-    differences, so identical rows give exactly 0; the gradient at zero distance is 0.
-
-    Args:
-        x: (N, D) rows. w: (M, D) bank; its dtype may be float32 beside half-precision rows.
-        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
-        normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
-        eps: guards the division by the norm.
-        backend: overrides the choice of backend for this call.
-
-    Returns:
-        (N, M) in the product dtype: autocast's if on, else the inputs'. Differentiable twice.
-
-    Raises:
-        TypeError, ValueError: a wrong type, dtype, shape, device or metric; the message names the fix.
-    """
-    contract.check_pair(x, w)
-    base, unit = contract.split_metric(metric, normalize and metric != "dot")
-    eps = contract.check_eps(eps)
-    dtype = contract.product_dtype(x, w)
-    size = (x.size(0), w.size(0), x.size(1))
-    chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend, size=size)
-    if chosen == backends.REFERENCE:
-        return reference.normalized_distance(x, w, base, unit, eps)
-    w = w.view_as(w) if w is x else w
-    return _distance.normalized_distance(x, w, base, unit, eps, dtype, chosen)
 
 
 def masked_logsumexp(
@@ -240,16 +163,3 @@ def _reference_lse(
         policy=policy,
         policy_params=policy_params,
     )
-
-
-from .class_sums import TermSums, positive_pair_sum, triplet_sum  # noqa: E402
-from .losses.arcface import arcface_loss  # noqa: E402  (the losses are written on the functions above)
-from .losses.cosface import cosface_loss  # noqa: E402
-from .losses.magnet import magnet_loss  # noqa: E402
-from .losses.normalized_softmax import normalized_softmax_loss  # noqa: E402
-from .losses.proxy_anchor import proxy_anchor_loss  # noqa: E402
-from .losses.proxy_nca import proxy_nca_loss  # noqa: E402
-from .losses.proxy_ranking import proxy_ranking_loss  # noqa: E402
-from .losses.soft_triple import soft_triple_loss  # noqa: E402
-from .losses.sphereface import sphereface_loss  # noqa: E402
-from .losses.subcenter_arcface import subcenter_arcface_loss  # noqa: E402
