@@ -18,7 +18,8 @@ from .ops import normalized_distance as _distance
 from .ops.contract import Bank, Spec
 
 __all__ = [
-    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "arcface_loss", "cosface_loss", "magnet_loss",
+    "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "arcface_loss", "cosface_loss",
+    "large_margin_softmax_loss", "magnet_loss",
     "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
     "normalized_softmax_loss", "proxy_anchor_loss", "proxy_nca_loss", "proxy_ranking_loss", "soft_triple_loss",
     "sphereface_loss", "subcenter_arcface_loss",
@@ -244,6 +245,7 @@ def _reference_lse(
 
 from .losses.arcface import arcface_loss  # noqa: E402  (the losses are written on the functions above)
 from .losses.cosface import cosface_loss  # noqa: E402
+from .losses.large_margin_softmax import large_margin_softmax_loss  # noqa: E402
 from .losses.magnet import magnet_loss  # noqa: E402
 from .losses.normalized_softmax import normalized_softmax_loss  # noqa: E402
 from .losses.proxy_anchor import proxy_anchor_loss  # noqa: E402

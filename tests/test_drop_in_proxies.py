@@ -36,6 +36,7 @@ CASES = {
     "CosFaceLoss": ({}, {"margin": 0.1, "scale": 5}),
     "ArcFaceLoss": ({}, {"margin": 50, "scale": 5}),
     "SphereFaceLoss": ({}, {"margin": 3, "scale": 2}),
+    "LargeMarginSoftmaxLoss": ({}, {"margin": 3, "scale": 0.5}),
     "SubCenterArcFaceLoss": ({}, {"sub_centers": 2, "scale": 7}),
     "SoftTripleLoss": ({}, {"centers_per_class": 3, "la": 5, "gamma": 0.5, "margin": 0.2}),
 }

@@ -12,6 +12,7 @@ import pkgutil
 from .arcface import ArcFaceLoss
 from .base import LossEntry
 from .cosface import CosFaceLoss
+from .large_margin_softmax import LargeMarginSoftmaxLoss
 from .magnet import MagnetLoss
 from .normalized_softmax import NormalizedSoftmaxLoss
 from .proxy_anchor import ProxyAnchorLoss
@@ -36,6 +37,7 @@ def family(name: str) -> dict[str, LossEntry]:
 
 
 __all__ = [
-    "REGISTRY", "ArcFaceLoss", "CosFaceLoss", "LossEntry", "MagnetLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss",
-    "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "family",
+    "REGISTRY", "ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "LossEntry", "MagnetLoss",
+    "NormalizedSoftmaxLoss", "ProxyAnchorLoss", "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss",
+    "SubCenterArcFaceLoss", "family",
 ]  # fmt: skip
