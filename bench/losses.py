@@ -60,6 +60,7 @@ PEERS = {
     ),
     "CosFaceLoss": Peers(options={"scale": 8.0}, pml={"scale": 8.0}, pml_parameter="W", transposed=True),
     "ArcFaceLoss": Peers(options={"scale": 8.0}, pml={"scale": 8.0}, pml_parameter="W", transposed=True),
+    "LargeMarginSoftmaxLoss": Peers(pml={}, pml_parameter="W", transposed=True),
     "SphereFaceLoss": Peers(pml={}, pml_parameter="W", transposed=True),
     "SubCenterArcFaceLoss": Peers(options={"scale": 8.0}, pml={"scale": 8.0}, pml_parameter="W", transposed=True),
     "SoftTripleLoss": Peers(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ CASES = {
     "CosFaceLoss": ({}, {"margin": 0.1, "scale": 5}),
     "ArcFaceLoss": ({}, {"margin": 50, "scale": 5}),
     "SphereFaceLoss": ({}, {"margin": 3, "scale": 2}),
+    "LargeMarginSoftmaxLoss": ({}, {"margin": 3, "scale": 0.5}),
     "SubCenterArcFaceLoss": ({}, {"sub_centers": 2, "scale": 7}),
     "SoftTripleLoss": ({}, {"centers_per_class": 3, "la": 5, "gamma": 0.5, "margin": 0.2}),
 }
@@ -394,6 +396,42 @@ def test_class_weights_with_a_reducer_and_without(name):
     torch.testing.assert_close(plain(x, y), expected)
     reduced = getattr(losses, name)(C, D, class_weight=weight, reducer=reducers.MeanReducer(), proxies=plain.bank)
     torch.testing.assert_close(reduced(x, y), expected)
+
+
+def test_proxy_anchor_weighs_classes_through_its_reducer():
+    with pytest.raises(ValueError, match="ClassWeightedReducer"):
+        losses.ProxyAnchorLoss(C, D, class_weight=torch.ones(C))
+    weight = torch.arange(C).double() + 1
+    x, y = batch()
+    loss = losses.ProxyAnchorLoss(C, D, reducer=reducers.ClassWeightedReducer(weight), dtype=torch.float64)
+    parts = losses.ProxyAnchorLoss(C, D, reducer=reducers.DoNothingReducer(), proxies=loss.bank)(x, y)
+    assert set(parts) == {"pos_loss", "neg_loss"}
+    expected = sum((part.total * weight).mean() for part in parts.values())
+    torch.testing.assert_close(loss(x, y), expected)
+    assert parts["pos_loss"].divisor == len(y.unique())
+
+
+@pytest.mark.parametrize("name", [*CASES, "ProxyRankingLoss"])
+def test_copies_are_the_loss(name):
+    loss = getattr(losses, name)(num_classes=C, embedding_size=D, weight_regularizer=regularizers.LpRegularizer())
+    x, y = batch(dtype=torch.float32)
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert other.bank.data_ptr() != loss.bank.data_ptr()
+        assert torch.equal(other(x, y), loss(x, y))
+
+
+@pytest.mark.parametrize("name", [*CASES, "ProxyRankingLoss"])
+def test_autocast_multiplies_in_bf16_and_leaves_the_rest_in_fp32(name):
+    loss = getattr(losses, name)(num_classes=C, embedding_size=D)
+    x, y = batch(dtype=torch.float32)
+    expected = loss(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(x, y)
+    assert found.dtype == torch.float32
+    assert found != expected
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    found.backward()
+    assert loss.bank.grad.dtype == torch.float32
 
 
 def test_a_learned_scale_gets_its_gradient():

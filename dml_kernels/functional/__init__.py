@@ -9,14 +9,16 @@ from .pairs import Choice, MaskedArgmax, MaskedHingeSum, masked_argmax, masked_h
 
 __all__ = [
     "Choice", "MaskedArgmax", "MaskedHingeSum", "MaskedLogSumExp", "TermSums", "arcface_loss", "cosface_loss",
-    "magnet_loss", "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize", "normalized_distance",
-    "normalized_softmax_loss", "pair_scores", "positive_pair_sum", "proxy_anchor_loss", "proxy_nca_loss",
-    "proxy_ranking_loss", "soft_triple_loss", "sphereface_loss", "subcenter_arcface_loss", "triplet_sum",
+    "large_margin_softmax_loss", "magnet_loss", "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize",
+    "normalized_distance", "normalized_softmax_loss", "pair_scores", "positive_pair_sum", "proxy_anchor_loss",
+    "proxy_nca_loss", "proxy_ranking_loss", "soft_triple_loss", "sphereface_loss", "subcenter_arcface_loss",
+    "triplet_sum",
 ]  # fmt: skip
 
 # The losses are written on the functions above.
 from ..losses.arcface import arcface_loss
 from ..losses.cosface import cosface_loss
+from ..losses.large_margin_softmax import large_margin_softmax_loss
 from ..losses.magnet import magnet_loss
 from ..losses.normalized_softmax import normalized_softmax_loss
 from ..losses.proxy_anchor import proxy_anchor_loss

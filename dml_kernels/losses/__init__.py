@@ -16,6 +16,7 @@ from .contrastive import ContrastiveLoss
 from .cosface import CosFaceLoss
 from .cross_batch_memory import CrossBatchMemory
 from .generalized_lifted_structure import GeneralizedLiftedStructureLoss
+from .large_margin_softmax import LargeMarginSoftmaxLoss
 from .lifted_structure import LiftedStructureLoss
 from .magnet import MagnetLoss
 from .margin import MarginLoss
@@ -49,8 +50,8 @@ def family(name: str) -> dict[str, LossEntry]:
 
 __all__ = [
     "REGISTRY", "ArcFaceLoss", "CircleLoss", "ContrastiveLoss", "CosFaceLoss", "CrossBatchMemory",
-    "GeneralizedLiftedStructureLoss", "LiftedStructureLoss", "LossEntry", "MagnetLoss", "MarginLoss",
-    "MultiSimilarityLoss", "NCALoss", "NPairsLoss", "NTXentLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss",
-    "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "SupConLoss",
-    "TripletMarginLoss", "family",
+    "GeneralizedLiftedStructureLoss", "LargeMarginSoftmaxLoss", "LiftedStructureLoss", "LossEntry", "MagnetLoss",
+    "MarginLoss", "MultiSimilarityLoss", "NCALoss", "NPairsLoss", "NTXentLoss", "NormalizedSoftmaxLoss",
+    "ProxyAnchorLoss", "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss",
+    "SupConLoss", "TripletMarginLoss", "family",
 ]  # fmt: skip

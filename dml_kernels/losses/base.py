@@ -36,6 +36,7 @@ class LossEntry:
       the gradient there has no direction.
     - ``centres``: rows of the bank to a class.
     - ``at_scale``: the options that multiply the scores by a number.
+    - ``bank_sized``: tensors of the bank's size that a step allocates; 1 is its gradient.
     - ``op``, ``policy``: what the loss needs of a backend.
     """
 
@@ -50,6 +51,7 @@ class LossEntry:
     angular: bool = False
     centres: int = 1
     at_scale: Callable[[float], Mapping[str, Any]] = lambda scale: {"scale": scale}
+    bank_sized: int = 1
     op: str = "masked_logsumexp"
     policy: str = "linear"
 

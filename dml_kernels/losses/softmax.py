@@ -39,6 +39,7 @@ class Logits(NamedTuple):
         scale: multiplies the scores; a number or a () tensor, which gets a gradient.
         target: the positive's logits (N,) and the scale -> its logits after the margin; None without a margin.
         metric: of the ops. by_length: the length of the embedding multiplies its scores.
+        by_lengths: those of the embedding and of the proxies do: the scores are x . w as they are.
         policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp.
     """
 
@@ -46,6 +47,7 @@ class Logits(NamedTuple):
     target: Callable[[Tensor, float | Tensor], Tensor] | None = None
     metric: str = "cosine"
     by_length: bool = False
+    by_lengths: bool = False
     policy: str = "linear"
     policy_params: tuple[float, ...] = ()
 
@@ -56,7 +58,7 @@ class Logits(NamedTuple):
 
     def scale_of(self, embeddings: Tensor, dtype: torch.dtype) -> float | Tensor:
         """The number or (N,) that multiplies the cosines."""
-        if not self.by_length:
+        if not (self.by_length or self.by_lengths):
             return self.scale
         length = torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype))
         # A scale must be finite; an embedding that is not has NaN for scores already.
@@ -64,6 +66,8 @@ class Logits(NamedTuple):
 
     def __call__(self, embeddings: Tensor, bank: Tensor) -> Tensor:
         """The N x M matrix of logits without a margin, for who wants it; no loss builds it."""
+        if self.by_lengths:
+            return functional.normalized_distance(embeddings, bank, "dot") * self.scale
         s = functional.normalized_distance(embeddings, bank, self.metric)
         if self.metric.endswith("euclidean"):
             s = -s
@@ -109,12 +113,17 @@ def softmax_loss(
     classes = proxies.size(0) // logits.centres
     check_class_weight(class_weight, classes)
     embeddings, y, each = _one_label_a_row(embeddings, labels)
-    scale = logits.scale_of(embeddings, product_dtype(embeddings, proxies))
+    dtype = product_dtype(embeddings, proxies)
+    scale = logits.scale_of(embeddings, dtype)
     out = functional.masked_logsumexp(
-        embeddings, proxies, y, metric=logits.metric, normalize=True, scale=scale, ignore_index=ignore_index, eps=eps,
+        embeddings, proxies, y, metric="dot" if logits.by_lengths else logits.metric, normalize=not logits.by_lengths,
+        scale=logits.scale if logits.by_lengths else scale, ignore_index=ignore_index, eps=eps,
         sums=label_smoothing > 0, policy=logits.policy, policy_params=logits.policy_params, backend=backend,
     )  # fmt: skip
     counted = y != ignore_index
+    if logits.by_lengths:  # (M,) lengths, whose gradient takes tensors of the bank's size
+        lengths = torch.linalg.vector_norm(proxies, dim=1, dtype=accumulate_dtype(dtype))
+        scale = scale * lengths[torch.where(counted, y, 0).clamp(0, classes - 1)]
     # Logits of 64 have few digits left behind the point in fp32: the few numbers of a row are compared in fp64.
     positive = out.same.masked_fill(~counted, 0).double()
     if logits.target is not None:

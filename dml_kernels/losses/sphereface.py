@@ -33,22 +33,24 @@ def multiplied_angle(cosine: Tensor, m: int) -> Tensor:
     return (1 - 2 * (k % 2)) * power - 2 * k
 
 
-def _check_margin(margin: float) -> int:
+def check_factor(margin: float) -> int:
+    """The integer that multiplies the angle."""
     # theirs rounds a fraction down in silence
     if int(margin) != margin or margin < 1:
         raise ValueError(f"margin multiplies the angle, a positive integer; got {margin}")
     return int(margin)
 
 
-def _logits(margin: float, scale: float | Tensor) -> Logits:
-    m = _check_margin(margin)
+def multiplied_logits(margin: float, scale: float | Tensor, *, with_proxies: bool) -> Logits:
+    """Cosines times lengths, ``with_proxies`` also the proxies', the positive's angle multiplied."""
+    m = check_factor(margin)
 
     def target(z: Tensor, s: float | Tensor) -> Tensor:
         assert isinstance(s, Tensor)
         zero = s == 0
         return s * multiplied_angle(z / torch.where(zero, 1, s), m)
 
-    return Logits(check_scale("scale", scale), target, by_length=True)
+    return Logits(check_scale("scale", scale), target, by_length=not with_proxies, by_lengths=with_proxies)
 
 
 def sphereface_loss(
@@ -87,9 +89,16 @@ def sphereface_loss(
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
     """
     return softmax_loss(
-        embeddings, proxies, labels, _logits(margin, scale), class_weight=class_weight,
+        embeddings, proxies, labels, multiplied_logits(margin, scale, with_proxies=False), class_weight=class_weight,
         label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, eps=eps, backend=backend,
     )  # fmt: skip
+
+
+def psi(cosine: Tensor, margin: float) -> Tensor:
+    """psi by the angle itself; for the dense references."""
+    theta = torch.acos(cosine.clamp(-1, 1))
+    k = (theta * (margin / math.pi)).floor().detach()
+    return torch.where(k % 2 == 0, 1, -1) * torch.cos(margin * theta) - 2 * k
 
 
 def sphereface_reference(
@@ -107,13 +116,8 @@ def sphereface_reference(
 ) -> Tensor:
     """The paper's loss, written densely, by the angle itself; independent of the ops. Tests only."""
 
-    def psi(cosine: Tensor) -> Tensor:
-        theta = torch.acos(cosine.clamp(-1, 1))
-        k = (theta * (margin / math.pi)).floor().detach()
-        return torch.where(k % 2 == 0, 1, -1) * torch.cos(margin * theta) - 2 * k
-
     def logits(x: Tensor, y: Tensor) -> Tensor:
-        cosines = on_targets(unit(x, eps) @ unit(proxies, eps).T, y, psi)
+        cosines = on_targets(unit(x, eps) @ unit(proxies, eps).T, y, lambda own: psi(own, margin))
         return scale * x.norm(dim=1, keepdim=True) * cosines
 
     return dense_cross_entropy(
@@ -141,7 +145,7 @@ class SphereFaceLoss(SoftmaxLoss):
         self, num_classes: int, embedding_size: int, margin: float = 4, scale: float | Tensor = 1, **options: Any
     ):
         super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = _check_margin(margin), scale
+        self.margin, self.scale = check_factor(margin), scale
         self.logits()
 
     def default_distance(self) -> distances.Distance:
@@ -154,7 +158,7 @@ class SphereFaceLoss(SoftmaxLoss):
 
     def logits(self) -> Logits:
         """Cosines times the scale and the embedding's length."""
-        return _logits(self.margin, self.scale)
+        return multiplied_logits(self.margin, self.scale, with_proxies=False)
 
 
 ENTRY = LossEntry(
