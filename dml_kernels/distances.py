@@ -67,11 +67,11 @@ class CosineSimilarity(Distance):
 
 
 class DotProductSimilarity(Distance):
-    """x.w of the vectors as they are; with ``normalize_embeddings=True`` the cosine."""
+    """x.w of unit vectors, as pytorch-metric-learning's; of the vectors as they are with ``normalize_embeddings=False``."""
 
     is_inverted = True
 
-    def __init__(self, normalize_embeddings: bool = False):
+    def __init__(self, normalize_embeddings: bool = True):
         super().__init__()
         self.normalize_embeddings = normalize_embeddings
         self.metric = "cosine" if normalize_embeddings else "dot"

@@ -73,9 +73,9 @@ def test_on_a_gpu_the_size_decides_between_one_launch_and_tensor_cores():
         "cuda",
         "torch",
     ]
-    assert (
-        backends.order(gpu, fp64, large) == backends.order(torch.device("cpu"), fp32, large) == list(backends.BACKENDS)
-    )
+    assert backends.order(gpu, fp64, large) == list(backends.BACKENDS)
+    # On the CPU Triton is an interpreter: last, for who asks for nothing else.
+    assert backends.order(torch.device("cpu"), fp32, large)[-2:] == ["torch", "triton"]
 
 
 @pytest.mark.cpp

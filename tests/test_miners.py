@@ -14,7 +14,7 @@ from dml_kernels import distances, functional, miners
 from dml_kernels.profiling import run_in_child
 
 METRICS = [distances.LpDistance(), distances.LpDistance(power=2), distances.CosineSimilarity(),
-           distances.DotProductSimilarity()]  # fmt: skip
+           distances.DotProductSimilarity(normalize_embeddings=False)]  # fmt: skip
 on_distances = pytest.mark.parametrize("distance", METRICS, ids=lambda d: d.metric)
 REFERENCES = pytest.mark.parametrize("references", [False, True], ids=["batch", "references"])
 

@@ -198,6 +198,6 @@ def test_every_registered_op_is_checked_here():
         for op in ("normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum")
         for kind in ("fwd", "bwd", "dbl")
     } | {"proxy_nca_fwd", "proxy_nca_bwd", "magnet_fwd", "magnet_bwd", "masked_argmax_fwd"}
-    # Beside the tests of their values: test_triplet_sum.py, test_positive_pair_sum.py.
-    checked |= {f"{op}_{kind}" for op in ("triplet_sum", "positive_pair_sum") for kind in ("fwd", "bwd")}
+    # Beside the tests of their values: test_triplet_sum.py, test_positive_pair_sum.py, test_pair_scores.py.
+    checked |= {f"{op}_{kind}" for op in ("triplet_sum", "positive_pair_sum", "pair_scores") for kind in ("fwd", "bwd")}
     assert names == checked

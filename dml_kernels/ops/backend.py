@@ -59,7 +59,7 @@ def use_backend(name: str) -> Iterator[None]:
     with the reason; nothing falls back silently.
 
     Raises:
-        ValueError: the name is not one of ``cpu``, ``torch``, ``reference``.
+        ValueError: the name is not one of ``cpu``, ``cuda``, ``triton``, ``torch``, ``reference``.
     """
     _override.append(_check_name(name))
     try:
