@@ -67,7 +67,7 @@ class CosineSimilarity(Distance):
 
 
 class DotProductSimilarity(Distance):
-    """x.w of unit vectors, as pytorch-metric-learning's; of the vectors as they are with ``normalize_embeddings=False``."""
+    """x.w of unit vectors, as theirs is by default; with ``normalize_embeddings=False`` of the vectors as they are."""
 
     is_inverted = True
 
