@@ -93,7 +93,7 @@ _CDNA3 = {
     **_HOPPER,
     **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
-    **{(kernel, HALF, False): _wide(Config(64, 64, 128, 8, 2)) for kernel in ("rows", "bank")},
+    **{(kernel, HALF, False): _wide(Config(64, 64, 128, 4, 2)) for kernel in ("rows", "bank")},
 }
 _INTERPRETER = {
     (kernel, kind, distance): _wide(Config(32, 64, 64, 1, 1), Config(32, 64, 128, 1, 1), Config(32, 64, 64, 1, 1))
@@ -102,6 +102,15 @@ _INTERPRETER = {
     for distance in (False, True)
 }
 TABLE = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+
+# Rows, bank entries and stages of owners' tiles that keep extras, or a bank in fp32 beside products in 16 bits, without
+# a spill; all other kernels, and owners not named here, take 64 x 64 then.
+OWNERS_WITH_EXTRAS = {
+    ("sm_80", "rows"): (32, 64, 2), ("sm_80", "bank"): (64, 32, 2), ("sm_90", "rows"): (64, 32, 3),
+    ("sm_100", "rows"): (64, 32, 3), ("sm_100", "bank"): (64, 32, 2),
+    ("gfx942", "rows"): (64, 32, 2), ("gfx942", "bank"): (64, 32, 2),
+}  # fmt: skip
+OWNERS_OF_WIDER = {("sm_80", "rows"): (32, 64, 2)}
 
 # Rows and columns at a time in the kernels over single matrices.
 ROWS = Config(16, 0, 128, 4, 2)
@@ -184,9 +193,11 @@ def pick(
     if d <= config.block_d:
         smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
-    owner, wider = kernel in ("rows", "bank"), bank.itemsize > dtype.itemsize
-    if (extras or (owner and wider)) and KINDS[dtype] == HALF and arch != "interpreter":
-        config = config._replace(block_n=64, block_m=32 if extras and kernel == "rows" else 64)
+    wider = bank.itemsize > dtype.itemsize
+    if KINDS[dtype] == HALF and arch != "interpreter" and (extras or (wider and kernel in ("rows", "bank"))):
+        few = OWNERS_WITH_EXTRAS if extras else OWNERS_OF_WIDER
+        n, m, stages = few.get((arch, kernel), (64, 64, config.num_stages))
+        config = config._replace(block_n=n, block_m=m, num_stages=stages)
     if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config
