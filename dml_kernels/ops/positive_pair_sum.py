@@ -102,6 +102,8 @@ def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpe
 
 @known_signature
 class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype):
         return fwd(x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype)

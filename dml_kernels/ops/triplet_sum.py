@@ -72,6 +72,8 @@ def _differentiable(grad: Tensor, needs: list[bool], points: Points, spec: Tripl
 
 @known_signature
 class _Forward(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, w, y, c, exclude, margin, smooth, swap, metric, normalize, eps, ignore_index, dtype):
         return fwd(x, w, y, c, exclude, margin, smooth, swap, metric, normalize, eps, ignore_index, dtype)
