@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from features import every_other
 from helpers import (
     BF16,
     FP32,
@@ -306,3 +307,21 @@ def test_bad_input_is_refused_with_the_argument_and_the_fix(function, error, mes
 def test_good_input_is_not_refused(backend):
     hinge(backend=backend)
     argmax(backend=backend)
+
+
+@on_backends
+def test_gaps_between_the_values_are_not_read(backend):
+    """Every tensor behind a stride, with NaN or wrong labels in the gaps."""
+    x, w, t = (v.detach() for v in inputs(37, 131, 24, torch.float64))
+    y, c, exclude = randint(0, 4, 37, seed=4), randint(0, 4, 131, seed=5), randint(-1, 131, 37, seed=6)
+    found = []
+    for layout, chosen in ((lambda v: v, "reference"), (every_other, backend)):
+        a, b, labels, bank_labels, left_out, threshold = (layout(v) for v in (x, w, y, c, exclude, t))
+        call = {"exclude": left_out, "metric": "cosine", "backend": chosen}
+        sums = F.masked_hinge_sum(
+            a, b, labels, bank_labels, same=(-1, 0.1), different=(1, 0.1), threshold=threshold, **call
+        )
+        choice = F.masked_argmax(a, b, labels, bank_labels, bounds=(-threshold.abs(), threshold.abs()), **call)
+        found.append((*sums, *choice.same, *choice.different))
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected)
