@@ -11,7 +11,7 @@ gpu = pytest.importorskip("bench.gpu.__main__", reason="the benchmarks are not b
 from bench.gpu import checks, store  # noqa: E402
 
 pytestmark = pytest.mark.cpp
-STAGES = "build,same bits,sanitizer,ceilings,forward,small"
+STAGES = "build,losses,same bits,sanitizer,ceilings,forward,small"
 
 
 def run(folder, *options, stages=STAGES):

@@ -15,12 +15,13 @@ import torch
 import dml_kernels
 from dml_kernels import build_info
 
-from . import checks, small, speed, tiles
+from . import checks, every_loss, small, speed, tiles
 from .store import ROOT, OutOfTime, Store
 
 STAGES = {
     "build": lambda device, dry: iter([("extension", checks.built)]),
     "correctness": checks.correctness,
+    "losses": every_loss.every_loss,
     "same bits": checks.same_bits,
     "sanitizer": checks.sanitizer,
     "ceilings": speed.ceilings,

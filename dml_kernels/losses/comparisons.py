@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .. import functional
-from ..batch import Batch
+from ..batch import IGNORE_INDEX, Batch
 from ..distances import Distance
 from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..ops import segments
 from ..ops.contract import accumulate_dtype
 from ..reducers import PAIR, TRIPLET, Terms
 
-IGNORED = -100
+IGNORED = IGNORE_INDEX
 Line = tuple[float, float]
 
 
@@ -307,40 +307,3 @@ def _first_of_equal(rows: Tensor, cols: Tensor, m: int) -> Tensor:
     key, order = (rows * m + cols).sort(stable=True)
     new = torch.cat((torch.ones_like(key[:1], dtype=torch.bool), key[1:] != key[:-1]))
     return torch.zeros_like(new).scatter(0, order, new)
-
-
-def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets (a, p, n) of a miner's tuple: pairs make every triplet of a common anchor, in O(triplets) memory."""
-    if len(tuples) == 3:
-        return tuples[0], tuples[1], tuples[2]
-    a1, p, a2, n = tuples
-    a2, order = a2.sort(stable=True)
-    start = torch.searchsorted(a2, a1)
-    many = torch.searchsorted(a2, a1, right=True) - start
-    pair = torch.repeat_interleave(many)
-    within = torch.arange(pair.numel(), device=pair.device) - (many.cumsum(0) - many)[pair]
-    return a1[pair], p[pair], n[order[start[pair] + within]]
-
-
-def random_triplets(batch: Batch, per_anchor: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``per_anchor`` triplets of each anchor that has a positive and a negative, both drawn uniformly with replacement.
-
-    From PyTorch's default generator, in O(N per_anchor + M) memory.
-    """
-    y, c, own = batch.y, batch.c, batch.exclude
-    if y is None or c is None:
-        raise ValueError("labels are needed to draw triplets")
-    by_label, order = c.sort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    start, end = torch.searchsorted(by_label, y), torch.searchsorted(by_label, y, right=True)
-    # The place of the row's own copy among its class, past the end where it is not there.
-    at = end if own is None else torch.where((own >= 0) & (c[own.clamp_min(0)] == y), place[own.clamp_min(0)], end)
-    positives, others = end - start - (at < end).long(), (c != IGNORED).sum() - (end - start)
-    usable = (y != IGNORED) & (positives > 0) & (others > 0)
-    a = usable.nonzero().squeeze(1).repeat_interleave(per_anchor)
-    p = start[a] + (torch.rand(a.numel(), device=a.device) * positives[a]).long().minimum(positives[a] - 1)
-    n = (torch.rand(a.numel(), device=a.device, dtype=torch.float64) * others[a]).long().minimum(others[a] - 1)
-    # Negatives are counted off around the class, in the list without labels of -100.
-    used = by_label != IGNORED
-    before = torch.searchsorted(by_label[used], y[a])
-    return a, order[p + (p >= at[a]).long()], order[used][torch.where(n < before, n, n + (end - start)[a])]

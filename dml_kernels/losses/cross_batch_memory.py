@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..batch import check_tuples
 from ..ops.contract import check_integer, check_matrix
+from ..tuples import as_triplets
 from .base import check_labels
-from .comparisons import IGNORED, as_triplets
+from .comparisons import IGNORED
 from .metric_loss import MetricLoss
 from .n_pairs import NPairsLoss
 

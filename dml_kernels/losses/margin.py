@@ -24,8 +24,9 @@ from ..batch import Batch
 from ..ops.contract import check_number
 from ..reducers import TRIPLET, Terms
 from ..reference.labelled import LabelledPairs
+from ..tuples import random_triplets
 from .base import LossEntry, values_can_be_read
-from .comparisons import compared, random_triplets
+from .comparisons import compared
 from .metric_loss import MetricLoss, as_function
 
 

@@ -31,8 +31,9 @@ from ..batch import Batch
 from ..ops import segments
 from ..reducers import TRIPLET, Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
+from ..tuples import as_triplets, random_triplets
 from .base import LossEntry
-from .comparisons import Listed, Streamed, as_triplets, random_triplets
+from .comparisons import Listed, Streamed
 from .metric_loss import MetricLoss, as_function
 
 

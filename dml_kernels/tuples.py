@@ -1,0 +1,56 @@
+"""Index tuples: triplets of a miner's pairs, and triplets drawn at random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .batch import IGNORE_INDEX, Batch
+
+
+def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets (a, p, n) of a miner's tuple: pairs make every triplet of a common anchor, in O(triplets) memory."""
+    if len(tuples) == 3:
+        return tuples[0], tuples[1], tuples[2]
+    a1, p, a2, n = tuples
+    a2, order = a2.sort(stable=True)
+    start = torch.searchsorted(a2, a1)
+    many = torch.searchsorted(a2, a1, right=True) - start
+    pair = torch.repeat_interleave(many)
+    within = torch.arange(pair.numel(), device=pair.device) - (many.cumsum(0) - many)[pair]
+    return a1[pair], p[pair], n[order[start[pair] + within]]
+
+
+def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets (a, p, n) of each anchor that has a positive and a negative, both drawn uniformly with replacement.
+
+    In O(triplets + M) memory. The draws follow ``torch.manual_seed``: the numbers come from PyTorch's CPU generator, so
+    they are the same on any device.
+
+    Args:
+        batch: with labels on both sides.
+        per_anchor: how many of each anchor; None: as many as its class has entries in the bank.
+    """
+    y, c, own = batch.y, batch.c, batch.exclude
+    if y is None or c is None:
+        raise ValueError("labels are needed to draw triplets")
+    by_label, order = c.sort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    start, end = torch.searchsorted(by_label, y), torch.searchsorted(by_label, y, right=True)
+    # The place of the row's own copy among its class, past the end where it is not there.
+    at = end if own is None else torch.where((own >= 0) & (c[own.clamp_min(0)] == y), place[own.clamp_min(0)], end)
+    positives, others = end - start - (at < end).long(), (c != IGNORE_INDEX).sum() - (end - start)
+    usable = (y != IGNORE_INDEX) & (positives > 0) & (others > 0)
+    many = end - start if per_anchor is None else torch.full_like(start, per_anchor)
+    a = torch.repeat_interleave(torch.where(usable, many, 0))
+    p, n = start[a] + _drawn(positives[a]), _drawn(others[a])
+    # Negatives are counted off around the class, in the list without labels to be ignored.
+    used = by_label != IGNORE_INDEX
+    before = torch.searchsorted(by_label[used], y[a])
+    return a, order[p + (p >= at[a]).long()], order[used][torch.where(n < before, n, n + (end - start)[a])]
+
+
+def _drawn(below: Tensor) -> Tensor:
+    """A number in [0, below) for each entry, all alike likely."""
+    uniform = torch.rand(below.numel(), dtype=torch.float64).to(below.device)
+    return (uniform * below).long().minimum(below - 1)
