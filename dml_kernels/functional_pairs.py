@@ -216,8 +216,8 @@ def pair_scores(
 ) -> Tensor:
     """The scores of listed pairs: s_k of row rows[k] of x and row cols[k] of w, larger is closer.
 
-    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order of
-    the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
+    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order
+    of the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
 
     Args:
         x: (N, D) rows. w: (M, D) bank; x itself for pairs within a batch.

@@ -37,7 +37,7 @@ def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") 
     return {"peak": peak, "gradients": gradients}
 
 
-def pairs(name: str, n: int, d: int, per_class: int) -> dict:
+def pair_loss(name: str, n: int, d: int, per_class: int) -> dict:
     """As step, of a pair loss on n rows, per_class of each class."""
     loss = REGISTRY[name].loss()
 

@@ -377,5 +377,5 @@ def test_bad_options_are_refused(name):
 @pytest.mark.slow
 @on_names
 def test_memory_at_8192_rows_is_gradients_and_64_mb(name):
-    found = json.loads(run_in_child("memory_probe", "pairs", name, "8192", "128", "8").splitlines()[-1])
+    found = json.loads(run_in_child("memory_probe", "pair_loss", name, "8192", "128", "8").splitlines()[-1])
     assert found["peak"] <= found["gradients"] + (64 << 20), f"{found['peak'] / 2**20:.0f} MiB"

@@ -82,10 +82,11 @@ class Compared:
         hinge, pairs = self.hinge_sum(same, different, threshold), self.counts()
         active = Counts(hinge.count_same.to(self.dtype), hinge.count_different.to(self.dtype))
         number = pairs.same * pairs.different
-        idle = (pairs.same - active.same) * (pairs.different - active.different)
+        # Never as a difference of large numbers: few may be active.
+        either = active.same * pairs.different + (pairs.same - active.same) * active.different
         total = hinge.same * pairs.different + hinge.different * pairs.same
         divisor = active.same * pairs.different + active.different * pairs.same
-        return Terms(total, number, number - idle, TRIPLET, self.batch.y, divisor.sum())
+        return Terms(total, number, either, TRIPLET, self.batch.y, divisor.sum())
 
     def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
         """One term for each positive pair (a, p): see :func:`positive_term`.
