@@ -13,7 +13,8 @@ from dml_kernels import losses
 from dml_kernels.losses import CrossBatchMemory, family
 from dml_kernels.profiling import run_in_child
 
-NAMES = [name for name in family("pairs") if name != "NPairsLoss"]
+# With references, theirs takes another row's negatives for LiftedStructureLoss: tests/test_drop_in_triplets.py.
+NAMES = [name for name in family("pairs") if name not in ("NPairsLoss", "LiftedStructureLoss")]
 # In the memory theirs compares a row with its own copy.
 OWN_COPY = "NCALoss"
 on_names = pytest.mark.parametrize("name", NAMES)
@@ -182,3 +183,12 @@ def test_bad_input_is_refused(make, call, error, message):
 def test_a_large_memory_is_streamed():
     found = json.loads(run_in_child("memory_probe", "cross_batch", "512", "65536", "128").splitlines()[-1])
     assert found["peak"] <= found["gradients"] + (64 << 20)
+
+
+def test_the_lifted_structure_loss_sees_the_memory_as_references():
+    loss, memory = losses.LiftedStructureLoss(), losses.CrossBatchMemory(losses.LiftedStructureLoss(), 6, 16).double()
+    (x, y), (z, t) = batches(2)
+    memory(x, y)
+    stored = torch.tensor([True] * 3 + [False] * 5)
+    expected = loss(z[~stored], t[~stored], None, torch.cat((x, z[stored])), torch.cat((y, t[stored])))
+    torch.testing.assert_close(memory(z, t, enqueue_mask=stored), expected)

@@ -28,9 +28,9 @@ DTYPES = ("f32", "f64", "bf16")
 # Each a missing or misplaced piece of one line: (file, line as it is, line with the bug, who must see it, its words).
 BUGS = {
     "a tile staged one row too far": (
-        "tiles.cuh", "at < rows * quads;", "at <= rows * quads;", "address", "heap-buffer-overflow"),
+        "tiles.cuh", "at < rows * runs;", "at <= rows * runs;", "address", "heap-buffer-overflow"),
     "a row read past the end of the matrix": (
-        "tiles.cuh", "if (first + row < m.rows) quad", "if (first + row <= m.rows) quad", "address",
+        "tiles.cuh", "if (first + row < m.rows) run", "if (first + row <= m.rows) run", "address",
         "heap-buffer-overflow"),
     "a shared array too short": (
         "lse_forward.cu", "DML_SHARED(A, row_norms, rows_per_block)", "DML_SHARED(A, row_norms, rows_per_block - 1)",
