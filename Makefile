@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-all test-triton kernel-report cuda-stack bench bench-refresh gpu lint format sanitize clean distclean FORCE
+.PHONY: help build demo test test-all test-triton kernel-report cuda-stack bench bench-refresh bench-losses gpu lint format sanitize clean distclean FORCE
 
 VENV ?= .venv
 TORCH_REQUIREMENT ?= -r requirements/torch.txt
@@ -49,6 +49,9 @@ bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory beside other 
 
 bench-refresh: $(VENV)/.stamp-build $(VENV)/.stamp-test ## seconds of a refresh of the cluster index, beside faiss alone
 	$(PY) -m bench.refresh $(BENCH_ARGS)
+
+bench-losses: $(VENV)/.stamp-build $(VENV)/.stamp-test ## a step of every drop-in loss beside pytorch-metric-learning's; the table of docs/losses.md
+	$(PY) -m bench.drop_in $(BENCH_ARGS)
 
 # No set-up: any interpreter with torch for this GPU serves, and the script builds the extension for it.
 GPU_PYTHON ?= python3
