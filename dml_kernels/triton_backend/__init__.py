@@ -7,7 +7,8 @@
 | ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
 | ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings |
 | ``distance.py`` | kernels of normalized_distance |
-| ``logsumexp.py``, ``matrices.py`` | the ops: what is launched, in which order |
+| ``hinge_kernels.py`` | kernels of masked_hinge_sum |
+| ``logsumexp.py``, ``hinge.py``, ``matrices.py`` | the ops: what is launched, in which order |
 | ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
 | ``configs.py``, ``precision.py`` | tiles and forms by architecture; arithmetic of fp32 products |
 | ``model.py`` | the cost model, by which the form of the backward is chosen |
@@ -31,7 +32,9 @@ from torch import Tensor
 from ..ops.contract import Bank, Spec
 
 name = "triton"
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
+OPS = (
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "proxy_nca_loss", "magnet_loss",
+)  # fmt: skip
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
 
@@ -123,3 +126,11 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec)
+
+
+def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
+    return _host("hinge").masked_hinge_sum_fwd(lines, spec)
+
+
+def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Tensor | None]:
+    return _host("hinge").masked_hinge_sum_bwd(slopes, needs, lines, spec)

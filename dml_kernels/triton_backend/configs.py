@@ -101,7 +101,20 @@ _INTERPRETER = {
     for kind in (HALF, FP32, FP64)
     for distance in (False, True)
 }
-TABLE = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+
+# Kernels whose tiles are those of another: the same products and masks, with less done to a score.
+ALIKE = {"hinge": "forward", "hinge_gradient": "gradient", "argmax": "forward"}
+
+
+def _completed(table: dict[tuple[str, str, bool], tuple[Config, ...]]) -> dict[tuple[str, str, bool], tuple[Config, ...]]:
+    alike = {(new, *key[1:]): tiles for new, old in ALIKE.items() for key, tiles in table.items() if key[0] == old}
+    return {**alike, **table}
+
+
+TABLE = {
+    "sm_80": _completed(_AMPERE), "sm_90": _completed(_HOPPER), "sm_100": _completed(_BLACKWELL),
+    "gfx942": _completed(_CDNA3), "interpreter": _completed(_INTERPRETER),
+}  # fmt: skip
 
 # Rows and columns at a time in the kernels over single matrices.
 ROWS = Config(16, 0, 128, 4, 2)
@@ -224,3 +237,10 @@ def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
         if use > best_use + 0.03:
             best, best_use = candidate, use
     return best
+
+
+def ranges(tile: Config, n: int, m: int, device: torch.device) -> tuple[int, int, int]:
+    """(row tiles, ranges of the bank, bank entries in a range) of a grid of programs that each walk one range."""
+    n_tiles, m_tiles = -(-n // tile.block_n), -(-m // tile.block_m)
+    per_split = -(-m_tiles // splits(n_tiles, m_tiles, cores_of(device)))
+    return n_tiles, -(-m_tiles // per_split), per_split * tile.block_m

@@ -82,15 +82,13 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     with on_device(bank.x):
         x, w = operands(bank, spec)
         tile = _pick("forward", bank, spec)
-        n_tiles, m_tiles = cdiv(n, tile.block_n), cdiv(m, tile.block_m)
-        per_split = cdiv(m_tiles, configs.splits(n_tiles, m_tiles, configs.cores_of(bank.x.device)))
-        splits = cdiv(m_tiles, per_split)
+        n_tiles, splits, span = configs.ranges(tile, n, m, bank.x.device)
         parts = bank.x.new_empty((6 if spec.sums else 4, splits, n), dtype=acc)
         peak = fixed_peak(bank, spec)
         logit = logit_arguments(bank, spec)
         arguments = {
             **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit, "out_ptr": parts, "N": n, "M": m,
-            "span": per_split * tile.block_m, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
+            "span": span, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
             "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
         }  # fmt: skip
         if arguments["TMA"] and bank.x.is_cuda:
