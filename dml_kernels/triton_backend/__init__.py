@@ -8,7 +8,8 @@
 | ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings |
 | ``distance.py`` | kernels of normalized_distance |
 | ``hinge_kernels.py`` | kernels of masked_hinge_sum |
-| ``logsumexp.py``, ``hinge.py``, ``matrices.py`` | the ops: what is launched, in which order |
+| ``argmax_kernels.py``, ``noise.py`` | kernels of masked_argmax; its draws' bits |
+| ``logsumexp.py``, ``hinge.py``, ``argmax.py``, ``matrices.py`` | the ops: what is launched, in which order |
 | ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
 | ``configs.py``, ``precision.py`` | tiles and forms by architecture; arithmetic of fp32 products |
 | ``model.py`` | the cost model, by which the form of the backward is chosen |
@@ -33,7 +34,8 @@ from ..ops.contract import Bank, Spec
 
 name = "triton"
 OPS = (
-    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "proxy_nca_loss", "magnet_loss",
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
+    "magnet_loss",
 )  # fmt: skip
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
@@ -134,3 +136,7 @@ def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
 
 def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Tensor | None]:
     return _host("hinge").masked_hinge_sum_bwd(slopes, needs, lines, spec)
+
+
+def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
+    return _host("argmax").masked_argmax_fwd(inputs, spec)

@@ -72,6 +72,8 @@ _HOPPER = {
     **{(kernel, FP32, False): _wide(Config(64, 64, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
+    # Draws: noise of 64 bits an entry, logarithms in fp64.
+    **{("draw", kind, d): _wide(Config(32, 32, 32, 4, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
 }
 _AMPERE = {
     **_HOPPER,
@@ -97,16 +99,17 @@ _CDNA3 = {
 }
 _INTERPRETER = {
     (kernel, kind, distance): _wide(Config(32, 64, 64, 1, 1), Config(32, 64, 128, 1, 1), Config(32, 64, 64, 1, 1))
-    for kernel in ("forward", "gradient", "rows", "bank")
+    for kernel in ("forward", "gradient", "rows", "bank", "draw")
     for kind in (HALF, FP32, FP64)
     for distance in (False, True)
 }
 
 # Kernels whose tiles are those of another: the same products and masks, with less done to a score.
 ALIKE = {"hinge": "forward", "hinge_gradient": "gradient", "argmax": "forward"}
+_Table = dict[tuple[str, str, bool], tuple[Config, ...]]
 
 
-def _completed(table: dict[tuple[str, str, bool], tuple[Config, ...]]) -> dict[tuple[str, str, bool], tuple[Config, ...]]:
+def _completed(table: _Table) -> _Table:
     alike = {(new, *key[1:]): tiles for new, old in ALIKE.items() for key, tiles in table.items() if key[0] == old}
     return {**alike, **table}
 

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.contract import Bank, Spec
+from ..ops.contract import Bank, Spec, accumulate_dtype
+from ..ops.masked_argmax import ArgmaxSpec, Search
+from ..ops.masked_hinge_sum import HingeSpec, Lines, Slopes
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-from . import aot, configs, logsumexp, matrices, model
+from . import aot, argmax, configs, hinge, logsumexp, matrices, model
 from .launch import recorded
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -39,6 +41,7 @@ class Case(NamedTuple):
     rows: int = 256
     columns: int = 4096
     precision: str = "highest"  # PyTorch's setting for fp32 products
+    op: str = "logsumexp"  # or "hinge", "argmax", "draw"
 
 
 CASES = (
@@ -59,13 +62,25 @@ CASES = (
         for metric in ("cosine", "sqeuclidean")
     ),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
-)
+    Case("pairs", 128, op="hinge"),
+    Case("every option", 512, "euclidean", w=torch.float32, options=True, op="hinge"),
+    *(Case("pairs", d, metric, op="hinge") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
+    *(Case(name, 128, "euclidean", dtype, dtype, options=True, op="hinge") for name, dtype in
+      (("fp16", torch.float16), ("fp32", torch.float32), ("fp64", torch.float64))),
+    *(Case("pairs", 128, op=op) for op in ("argmax", "draw")),
+    *(Case("every option", 512, "euclidean", w=torch.float32, options=True, op=op) for op in ("argmax", "draw")),
+    *(Case("pairs", d, metric, op=op) for op in ("argmax", "draw") for metric in ("cosine", "sqeuclidean")
+      for d in (64, 256)),
+    *(Case(name, 128, "euclidean", dtype, dtype, options=True, op=op) for op in ("argmax", "draw") for name, dtype in
+      (("fp16", torch.float16), ("fp32", torch.float32), ("fp64", torch.float64))),
+)  # fmt: skip
 QUICK = tuple(
     c
     for c in CASES
     if c.d in (1, 128, 512)
     and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
     and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
+    and (c.op == "logsumexp" or c.x == torch.bfloat16)
 )
 
 
@@ -87,6 +102,9 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, "linear", [], "triton")
     torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
+        if case.op != "logsumexp":
+            _pairs(case, bank, spec)
+            return found
         logsumexp.masked_logsumexp_fwd(bank, spec)
         for form in forms:
             if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
@@ -100,6 +118,24 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
             matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
             matrices.normalize_fwd(x, 1e-12)
     return found
+
+
+def _pairs(case: Case, bank: Bank, spec: Spec) -> None:
+    """Forward, and backward where there is one, of masked_hinge_sum or masked_argmax."""
+    shared = {"metric": spec.metric, "normalize": True, "eps": 1e-12, "ignore_index": -100, "dtype": spec.dtype,
+              "backend": "triton"}  # fmt: skip
+    row = torch.zeros(case.rows, dtype=accumulate_dtype(spec.dtype))
+    if case.op == "hinge":
+        lines = Lines(*bank[:5], (-1.0, 1.0), (row, row))
+        hinge.masked_hinge_sum_fwd(lines, HingeSpec(hinge=[], relative=not case.options, **shared))
+        slopes = Slopes(row, row, None if case.options else row)
+        hinge.masked_hinge_sum_bwd(slopes, (True, True), lines, HingeSpec(hinge=[], relative=False, **shared))
+        return
+    bounds = (row, row) if case.options else (None, None)
+    weight, both = "distance" if case.options else "uniform", [True, True]
+    search = ArgmaxSpec(wanted=both, largest=[False, True], noise=case.op == "draw", seed=1, log_weight=weight,
+                        cutoffs=[0.5, 1.4], **shared)  # fmt: skip
+    argmax.masked_argmax_fwd(Search(*bank[:5], *bounds), search)
 
 
 def _parts(bank: Bank, form: str) -> list[Bank]:

@@ -101,7 +101,9 @@ def test_the_promise_holds(promise, arguments):
 @pytest.mark.parametrize(("metric", "normalize"), METRICS, ids=METRIC_IDS)
 def test_gradcheck_in_fp64(metric, normalize, relative):
     y, c = (torch.tensor([0, 1, 5, -100]), None) if relative else (promises.Y, promises.C)
-    inputs = [t.requires_grad_() for t in (randn(4, 2, seed=1), randn(6, 2, seed=2), *(randn(4, seed=s) for s in (3, 4)))]
+    inputs = [
+        t.requires_grad_() for t in (randn(4, 2, seed=1), randn(6, 2, seed=2), *(randn(4, seed=s) for s in (3, 4)))
+    ]
 
     def call(x, w, *threshold):
         return promises.call(x, w, y, c, metric=metric, normalize=normalize, threshold=threshold, relative=relative,
