@@ -3,6 +3,7 @@
 | file | what is there |
 |---|---|
 | ``tiles.py`` | device functions: products, scores, memberships of one tile |
+| ``policies.py`` | device functions: logits other than linear |
 | ``row_kernels.py`` | norms, normalisation, projection of gradients |
 | ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
 | ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings |
@@ -37,6 +38,7 @@ OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
     "magnet_loss",
 )  # fmt: skip
+POLICIES = ("linear", "quadratic")
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
 
@@ -66,10 +68,12 @@ MISSING = _load()
 
 
 def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
-    if policy != "linear":
-        return f"logit policy {policy!r} is not implemented here"
     if op not in OPS:
         return f"{op} is not implemented here"
+    if policy != "linear" and op != "masked_logsumexp":
+        return f"{op} has no logit policy, such as {policy!r}"
+    if policy not in POLICIES:
+        return f"logit policy {policy!r} is not implemented here"
     if device.type == "cpu" and not INTERPRETED:
         return "runs on GPUs; CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
     if device.type not in ("cpu", "cuda"):

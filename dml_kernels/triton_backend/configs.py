@@ -73,7 +73,7 @@ _HOPPER = {
     **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
     # Draws: noise of 64 bits an entry, logarithms in fp64.
-    **{("draw", kind, d): _wide(Config(32, 32, 32, 4, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
+    **{("draw", kind, d): _wide(Config(32, 32, 32, 8, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
 }
 _AMPERE = {
     **_HOPPER,
@@ -105,7 +105,7 @@ _INTERPRETER = {
 }
 
 # Kernels whose tiles are those of another: the same products and masks, with less done to a score.
-ALIKE = {"hinge": "forward", "hinge_gradient": "gradient", "argmax": "forward"}
+ALIKE = {"hinge": "forward", "hinge_gradient": "gradient", "argmax": "gradient"}
 _Table = dict[tuple[str, str, bool], tuple[Config, ...]]
 
 
@@ -201,11 +201,20 @@ def pick(
         smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
     owner, wider = kernel in ("rows", "bank"), bank.itemsize > dtype.itemsize
-    if (extras or (owner and wider)) and KINDS[dtype] == HALF and arch != "interpreter":
+    if (extras or (owner and wider)) and kernel != "draw" and KINDS[dtype] == HALF and arch != "interpreter":
         config = config._replace(block_n=64, block_m=32 if extras and kernel == "rows" else 64)
     if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config
+
+
+def for_policy(tile: Config, arch: str, pad: int) -> Config:
+    """The tile where a logit policy holds more of it: weights, or a pool's scores beside those of its centres."""
+    if arch == "interpreter":
+        return tile
+    if pad == 1:
+        return tile._replace(block_n=min(tile.block_n, 64))
+    return tile._replace(block_n=min(tile.block_n, 32), block_m=max(tile.block_m, pad))
 
 
 # Beyond this the owned form's accumulators no longer fit the registers beside the scores.

@@ -42,7 +42,18 @@ class Case(NamedTuple):
     columns: int = 4096
     precision: str = "highest"  # PyTorch's setting for fp32 products
     op: str = "logsumexp"  # or "hinge", "argmax", "draw"
+    policy: str = "linear"
+    centres: int = 1
 
+
+_WIDE = {"d": 512, "metric": "euclidean", "w": torch.float32, "options": True}
+POLICIES = (
+    Case("quadratic", 128, policy="quadratic"),
+    Case("quadratic", **_WIDE, policy="quadratic"),
+    *(Case("quadratic", d, metric, policy="quadratic") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
+    *(Case("quadratic", 128, "sqeuclidean", dtype, dtype, policy="quadratic") for dtype in
+      (torch.float16, torch.float32, torch.float64)),
+)  # fmt: skip
 
 CASES = (
     *(Case("proxies", d, metric) for metric in ("cosine", "sqeuclidean") for d in (64, 128, 256, 512)),
@@ -62,6 +73,7 @@ CASES = (
         for metric in ("cosine", "sqeuclidean")
     ),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
+    *POLICIES,
     Case("pairs", 128, op="hinge"),
     Case("every option", 512, "euclidean", w=torch.float32, options=True, op="hinge"),
     *(Case("pairs", d, metric, op="hinge") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
@@ -80,7 +92,7 @@ QUICK = tuple(
     if c.d in (1, 128, 512)
     and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
     and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
-    and (c.op == "logsumexp" or c.x == torch.bfloat16)
+    and ((c.op, c.policy) == ("logsumexp", "linear") or c.x == torch.bfloat16)
 )
 
 
@@ -90,7 +102,7 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, option
 def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -> list[Launch]:
     """Every launch of forward and backward of the ops, recorded from the host code."""
     found: list[Launch] = []
-    x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns, case.d, dtype=case.w)
+    x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns * case.centres, case.d, dtype=case.w)
     acc = torch.float64 if case.x == torch.float64 else torch.float32
     n, m = torch.zeros(case.rows, dtype=acc), torch.zeros(case.columns, dtype=acc)
     y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
@@ -99,7 +111,9 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     bank = Bank(x, w, y, c if some else None, y if some else None, n if some else None, m if some else None,
                 m if some else None)  # fmt: skip
     dtype = case.x
-    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, "linear", [], "triton")
+    params = {"linear": [], "quadratic": [0.25], "max_pool": [case.centres], "softmax_pool": [case.centres, 0.1]}
+    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, case.policy, params[case.policy],
+                "triton")  # fmt: skip
     torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
         if case.op != "logsumexp":
@@ -107,13 +121,15 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
             return found
         logsumexp.masked_logsumexp_fwd(bank, spec)
         for form in forms:
+            if form == "owned" and case.policy != "linear":
+                continue
             if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
                 with configs.take_form(form):
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
                         needs = [True, True, some, some, some]
                         logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
-        if not some:
+        if not some and case.policy == "linear":
             matrices.normalized_distance_fwd(x, w, base, normalize, 1e-12, dtype)
             matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
             matrices.normalize_fwd(x, 1e-12)
