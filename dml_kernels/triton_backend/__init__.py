@@ -38,7 +38,7 @@ OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
     "magnet_loss",
 )  # fmt: skip
-POLICIES = ("linear", "quadratic")
+POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
 

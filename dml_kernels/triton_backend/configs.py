@@ -73,7 +73,7 @@ _HOPPER = {
     **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
     # Draws: noise of 64 bits an entry, logarithms in fp64.
-    **{("draw", kind, d): _wide(Config(32, 32, 32, 8, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
+    **{("draw", kind, d): _wide(Config(32, 16, 32, 4, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
 }
 _AMPERE = {
     **_HOPPER,

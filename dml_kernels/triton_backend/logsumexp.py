@@ -131,7 +131,8 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         peak = fixed_peak(bank, spec)
         logit = logit_arguments(bank, spec)
         arguments = {
-            **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit, **policy_arguments(spec), "out_ptr": parts, "N": n, "M": m,
+            **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit,
+            **policy_arguments(spec), "out_ptr": parts, "N": n, "M": m,
             "span": span, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
             "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
         }  # fmt: skip

@@ -53,6 +53,12 @@ POLICIES = (
     *(Case("quadratic", d, metric, policy="quadratic") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
     *(Case("quadratic", 128, "sqeuclidean", dtype, dtype, policy="quadratic") for dtype in
       (torch.float16, torch.float32, torch.float64)),
+    Case("3 centres", 128, policy="max_pool", centres=3),
+    Case("10 centres", **_WIDE, policy="softmax_pool", centres=10, columns=400),
+    *(Case("64 centres", 256, metric, policy=policy, centres=64, columns=64) for metric in ("cosine", "sqeuclidean")
+      for policy in ("max_pool", "softmax_pool")),
+    *(Case("5 centres", 64, "sqeuclidean", dtype, dtype, policy="softmax_pool", centres=5, columns=800) for dtype in
+      (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
 )  # fmt: skip
 
 CASES = (
