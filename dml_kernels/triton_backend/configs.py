@@ -214,7 +214,7 @@ def for_policy(tile: Config, arch: str, pad: int) -> Config:
         return tile
     if pad == 1:
         return tile._replace(block_n=min(tile.block_n, 64))
-    return tile._replace(block_n=min(tile.block_n, 32), block_m=max(tile.block_m, pad))
+    return tile._replace(block_n=min(tile.block_n, 64), block_m=max(32, pad), num_warps=8 if pad > 32 else 4)
 
 
 # Beyond this the owned form's accumulators no longer fit the registers beside the scores.

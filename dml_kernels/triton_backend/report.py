@@ -98,7 +98,7 @@ QUICK = tuple(
     if c.d in (1, 128, 512)
     and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
     and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
-    and ((c.op, c.policy) == ("logsumexp", "linear") or c.x == torch.bfloat16)
+    and ((c.op, c.policy) == ("logsumexp", "linear") or (c.x == torch.bfloat16 and (c.d == 128 or c.options)))
 )
 
 
