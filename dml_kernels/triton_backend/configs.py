@@ -74,6 +74,7 @@ _HOPPER = {
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
     # Draws: noise of 64 bits an entry, logarithms in fp64.
     **{("draw", kind, d): _wide(Config(32, 16, 32, 4, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
+    ("draw", HALF, False): _wide(Config(32, 32, 32, 4, 2)),
 }
 _AMPERE = {
     **_HOPPER,
@@ -93,6 +94,7 @@ _BLACKWELL = {
 }
 _CDNA3 = {
     **_HOPPER,
+    ("draw", HALF, False): _wide(Config(32, 16, 32, 4, 2)),
     **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, False): _wide(Config(64, 64, 128, 8, 2)) for kernel in ("rows", "bank")},

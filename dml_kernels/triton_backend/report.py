@@ -85,7 +85,8 @@ CASES = (
     *(Case("pairs", d, metric, op="hinge") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
     *(Case(name, 128, "euclidean", dtype, dtype, options=True, op="hinge") for name, dtype in
       (("fp16", torch.float16), ("fp32", torch.float32), ("fp64", torch.float64))),
-    *(Case("pairs", 128, op=op) for op in ("argmax", "draw")),
+    *(Case(name, 128, options=name != "pairs", op=op) for name in ("pairs", "every option") for op in
+      ("argmax", "draw")),
     *(Case("every option", 512, "euclidean", w=torch.float32, options=True, op=op) for op in ("argmax", "draw")),
     *(Case("pairs", d, metric, op=op) for op in ("argmax", "draw") for metric in ("cosine", "sqeuclidean")
       for d in (64, 256)),
