@@ -99,7 +99,7 @@ QUICK = tuple(
     if c.d in (1, 128, 512)
     and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
     and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
-    and ((c.op, c.policy) == ("logsumexp", "linear") or (c.x == torch.bfloat16 and (c.d == 128 or c.options)))
+    and ((c.op, c.policy) == ("logsumexp", "linear") or (c.d == 512 and c.options) or c.name == "3 centres")
 )
 
 
