@@ -358,15 +358,22 @@ def test_compiled_whole_equals_eager(policy, backend):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
 @on_policies
-def test_backends_without_policies_refuse_with_the_reason(policy, name):
-    """On a GPU the torch backend, which follows them, runs these."""
+def test_a_backend_without_policies_refuses_with_the_reason(policy):
     verdicts = {v.backend: v for v in backends.explain("masked_logsumexp", "cuda", torch.float32, policy)}
-    assert not verdicts[name].ok
-    assert policy in verdicts[name].reason or "not" in verdicts[name].reason
+    assert not verdicts["cuda"].ok
+    assert policy in verdicts["cuda"].reason
     assert verdicts["torch"].ok
-    assert backends.choose("masked_logsumexp", torch.device("cuda"), torch.float32, policy) == "torch"
+
+
+def test_more_centres_than_a_tile_of_tritons_holds_go_to_another_backend():
+    triton = backends.BACKENDS["triton"]
+    refusal = triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 65)
+    assert "at most 64 centres" in refusal
+    assert "at most 64 centres" not in str(
+        triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 64)
+    )
+    assert backends.choose("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", centres=65) == "torch"
 
 
 def test_other_ops_have_no_policy():

@@ -116,7 +116,9 @@ def masked_logsumexp(
         factor = contract.check_number("scale", scale)
         logit[0], logit[2] = logit[0] * factor, logit[2] * factor
     dtype = contract.product_dtype(x, w)
-    chosen = backends.choose("masked_logsumexp", x.device, dtype, policy, backend, (n, *w.shape))
+    chosen = backends.choose(
+        "masked_logsumexp", x.device, dtype, policy, backend, (n, *w.shape), w.size(0) // max(m, 1)
+    )
     # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
     w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
     bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)

@@ -1,6 +1,6 @@
 """The one place that decides which backend runs an op, and can say why.
 
-A backend is a module or object with a ``name``, ``can_run(op, device, dtype, policy) -> reason it cannot, or None``
+A backend is a module or object with a ``name``, ``can_run(op, device, dtype, policy, centres) -> reason it cannot, or None``
 and the ops' forward and backward functions. The choice is made in the forward and travels as an op argument, so that
 the backward, which may run on another thread or after a ``with use_backend(...)`` has ended, uses the same one.
 """
@@ -106,8 +106,9 @@ def choose(
     policy: str = "linear",
     argument: str | None = None,
     size: tuple[int, int, int] | None = None,
+    centres: int = 1,
 ) -> str:
-    """The backend for an op on tensors of this device, product dtype and size N x M x D.
+    """The backend for an op on tensors of this device, product dtype and size N x M x D, and centres a class.
 
     Raises:
         RuntimeError: the requested backend, or every one, refuses; the message holds the reasons.
@@ -117,7 +118,7 @@ def choose(
         return REFERENCE
     refusals = []
     for name in (asked,) if asked else order(device, dtype, size):
-        refusal = BACKENDS[name].can_run(op, device, dtype, policy)
+        refusal = BACKENDS[name].can_run(op, device, dtype, policy, centres)
         if refusal is None:
             return name
         refusals.append(f"{name}: {refusal}")

@@ -22,7 +22,7 @@ OPS = (
 )  # fmt: skip
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
     if device.type != "cpu":
         return f"runs on the CPU; the tensors are on {device.type}"
     if dtype not in DTYPES:

@@ -18,7 +18,7 @@ OLDEST = (8, 0)  # compute capability of the oldest architecture that is built
 namespace, device_type = "dml_kernels_cuda", "cuda"
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
     if policy != "linear":
         return f"logit policy {policy!r} is not implemented here"
     if op not in OPS:

@@ -33,7 +33,7 @@ __all__ = [
 name = "torch"
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
     if policy != "linear" and op != "masked_logsumexp":
         return f"{op} has no logit policy, such as {policy!r}"
     return None

@@ -3,11 +3,14 @@
 | file | what is there |
 |---|---|
 | ``tiles.py`` | device functions: products, scores, memberships of one tile |
+| ``policies.py`` | device functions: logits other than linear |
 | ``row_kernels.py`` | norms, normalisation, projection of gradients |
 | ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
 | ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings |
 | ``distance.py`` | kernels of normalized_distance |
-| ``logsumexp.py``, ``matrices.py`` | the ops: what is launched, in which order |
+| ``hinge_kernels.py`` | kernels of masked_hinge_sum |
+| ``argmax_kernels.py``, ``noise.py`` | kernels of masked_argmax; its draws' bits |
+| ``logsumexp.py``, ``hinge.py``, ``argmax.py``, ``matrices.py`` | the ops: what is launched, in which order |
 | ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
 | ``configs.py``, ``precision.py`` | tiles and forms by architecture; arithmetic of fp32 products |
 | ``model.py`` | the cost model, by which the form of the backward is chosen |
@@ -31,7 +34,11 @@ from torch import Tensor
 from ..ops.contract import Bank, Spec
 
 name = "triton"
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
+OPS = (
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
+    "magnet_loss",
+)  # fmt: skip
+POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
 
@@ -56,15 +63,22 @@ def _load() -> str | None:
     return None
 
 
+# Centres a class that a tile can hold.
+MOST_CENTRES = 64
+
 # Here and not at the first call: Dynamo cannot trace an import.
 MISSING = _load()
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str) -> str | None:
-    if policy != "linear":
-        return f"logit policy {policy!r} is not implemented here"
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
     if op not in OPS:
         return f"{op} is not implemented here"
+    if policy != "linear" and op != "masked_logsumexp":
+        return f"{op} has no logit policy, such as {policy!r}"
+    if policy not in POLICIES:
+        return f"logit policy {policy!r} is not implemented here"
+    if centres > MOST_CENTRES:
+        return f"pools at most {MOST_CENTRES} centres a class in a tile; got {centres}"
     if device.type == "cpu" and not INTERPRETED:
         return "runs on GPUs; CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
     if device.type not in ("cpu", "cuda"):
@@ -123,3 +137,15 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec)
+
+
+def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
+    return _host("hinge").masked_hinge_sum_fwd(lines, spec)
+
+
+def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Tensor | None]:
+    return _host("hinge").masked_hinge_sum_bwd(slopes, needs, lines, spec)
+
+
+def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
+    return _host("argmax").masked_argmax_fwd(inputs, spec)

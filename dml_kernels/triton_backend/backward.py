@@ -8,6 +8,7 @@ comes as one partial sum a tile, added in order by the host's torch.sum: no atom
 import triton
 import triton.language as tl
 
+from .policies import circle_weights, pooled, spread
 from .tiles import (
     INF,
     LOG2E,
@@ -87,11 +88,14 @@ def scores(
 def pair_gradients(
     s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
-    k_same, o_same, k_different, o_different,
-    UNIT: tl.constexpr, EXCLUDE: tl.constexpr, T_ROWS: tl.constexpr,
+    k_same, o_same, k_different, o_different, number,
+    UNIT: tl.constexpr, EXCLUDE: tl.constexpr, T_ROWS: tl.constexpr, QUADRATIC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Scores s of a tile -> (dz, dz k, and with T_ROWS the scale's gradient by row), both sets together."""
+    """Scores s of a tile -> (dz, dz k, and with T_ROWS the scale's gradient by row), both sets together.
+
+    With UNIT the scores lack the rows' norms. With QUADRATIC the factor k is times Circle's weight, ``number`` its m.
+    """
     # The forward's own steps in its own order: z - lse keeps no rounding error that it did not have.
     k_s, k_d = tl.cast(k_same, ACC), tl.cast(k_different, ACC)
     slope_same, slope_different = k_s * t, k_d * t
@@ -103,6 +107,8 @@ def pair_gradients(
         qs = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
 
     z = qs * slope_different[:, None] - base_different[:, None]
+    if QUADRATIC:
+        z = z * circle_weights(qs, number, False, ACC)
     if bias_ptr is not None:
         z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
     counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
@@ -113,6 +119,8 @@ def pair_gradients(
         dz += incoming(h_different_ptr, offs_n, counts)[:, None]
     dz = tl.where(counted, dz, 0.0)
     ds = dz * k_d
+    if QUADRATIC:
+        ds = ds * circle_weights(qs, number, False, ACC)
     t_row = tl.zeros((BLOCK_N,), ACC)
     if T_ROWS:
         t_row += tl.sum(ds * qs, 1) * (rx if UNIT else 1.0) - tl.sum(ds, 1) * tl.cast(o_different, ACC)
@@ -121,6 +129,8 @@ def pair_gradients(
         counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
         counted = counted & same_label(place, c_ptr, m0, left, BLOCK_M)
         z = qs * slope_same[:, None] - base_same[:, None]
+        if QUADRATIC:
+            z = z * circle_weights(qs, number, True, ACC)
         if bias_ptr is not None:
             z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
         more = tl.exp2((z - closed(same_ptr, offs_n, counts)[:, None]) * LOG2E)
@@ -130,6 +140,8 @@ def pair_gradients(
         more = tl.where(counted, more, 0.0)
         dz += more
         more = more * k_s
+        if QUADRATIC:
+            more = more * circle_weights(qs, number, True, ACC)
         ds += more
         if T_ROWS:
             t_row += tl.sum(more * qs, 1) * (rx if UNIT else 1.0) - tl.sum(more, 1) * tl.cast(o_same, ACC)
@@ -179,8 +191,9 @@ def gradient_kernel(
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, lift_ptr,
     e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, t_rows_ptr, q_cols_ptr, b_cols_ptr,
     N, M, first, n_tiles, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, stride_e, ignore_index,
-    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64",  # noqa: F821
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", number: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
+    POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -190,12 +203,14 @@ def gradient_kernel(
     the plain sum): dS_ij = dz k t_i q_j. Partial sums, wanted where the pointer is not None: t_rows (m_tiles, N) the
     scale's gradient dz k (q_j s_ij - o), q_cols (n_tiles, M) dz k t_i s_ij, b_cols (n_tiles, M) dz, and own_rows,
     own_cols as in ``store_gradient``. Parallel over tiles, rows fastest: programs that run together share the bank.
+    POLICY as in the forward; of a pool ``first``, q_cols and b_cols are of columns, PAD bank rows each.
     """
     n_tile, m_tile = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
     offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)
     m0 = m_tile.to(tl.int64) * BLOCK_M
     local, left = columns(m0, M, BLOCK_M)
-    UNIT: tl.constexpr = NORMALIZE and METRIC == "dot"
+    UNIT: tl.constexpr = NORMALIZE and METRIC == "dot" and POLICY == "linear"
+    COLUMNS: tl.constexpr = BLOCK_M // PAD
 
     x_tile = offs_n
     if D <= BLOCK_D:
@@ -212,26 +227,35 @@ def gradient_kernel(
         s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd, rx, sqx, rw_ptr, sqw_ptr,
         D, METRIC, NORMALIZE, BLOCK_M, ACC,
     )  # fmt: skip
+    if NORMALIZE and METRIC == "dot" and not UNIT:
+        s = s * rx[:, None]
+    v, c0, c_left = s, m0, left
+    if PAD > 1:
+        v = pooled(s, number, POLICY, CENTRES, PAD, ACC)
+        c0, c_left = m0 // PAD, left // PAD
     dz, ds, t_row = pair_gradients(
-        s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
+        v, counts, place, exclude, t, rx, offs_n, c0, c_left, c_ptr, q_ptr, bias_ptr,
         same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
-        k_same, o_same, k_different, o_different,
-        UNIT, exclude_ptr is not None, t_rows_ptr is not None, BLOCK_N, BLOCK_M, ACC,
+        k_same, o_same, k_different, o_different, number,
+        UNIT, exclude_ptr is not None, t_rows_ptr is not None, POLICY == "quadratic", BLOCK_N, COLUMNS, ACC,
     )  # fmt: skip
 
-    index = tl.arange(0, BLOCK_M)
+    index = tl.arange(0, COLUMNS)
+    at = n_tile.to(tl.int64) * (M // PAD) + c0 + index
     if t_rows_ptr is not None:
         tl.store(t_rows_ptr + m_tile.to(tl.int64) * N + offs_n, t_row, mask=mask_n)
     if b_cols_ptr is not None:
-        tl.store(b_cols_ptr + n_tile.to(tl.int64) * M + m0 + index, tl.sum(dz, 0), mask=index < left)
+        tl.store(b_cols_ptr + at, tl.sum(dz, 0), mask=index < c_left)
     ds = ds * t[:, None]
     if q_cols_ptr is not None:
-        along = ds * s
+        along = ds * v
         if UNIT:
             along = along * rx[:, None]
-        tl.store(q_cols_ptr + n_tile.to(tl.int64) * M + m0 + index, tl.sum(along, 0), mask=index < left)
+        tl.store(q_cols_ptr + at, tl.sum(along, 0), mask=index < c_left)
     if q_ptr is not None:
-        ds = ds * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+        ds = ds * column(q_ptr, c0, c_left, COLUMNS).to(ACC)[None, :]
+    if PAD > 1:
+        ds = spread(ds, s, v, number, POLICY, CENTRES, PAD, ACC)
     store_gradient(
         ds, s, e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, lift_ptr, rx, sqx, rw_ptr, sqw_ptr,
         N, M, offs_n, mask_n, m0, left, n_tile, m_tile, n_tiles, stride_e, METRIC, FOLD, BLOCK_M, ACC,

@@ -72,6 +72,9 @@ _HOPPER = {
     **{(kernel, FP32, False): _wide(Config(64, 64, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
+    # Draws: noise of 64 bits an entry, logarithms in fp64.
+    **{("draw", kind, d): _wide(Config(32, 16, 32, 4, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
+    ("draw", HALF, False): _wide(Config(32, 32, 32, 4, 2)),
 }
 _AMPERE = {
     **_HOPPER,
@@ -91,17 +94,32 @@ _BLACKWELL = {
 }
 _CDNA3 = {
     **_HOPPER,
+    ("draw", HALF, False): _wide(Config(32, 16, 32, 4, 2)),
     **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, False): _wide(Config(64, 64, 128, 4, 2)) for kernel in ("rows", "bank")},
 }
 _INTERPRETER = {
     (kernel, kind, distance): _wide(Config(32, 64, 64, 1, 1), Config(32, 64, 128, 1, 1), Config(32, 64, 64, 1, 1))
-    for kernel in ("forward", "gradient", "rows", "bank")
+    for kernel in ("forward", "gradient", "rows", "bank", "draw")
     for kind in (HALF, FP32, FP64)
     for distance in (False, True)
 }
-TABLE = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "gfx942": _CDNA3, "interpreter": _INTERPRETER}
+
+# Kernels whose tiles are those of another: the same products and masks, with less done to a score.
+ALIKE = {"hinge": "forward", "hinge_gradient": "gradient", "argmax": "gradient"}
+_Table = dict[tuple[str, str, bool], tuple[Config, ...]]
+
+
+def _completed(table: _Table) -> _Table:
+    alike = {(new, *key[1:]): tiles for new, old in ALIKE.items() for key, tiles in table.items() if key[0] == old}
+    return {**alike, **table}
+
+
+TABLE = {
+    "sm_80": _completed(_AMPERE), "sm_90": _completed(_HOPPER), "sm_100": _completed(_BLACKWELL),
+    "gfx942": _completed(_CDNA3), "interpreter": _completed(_INTERPRETER),
+}  # fmt: skip
 
 # Rows, bank entries and stages of owners' tiles that keep extras, or a bank in fp32 beside products in 16 bits, without
 # a spill; all other kernels, and owners not named here, take 64 x 64 then.
@@ -194,13 +212,23 @@ def pick(
         smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
     wider = bank.itemsize > dtype.itemsize
-    if KINDS[dtype] == HALF and arch != "interpreter" and (extras or (wider and kernel in ("rows", "bank"))):
+    crowded = extras or (wider and kernel in ("rows", "bank"))
+    if crowded and kernel != "draw" and KINDS[dtype] == HALF and arch != "interpreter":
         few = OWNERS_WITH_EXTRAS if extras else OWNERS_OF_WIDER
         n, m, stages = few.get((arch, kernel), (64, 64, config.num_stages))
         config = config._replace(block_n=n, block_m=m, num_stages=stages)
     if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config
+
+
+def for_policy(tile: Config, arch: str, pad: int) -> Config:
+    """The tile where a logit policy holds more of it: weights, or a pool's scores beside those of its centres."""
+    if arch == "interpreter":
+        return tile
+    if pad == 1:
+        return tile._replace(block_n=min(tile.block_n, 64))
+    return tile._replace(block_n=min(tile.block_n, 64), block_m=max(32, pad), num_warps=8 if pad > 32 else 4)
 
 
 # Beyond this the owned form's accumulators no longer fit the registers beside the scores.
@@ -235,3 +263,10 @@ def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
         if use > best_use + 0.03:
             best, best_use = candidate, use
     return best
+
+
+def ranges(tile: Config, n: int, m: int, device: torch.device) -> tuple[int, int, int]:
+    """(row tiles, ranges of the bank, bank entries in a range) of a grid of programs that each walk one range."""
+    n_tiles, m_tiles = -(-n // tile.block_n), -(-m // tile.block_m)
+    per_split = -(-m_tiles // splits(n_tiles, m_tiles, cores_of(device)))
+    return n_tiles, -(-m_tiles // per_split), per_split * tile.block_m

@@ -8,6 +8,7 @@ if asked for. The ranges' results, O(N x splits), are merged in order by ``merge
 import triton
 import triton.language as tl
 
+from .policies import circle_weights, pooled
 from .tiles import (
     INF,
     LN2,
@@ -38,8 +39,9 @@ def finite(m):
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
     N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
-    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64",  # noqa: F821
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64", number: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
+    POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -49,13 +51,16 @@ def forward_kernel(
     program walks ``span`` bank entries. rx, rw (inverse norms) with NORMALIZE; sqx, sqw (squared norms) for
     distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
     TMA: tiles come by tensor descriptors; columns of x and w are contiguous, rows a multiple of 16 bytes apart.
+    POLICY with its ``number`` (m of quadratic, gamma of softmax_pool): of a pool's bank rows PAD make a column.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
     start = split.to(tl.int64) * span
     tiles = tl.cdiv(tl.minimum(M - start, span), BLOCK_M).to(tl.int32)
 
-    FOLD: tl.constexpr = NORMALIZE and METRIC == "dot"
+    UNIT: tl.constexpr = NORMALIZE and METRIC == "dot"
+    FOLD: tl.constexpr = UNIT and POLICY == "linear"  # the slopes carry the rows' norms
+    COLUMNS: tl.constexpr = BLOCK_M // PAD
     EXCLUDE: tl.constexpr = exclude_ptr is not None
     y = tl.load(y_ptr + offs_n)
     exclude = y
@@ -103,18 +108,25 @@ def forward_kernel(
                 rx, sqx, rw_ptr, sqw_ptr, D, NORMALIZE, BLOCK_M, ACC,
             )  # fmt: skip
             s = distances_to_scores(s, METRIC)
-        if FOLD:
+        if UNIT:
             s = s * column(rw_ptr, m0, left, BLOCK_M)[None, :]
+        if UNIT and not FOLD:
+            s = s * rx[:, None]
+        if PAD > 1:
+            s = pooled(s, number, POLICY, CENTRES, PAD, ACC)
+            m0, left = m0 // PAD, left // PAD
         if q_ptr is not None:
-            s = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+            s = s * column(q_ptr, m0, left, COLUMNS).to(ACC)[None, :]
         # First, so that the scores need not outlive their turn to `different`, which every tile takes.
-        if any_same(y, c_ptr, m0, left, BLOCK_M):
+        if any_same(y, c_ptr, m0, left, COLUMNS):
             # In natural units: a row's only positive comes out as its own logit, to the bit.
-            counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
-            counted = counted & same_label(y, c_ptr, m0, left, BLOCK_M)
+            counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, COLUMNS, EXCLUDE)
+            counted = counted & same_label(y, c_ptr, m0, left, COLUMNS)
             z = s * slope_same[:, None] - base_same[:, None]
+            if POLICY == "quadratic":
+                z = z * circle_weights(s, number, True, ACC)
             if bias_ptr is not None:
-                z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+                z += column_bias(bias_ptr, m0, left, COLUMNS, ACC)[None, :]
             if SUMS:
                 sum_same += tl.sum(tl.where(counted, z, 0.0), 1)
             z = tl.where(counted, z, -INF)
@@ -124,11 +136,13 @@ def forward_kernel(
             l_same = l_same * tl.exp2((m_same - shift) * LOG2E) + added
             m_same = m_new
 
-        counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
-        counted = counted & (same_label(y, c_ptr, m0, left, BLOCK_M) == 0)
+        counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, COLUMNS, EXCLUDE)
+        counted = counted & (same_label(y, c_ptr, m0, left, COLUMNS) == 0)
         z = s * slope_different[:, None] - base_different[:, None]
+        if POLICY == "quadratic":
+            z = z * circle_weights(s, number, False, ACC)
         if bias_ptr is not None:
-            z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
+            z += column_bias(bias_ptr, m0, left, COLUMNS, ACC)[None, :]
         if SUMS:
             sum_different += tl.sum(tl.where(counted, z, 0.0), 1)
         z = tl.where(counted, z, -INF)

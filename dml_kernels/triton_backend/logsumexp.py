@@ -26,7 +26,11 @@ def fixed_peak(bank: Bank, spec: Spec) -> float | None:
     That is where the scale is a plain number, no column has a bias or a scale of its own, and vectors are unit
     vectors whose logits span little; else None.
     """
-    if not spec.normalize or any(t is not None for t in (bank.scale, bank.col_scale, bank.col_bias)):
+    if (
+        not spec.normalize
+        or spec.policy == "quadratic"
+        or any(t is not None for t in (bank.scale, bank.col_scale, bank.col_bias))
+    ):
         return None
     k, o = spec.logit[2:]
     low, high = {"dot": (-1.0, 1.0), "sqeuclidean": (-4.0, 0.0), "euclidean": (-2.0, 0.0)}[spec.metric]
@@ -48,15 +52,41 @@ def logit_arguments(bank: Bank, spec: Spec) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pad_of(spec: Spec) -> int:
+    """Bank rows that a class takes in the kernels: its centres, up to the next power of two."""
+    return 1 << (spec.centres - 1).bit_length()
+
+
+def policy_arguments(spec: Spec) -> dict[str, Any]:
+    number = spec.policy_params[-1] if spec.policy_params else 0.0
+    return {"POLICY": spec.policy, "CENTRES": spec.centres, "PAD": pad_of(spec), "number": float(number)}
+
+
+def padded(w: Tensor, spec: Spec) -> Tensor:
+    """The bank with each class's last centre repeated up to its place in a tile: w itself for a power of two."""
+    beyond = pad_of(spec) - spec.centres
+    if not beyond:
+        return w
+    classes = w.unflatten(0, (-1, spec.centres))
+    return torch.cat((classes, classes[:, -1:].expand(-1, beyond, -1)), 1).flatten(0, 1)
+
+
+def unpadded(grad: Tensor | None, spec: Spec) -> Tensor | None:
+    if grad is None or pad_of(spec) == spec.centres:
+        return grad
+    return grad.unflatten(0, (-1, pad_of(spec)))[:, : spec.centres].flatten(0, 1)
+
+
 def _pick(kernel: str, bank: Bank, spec: Spec) -> configs.Config:
     extras = any(t is not None for t in (bank.c, bank.exclude, bank.col_scale, bank.col_bias))
     arch = configs.arch_of(bank.x.device)
-    return configs.pick(kernel, arch, spec.dtype, bank.x.size(1), spec.metric, bank.w.dtype, extras)
+    tile = configs.pick(kernel, arch, spec.dtype, bank.x.size(1), spec.metric, bank.w.dtype, extras)
+    return tile if spec.policy == "linear" else configs.for_policy(tile, arch, pad_of(spec))
 
 
 def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
     kind = (spec.metric, spec.normalize, spec.eps, spec.dtype)
-    return Operand.of(bank.x, *kind), Operand.of(bank.w, *kind)
+    return Operand.of(bank.x, *kind), Operand.of(padded(bank.w, spec), *kind)
 
 
 def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
@@ -73,7 +103,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    n, m = bank.x.size(0), bank.w.size(0)
+    n = bank.x.size(0)
     acc = accumulate_dtype(spec.dtype)
     out = [bank.x.new_empty(n, dtype=acc) for _ in range(2)]
     out += [bank.x.new_empty(n if spec.sums else 0, dtype=acc) for _ in range(2)]
@@ -81,16 +111,16 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         return tuple(out)
     with on_device(bank.x):
         x, w = operands(bank, spec)
+        m = w.t.size(0)
         tile = _pick("forward", bank, spec)
-        n_tiles, m_tiles = cdiv(n, tile.block_n), cdiv(m, tile.block_m)
-        per_split = cdiv(m_tiles, configs.splits(n_tiles, m_tiles, configs.cores_of(bank.x.device)))
-        splits = cdiv(m_tiles, per_split)
+        n_tiles, splits, span = configs.ranges(tile, n, m, bank.x.device)
         parts = bank.x.new_empty((6 if spec.sums else 4, splits, n), dtype=acc)
         peak = fixed_peak(bank, spec)
         logit = logit_arguments(bank, spec)
         arguments = {
-            **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit, "out_ptr": parts, "N": n, "M": m,
-            "span": per_split * tile.block_m, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
+            **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit,
+            **policy_arguments(spec), "out_ptr": parts, "N": n, "M": m,
+            "span": span, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
             "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
         }  # fmt: skip
         if arguments["TMA"] and bank.x.is_cuda:
@@ -118,7 +148,7 @@ class Backward:
         names = ("g_same_ptr", "g_different_ptr", "h_same_ptr", "h_different_ptr")
         self.rows = dict(zip(names, (*g[:2], *(g[2:] if spec.sums else (None, None))), strict=True))
         self.rows |= {"same_ptr": lse[0].contiguous(), "different_ptr": lse[1].contiguous()}
-        n, m = bank.x.size(0), bank.w.size(0)
+        n, m = bank.x.size(0), bank.w.size(0) // spec.centres
         self.of_scale = bank.x.new_zeros(n, dtype=self.acc) if needs[2] else None
         self.of_q, self.of_bias = (bank.x.new_zeros(m, dtype=self.acc) if need else None for need in needs[3:])
         self.lift = self._lift() if spec.dtype == torch.float16 else None
@@ -137,32 +167,51 @@ class Backward:
         bound = bound.nan_to_num(nan=0.0, posinf=0.0).amax()
         if self.bank.col_scale is not None:
             bound = bound * self.bank.col_scale.to(self.acc).abs().amax()
-        return lift(bound * slope_bound(self.x, self.w, self.spec.metric))
+        return lift(bound * slope_bound(self.x, self.w, self.spec.metric) * self._policy_bound())
+
+    def _policy_bound(self) -> Tensor | float:
+        """On what a policy multiplies dS by: Circle's weight, or a pool's slope dS/ds_k."""
+        bank, spec = self.bank, self.spec
+        if spec.policy == "softmax_pool":  # p_k (1 + (s_k - S) / gamma), where (s_k - S) / gamma <= p_k K / e
+            return 1 + spec.centres / math.e
+        if spec.policy != "quadratic":
+            return 1.0
+        if spec.normalize:
+            scores: Tensor | float = {"dot": 1.0, "sqeuclidean": 4.0, "euclidean": 2.0}[spec.metric]
+        else:
+            longest = [t.to(self.acc).square().sum(1).amax() for t in (bank.x, bank.w)]
+            scores = longest[0] + longest[1]  # |x.w| is at most half of it, |x - w|^2 twice
+            scores = 1 + 2 * scores.nan_to_num(nan=0.0, posinf=0.0)
+        if bank.col_scale is not None:
+            scores = scores * bank.col_scale.to(self.acc).abs().amax()
+        return 1 + abs(spec.policy_params[0]) + scores
 
     def fill(self, block: Block) -> None:
-        n, m = block.x.t.size(0), block.w.t.size(0)
+        n, m, pad = block.x.t.size(0), block.w.t.size(0), pad_of(self.spec)
         new = self.bank.x.new_empty
         t_rows = new((block.grid[1], n), dtype=self.acc) if self.needs[2] else None
-        q_cols, b_cols = (new((block.grid[0], m), dtype=self.acc) if need else None for need in self.needs[3:])
-        logit, rows, cols = self.logit, block.rows, block.cols
+        q_cols, b_cols = (new((block.grid[0], m // pad), dtype=self.acc) if need else None for need in self.needs[3:])
+        logit, rows = self.logit, block.rows
+        cols = slice(block.cols.start // pad, block.cols.stop // pad)
         arguments = {
             **tile_arguments(block.x, block.w, self.spec.metric, self.spec.dtype, self.tile), **logit,
-            **block.arguments(), **{name: part(t, rows) for name, t in self.rows.items()},
+            **policy_arguments(self.spec), **block.arguments(),
+            **{name: part(t, rows) for name, t in self.rows.items()},
             **{name: part(logit[name], rows) for name in ("y_ptr", "exclude_ptr")},
             **{name: part(logit[name], cols) for name in ("c_ptr", "q_ptr", "bias_ptr")},
             "scale_ptr": part(logit["scale_ptr"], rows) if logit["stride_scale"] else logit["scale_ptr"],
             "lift_ptr": self.lift,
             "t_rows_ptr": t_rows, "q_cols_ptr": q_cols, "b_cols_ptr": b_cols, "N": n, "M": m,
-            "first": block.cols.start, "FOLD": self.fold,
+            "first": cols.start, "FOLD": self.fold,
         }  # fmt: skip
         launch(backward.gradient_kernel, (block.grid[0] * block.grid[1],), arguments, num_warps=self.tile.num_warps,
                num_stages=self.tile.num_stages)  # fmt: skip
         if t_rows is not None:
             self.of_scale[block.rows] += t_rows.sum(0)
         if q_cols is not None:
-            self.of_q[block.cols] += q_cols.sum(0)
+            self.of_q[cols] += q_cols.sum(0)
         if b_cols is not None:
-            self.of_bias[block.cols] += b_cols.sum(0)
+            self.of_bias[cols] += b_cols.sum(0)
 
     def owned(self, which: str) -> Tensor | None:
         """grad_x ("rows") or grad_w ("bank") in the owned form, where needed; sums beside it that are of that side."""
@@ -207,7 +256,8 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
     with on_device(bank.x):
         call = Backward(grads, lse, needs, bank, spec)
         d = bank.x.size(1)
-        if configs.form(configs.arch_of(bank.x.device), spec.dtype, d, spec.metric) == "owned":
+        form = configs.form(configs.arch_of(bank.x.device), spec.dtype, d, spec.metric)
+        if form == "owned" and spec.policy == "linear":
             grad_x = call.owned("rows") if needs[0] or needs[2] else None
             grad_w = call.owned("bank") if any((needs[1], *needs[3:])) else None
         else:
@@ -215,7 +265,7 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
             grad_x, grad_w = chunks.run(call.fill)
         return [
             grad_x,
-            grad_w,
+            unpadded(grad_w, spec),
             scale_grad(call.of_scale, bank) if needs[2] else None,
             call.of_q.to(bank.col_scale.dtype) if needs[3] else None,
             call.of_bias.to(bank.col_bias.dtype) if needs[4] else None,

@@ -155,8 +155,8 @@ def owned_rows_kernel(
         _, ds, t_row = pair_gradients(
             s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
             same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
-            k_same, o_same, k_different, o_different,
-            UNIT, exclude_ptr is not None, t_rows_ptr is not None, BLOCK_N, BLOCK_M, ACC,
+            k_same, o_same, k_different, o_different, 0.0,
+            UNIT, exclude_ptr is not None, t_rows_ptr is not None, False, BLOCK_N, BLOCK_M, ACC,
         )  # fmt: skip
         t_total += t_row
         if out_ptr is not None:
@@ -238,8 +238,8 @@ def owned_bank_kernel(
         dz, ds, _ = pair_gradients(
             s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
             same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
-            k_same, o_same, k_different, o_different,
-            UNIT, exclude_ptr is not None, False, BLOCK_N, BLOCK_M, ACC,
+            k_same, o_same, k_different, o_different, 0.0,
+            UNIT, exclude_ptr is not None, False, False, BLOCK_N, BLOCK_M, ACC,
         )  # fmt: skip
         if b_cols_ptr is not None:
             b_total += tl.sum(dz, 0)

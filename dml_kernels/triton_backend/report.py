@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.contract import Bank, Spec
+from ..ops.contract import Bank, Spec, accumulate_dtype
+from ..ops.masked_argmax import ArgmaxSpec, Search
+from ..ops.masked_hinge_sum import HingeSpec, Lines, Slopes
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-from . import aot, configs, logsumexp, matrices, model
+from . import aot, argmax, configs, hinge, logsumexp, matrices, model
 from .launch import recorded
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -39,7 +41,25 @@ class Case(NamedTuple):
     rows: int = 256
     columns: int = 4096
     precision: str = "highest"  # PyTorch's setting for fp32 products
+    op: str = "logsumexp"  # or "hinge", "argmax", "draw"
+    policy: str = "linear"
+    centres: int = 1
 
+
+_WIDE = {"d": 512, "metric": "euclidean", "w": torch.float32, "options": True}
+POLICIES = (
+    Case("quadratic", 128, policy="quadratic"),
+    Case("quadratic", **_WIDE, policy="quadratic"),
+    *(Case("quadratic", d, metric, policy="quadratic") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
+    *(Case("quadratic", 128, "sqeuclidean", dtype, dtype, policy="quadratic") for dtype in
+      (torch.float16, torch.float32, torch.float64)),
+    Case("3 centres", 128, policy="max_pool", centres=3),
+    Case("10 centres", **_WIDE, policy="softmax_pool", centres=10, columns=400),
+    *(Case("64 centres", 256, metric, policy=policy, centres=64, columns=64) for metric in ("cosine", "sqeuclidean")
+      for policy in ("max_pool", "softmax_pool")),
+    *(Case("5 centres", 64, "sqeuclidean", dtype, dtype, policy="softmax_pool", centres=5, columns=800) for dtype in
+      (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+)  # fmt: skip
 
 CASES = (
     *(Case("proxies", d, metric) for metric in ("cosine", "sqeuclidean") for d in (64, 128, 256, 512)),
@@ -59,13 +79,27 @@ CASES = (
         for metric in ("cosine", "sqeuclidean")
     ),
     Case("fp64", 128, "euclidean", torch.float64, torch.float64),
-)
+    *POLICIES,
+    Case("pairs", 128, op="hinge"),
+    Case("every option", 512, "euclidean", w=torch.float32, options=True, op="hinge"),
+    *(Case("pairs", d, metric, op="hinge") for metric in ("cosine", "sqeuclidean") for d in (64, 256)),
+    *(Case(name, 128, "euclidean", dtype, dtype, options=True, op="hinge") for name, dtype in
+      (("fp16", torch.float16), ("fp32", torch.float32), ("fp64", torch.float64))),
+    *(Case(name, 128, options=name != "pairs", op=op) for name in ("pairs", "every option") for op in
+      ("argmax", "draw")),
+    *(Case("every option", 512, "euclidean", w=torch.float32, options=True, op=op) for op in ("argmax", "draw")),
+    *(Case("pairs", d, metric, op=op) for op in ("argmax", "draw") for metric in ("cosine", "sqeuclidean")
+      for d in (64, 256)),
+    *(Case(name, 128, "euclidean", dtype, dtype, options=True, op=op) for op in ("argmax", "draw") for name, dtype in
+      (("fp16", torch.float16), ("fp32", torch.float32), ("fp64", torch.float64))),
+)  # fmt: skip
 QUICK = tuple(
     c
     for c in CASES
     if c.d in (1, 128, 512)
     and c.name not in ("fp16", "fp64", "odd", "fp32 medium")
     and (c.name, c.metric) != ("fp32 high", "sqeuclidean")
+    and ((c.op, c.policy) == ("logsumexp", "linear") or (c.d == 512 and c.options) or c.name == "3 centres")
 )
 
 
@@ -75,7 +109,7 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, option
 def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -> list[Launch]:
     """Every launch of forward and backward of the ops, recorded from the host code."""
     found: list[Launch] = []
-    x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns, case.d, dtype=case.w)
+    x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns * case.centres, case.d, dtype=case.w)
     acc = torch.float64 if case.x == torch.float64 else torch.float32
     n, m = torch.zeros(case.rows, dtype=acc), torch.zeros(case.columns, dtype=acc)
     y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
@@ -84,22 +118,47 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     bank = Bank(x, w, y, c if some else None, y if some else None, n if some else None, m if some else None,
                 m if some else None)  # fmt: skip
     dtype = case.x
-    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, "linear", [], "triton")
+    params = {"linear": [], "quadratic": [0.25], "max_pool": [case.centres], "softmax_pool": [case.centres, 0.1]}
+    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, case.policy, params[case.policy],
+                "triton")  # fmt: skip
     torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
+        if case.op != "logsumexp":
+            _pairs(case, bank, spec)
+            return found
         logsumexp.masked_logsumexp_fwd(bank, spec)
         for form in forms:
+            if form == "owned" and case.policy != "linear":
+                continue
             if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
                 with configs.take_form(form):
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
                         needs = [True, True, some, some, some]
                         logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
-        if not some:
+        if not some and case.policy == "linear":
             matrices.normalized_distance_fwd(x, w, base, normalize, 1e-12, dtype)
             matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
             matrices.normalize_fwd(x, 1e-12)
     return found
+
+
+def _pairs(case: Case, bank: Bank, spec: Spec) -> None:
+    """Forward, and backward where there is one, of masked_hinge_sum or masked_argmax."""
+    shared = {"metric": spec.metric, "normalize": True, "eps": 1e-12, "ignore_index": -100, "dtype": spec.dtype,
+              "backend": "triton"}  # fmt: skip
+    row = torch.zeros(case.rows, dtype=accumulate_dtype(spec.dtype))
+    if case.op == "hinge":
+        lines = Lines(*bank[:5], (-1.0, 1.0), (row, row))
+        hinge.masked_hinge_sum_fwd(lines, HingeSpec(hinge=[], relative=not case.options, **shared))
+        slopes = Slopes(row, row, None if case.options else row)
+        hinge.masked_hinge_sum_bwd(slopes, (True, True), lines, HingeSpec(hinge=[], relative=False, **shared))
+        return
+    bounds = (row, row) if case.options else (None, None)
+    weight, both = "distance" if case.options else "uniform", [True, True]
+    search = ArgmaxSpec(wanted=both, largest=[False, True], noise=case.op == "draw", seed=1, log_weight=weight,
+                        cutoffs=[0.5, 1.4], **shared)  # fmt: skip
+    argmax.masked_argmax_fwd(Search(*bank[:5], *bounds), search)
 
 
 def _parts(bank: Bank, form: str) -> list[Bank]:

@@ -18,7 +18,10 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
 HALVES = ("bfloat16", "float16")
 # Kernels that multiply matrices. The gradient of a dot product's matrix takes no product.
-MULTIPLY = ("forward_kernel", "gradient_kernel", "distance_kernel", "owned_rows_kernel", "owned_bank_kernel")
+MULTIPLY = (
+    "forward_kernel", "gradient_kernel", "distance_kernel", "owned_rows_kernel", "owned_bank_kernel", "hinge_kernel",
+    "hinge_gradient_kernel",
+)  # fmt: skip
 
 
 def report(*arguments: str) -> list[dict]:
@@ -43,7 +46,7 @@ def failures(builds, wrong):
 def test_every_kernel_was_compiled_for_every_chip(builds):
     for arch in ARCHS:
         kernels = {b["kernel"] for b in builds if b["arch"] == arch}
-        assert len(kernels) == 11, kernels
+        assert len(kernels) == 15, kernels
 
 
 def test_no_configuration_for_half_precision_spills(builds):

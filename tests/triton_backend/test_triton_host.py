@@ -12,7 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dml_kernels.ops.contract import Bank, Spec
-from dml_kernels.triton_backend import collect, configs, logsumexp, matrices, model
+from dml_kernels.ops.masked_argmax import ArgmaxSpec, Search
+from dml_kernels.ops.masked_hinge_sum import HingeSpec, Lines, Slopes
+from dml_kernels.triton_backend import argmax, collect, configs, hinge, logsumexp, matrices, model
 from dml_kernels.triton_backend.launch import recorded
 
 
@@ -64,6 +66,18 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
         grad = torch.empty(9, 9, dtype=dtype)
         matrices.normalized_distance_bwd(grad, x[:9], w[:9], [True, True], metric, True, 1e-12, dtype)
         matrices.normalize_bwd(matrices.normalize_fwd(x, 1e-12), x, 1e-12)
+        lines = Lines(x, w, y, c, y, (-1.0, 1.0), (rows, rows))
+        hinges = HingeSpec(metric, True, [], False, 1e-12, -100, dtype, "triton")
+        hinge.masked_hinge_sum_fwd(lines, hinges)
+        hinge.masked_hinge_sum_bwd(Slopes(rows, rows, rows), (True, True), lines, hinges)
+        both, cutoffs = [True, True], [0.5, 1.4]
+        draw = ArgmaxSpec(metric, True, both, both, True, 7, "distance", cutoffs, 1e-12, -100, dtype, "triton")
+        argmax.masked_argmax_fwd(Search(x, w, y, c, y, rows, rows), draw)
+        few = m // 5
+        pools = bank._replace(w=w[: 5 * few], c=c[:few], col_scale=columns[:few], col_bias=columns[:few])
+        pooled = spec._replace(policy="softmax_pool", policy_params=[5.0, 0.1])
+        lse = logsumexp.masked_logsumexp_fwd(pools, pooled)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, pools, pooled)
     return len(launches)
 
 

@@ -30,10 +30,12 @@ from helpers import (
 from sanitizer import sanitized
 
 from dml_kernels import functional as F
+from dml_kernels.losses import family
 from dml_kernels.triton_backend import collect, configs, logsumexp
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
 B = "triton"
+LOSSES = [(name, i) for name, entry in family("proxies").items() for i in range(len(entry.options))]
 ALL_DTYPES = (FP32, BF16, MIXED, FP16, FP64)
 
 
@@ -356,7 +358,7 @@ def test_a_compiled_graph_holds_forward_and_backward():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("name", "which"), loss_promises.CASES, ids=str)
+@pytest.mark.parametrize(("name", "which"), LOSSES, ids=str)
 def test_losses_on_proxies_are_accurate(name, which):
     shape, dtype = ((31, 70, 24), (12, 3, 64))[which % 2], (FP32, MIXED, FP64)[which % 3]
     loss_promises.test_value_and_gradient_are_accurate(name, which, shape, dtype, B)
