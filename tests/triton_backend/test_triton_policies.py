@@ -77,7 +77,7 @@ def test_pooling_is_accurate_for_any_number_of_centres(sizes):
 
 @pytest.mark.parametrize("policy", promises.POOLS)
 def test_more_centres_than_a_tile_holds_are_refused(policy):
-    with pytest.raises(RuntimeError, match=r"at most 64 centres a class.*K = 65"):
+    with pytest.raises(RuntimeError, match=r"at most 64 centres a class"):
         F.masked_logsumexp(randn(2, 3, seed=1), randn(130, 3, seed=2), torch.zeros(2).long(), policy=policy,
                            policy_params=promises.params_of(policy, 65), backend=B)  # fmt: skip
 
