@@ -1,8 +1,9 @@
 """The one place that decides which backend runs an op, and can say why.
 
 A backend is a module or object with a ``name``, ``can_run(op, device, dtype, policy, centres)``, which gives the reason
-that it cannot, or None, and the ops' forward and backward functions. The choice is made in the forward and travels as an op argument, so that
-the backward, which may run on another thread or after a ``with use_backend(...)`` has ended, uses the same one.
+that it cannot, or None, and the ops' forward and backward functions. The choice is made in the forward and travels as
+an op argument, so that the backward, which may run on another thread or after a ``with use_backend(...)`` has ended,
+uses the same one.
 """
 
 from __future__ import annotations
