@@ -1,4 +1,4 @@
-"""Index tuples: triplets of a miner's pairs, and triplets drawn at random."""
+"""Index tuples: triplets of a miner's pairs, triplets drawn at random, rows weighed by how often they are named."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .batch import IGNORE_INDEX, Batch
+from .ops.contract import values_can_be_read
 
 
 def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,3 +55,25 @@ def _drawn(below: Tensor) -> Tensor:
     """A number in [0, below) for each entry, all alike likely."""
     uniform = torch.rand(below.numel(), dtype=torch.float64).to(below.device)
     return (uniform * below).long().minimum(below - 1)
+
+
+def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
+    """(N,) how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
+
+    Args:
+        anchors_alone: count the rows as anchors only, as pytorch-metric-learning 2.9 does for its NCA losses.
+
+    Raises:
+        ValueError: an index outside [0, N).
+    """
+    if tuples is None or sum(t.numel() for t in tuples) == 0:
+        return None
+    index = torch.cat(tuples)
+    if anchors_alone:
+        index = tuples[0] if len(tuples) == 3 else torch.cat((tuples[0], tuples[2]))
+    if values_can_be_read(index) and not 0 <= int(index.min()) <= int(index.max()) < n:
+        raise ValueError(f"indices_tuple must hold rows in [0, {n}); got {int(index.min())} to {int(index.max())}")
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    count = torch.zeros(n, dtype=dtype, device=like.device)
+    count = count.scatter_add(0, index, torch.ones_like(index, dtype=dtype))
+    return count / count.max()

@@ -192,3 +192,9 @@ def test_the_lifted_structure_loss_sees_the_memory_as_references():
     stored = torch.tensor([True] * 3 + [False] * 5)
     expected = loss(z[~stored], t[~stored], None, torch.cat((x, z[stored])), torch.cat((y, t[stored])))
     torch.testing.assert_close(memory(z, t, enqueue_mask=stored), expected)
+
+
+def test_a_loss_without_references_is_refused():
+    for loss in (losses.ArcFaceLoss(3, 6), losses.NPairsLoss(), torch.nn.Identity()):
+        with pytest.raises(TypeError, match="pair loss of dml_kernels.losses that takes ref_emb"):
+            losses.CrossBatchMemory(loss, 6)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.contract import as_int64, check_labels
+from ..ops.contract import as_int64, check_labels, values_can_be_read
 
 __all__ = [
     "REDUCTIONS", "LossEntry", "as_int64", "check_class_weight", "check_labels", "check_reduction",
@@ -68,11 +68,6 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
         raise ValueError("class_weight gets no gradient; use class_weight.detach()")
     if values_can_be_read(class_weight) and not class_weight.isfinite().all():
         raise ValueError("class_weight must be finite")
-
-
-def values_can_be_read(t: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and does not break a graph being traced."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_reduction(reduction: str) -> None:

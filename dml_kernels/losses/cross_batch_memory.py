@@ -19,7 +19,6 @@ from ..tuples import as_triplets
 from .base import check_labels
 from .comparisons import IGNORED
 from .metric_loss import MetricLoss
-from .n_pairs import NPairsLoss
 
 
 class CrossBatchMemory(torch.nn.Module):
@@ -54,7 +53,7 @@ class CrossBatchMemory(torch.nn.Module):
 
     def __init__(self, loss: MetricLoss, embedding_size: int, memory_size: int = 1024, miner: Any = None):
         super().__init__()
-        if not isinstance(loss, MetricLoss) or isinstance(loss, NPairsLoss):
+        if not isinstance(loss, MetricLoss) or not loss.takes_references:
             raise TypeError(
                 f"loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as ContrastiveLoss(); "
                 f"got {type(loss).__name__}"

@@ -23,6 +23,8 @@ class MetricLoss(torch.nn.Module):
         collect_stats: must be False: nothing is recorded during a step.
     """
 
+    # Whether ``ref_emb`` makes sense, and so a memory.
+    takes_references = True
     # What the distance may be; a loss whose formula fixes it narrows this.
     distance_kinds: tuple[type[distances.Distance], ...] = (distances.Distance,)
 

@@ -41,6 +41,8 @@ class NPairsLoss(MetricLoss):
         ValueError: at the call, ``ref_emb`` (both sides of a pair come out of the batch) or no labels.
     """
 
+    takes_references = False
+
     def default_distance(self) -> distances.Distance:
         """The product of unit vectors."""
         return distances.DotProductSimilarity(normalize_embeddings=True)

@@ -22,6 +22,7 @@ from ..batch import Batch
 from ..logspace import log1pexp
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
+from ..tuples import row_weights
 from .base import LossEntry
 from .comparisons import Streamed
 from .metric_loss import MetricLoss, as_function
@@ -49,29 +50,21 @@ class NCALoss(MetricLoss):
 
     def terms(self, batch: Batch) -> Mapping[str, Terms]:
         """One term for each anchor with positives."""
+        if batch.y is None:
+            raise ValueError("NCALoss needs labels: a miner's tuple weighs rows, and names no pairs")
         pairs = Streamed(batch._replace(tuples=None), self.distance)
         lse = pairs.logsumexp(scale=self.softmax_scale)
         some = lse.same > -torch.inf
         gap = torch.where(some, lse.different, -torch.inf) - torch.where(some, lse.same, 0)
         values = log1pexp(gap)
         if batch.tuples is not None:
-            values = values * _weights(batch, batch.tuples, values)
+            weights = row_weights(batch.tuples, len(values), values, anchors_alone=batch.w is not batch.x)
+            values = values if weights is None else values * weights
         return {"loss": Terms.elements(values, batch.y, some)}
 
     def extra_repr(self) -> str:
         """What ``print(loss)`` shows."""
         return f"softmax_scale={self.softmax_scale}"
-
-
-def _weights(batch: Batch, tuples: tuple[Tensor, ...], like: Tensor) -> Tensor:
-    """(N,): how often a row is listed, over the largest such number; 1 for all where nothing is listed."""
-    if batch.w is not batch.x:
-        tuples = tuples[::2] if len(tuples) == 4 else tuples[:1]
-    listed = torch.cat(tuples)
-    if not listed.numel():
-        return torch.ones_like(like)
-    count = torch.zeros_like(like, dtype=torch.int64).index_add(0, listed, torch.ones_like(listed))
-    return count.to(like) / count.amax()
 
 
 def nca_reference(

@@ -21,8 +21,9 @@ from .. import distances, functional, logspace, reducers
 from ..ops import backend as backends
 from ..ops.contract import check_integer, check_number, check_pair, check_vector, product_dtype
 from ..reducers import Terms
+from ..tuples import row_weights
 from .base import LossEntry, check_label_range, check_labels, check_reduction
-from .proxy_loss import ProxyLoss, row_weights
+from .proxy_loss import ProxyLoss
 from .softmax import unit
 
 # Proxies to a call of the ``torch`` backend.

@@ -12,38 +12,16 @@ from .. import reducers, regularizers
 from ..batch import check_tuples
 from ..ops.contract import check_integer, check_matrix
 from ..reducers import Terms
+from ..tuples import row_weights
 from .base import (
     check_class_weight,
     check_labels,
     check_reduction,
     check_smoothing,
     row_weight,
-    values_can_be_read,
 )
 from .metric_loss import MetricLoss
 from .softmax import Logits
-
-
-def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
-    """(N,) how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
-
-    Args:
-        anchors_alone: count the rows as anchors only, as pytorch-metric-learning 2.9 does for its NCA losses.
-
-    Raises:
-        ValueError: an index outside [0, N).
-    """
-    if tuples is None or sum(t.numel() for t in tuples) == 0:
-        return None
-    index = torch.cat(tuples)
-    if values_can_be_read(index) and not 0 <= int(index.min()) <= int(index.max()) < n:
-        raise ValueError(f"indices_tuple must hold rows in [0, {n}); got {int(index.min())} to {int(index.max())}")
-    if anchors_alone:
-        index = tuples[0] if len(tuples) == 3 else torch.cat((tuples[0], tuples[2]))
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    count = torch.zeros(n, dtype=dtype, device=like.device)
-    count = count.scatter_add(0, index, torch.ones_like(index, dtype=dtype))
-    return count / count.max()
 
 
 class ProxyLoss(MetricLoss):
@@ -68,6 +46,7 @@ class ProxyLoss(MetricLoss):
             sense here; the message names the fix.
     """
 
+    takes_references = False
     # The parameter's name; the name of its transpose in pytorch-metric-learning 2.9, if it keeps that; other names
     # under which a checkpoint may hold the (M, D) matrix.
     bank_name = "weight"

@@ -152,6 +152,11 @@ def check_labels(labels: Tensor, embeddings: Tensor, name: str = "labels") -> Te
     return values
 
 
+def values_can_be_read(t: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and does not break a graph being traced."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_number(name: str, value: float) -> float:
     try:
         number = float(value)
