@@ -57,6 +57,11 @@ def _drawn(below: Tensor) -> Tensor:
     return (uniform * below).long().minimum(below - 1)
 
 
+def anchors(tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The anchors of a miner's tuple: a, or a1 and a2."""
+    return tuples[:1] if len(tuples) == 3 else tuples[::2]
+
+
 def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
     """(N,) how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
 
@@ -69,10 +74,10 @@ def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors
     if tuples is None or sum(t.numel() for t in tuples) == 0:
         return None
     index = torch.cat(tuples)
-    if anchors_alone:
-        index = tuples[0] if len(tuples) == 3 else torch.cat((tuples[0], tuples[2]))
     if values_can_be_read(index) and not 0 <= int(index.min()) <= int(index.max()) < n:
         raise ValueError(f"indices_tuple must hold rows in [0, {n}); got {int(index.min())} to {int(index.max())}")
+    if anchors_alone:
+        index = torch.cat(anchors(tuples))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     count = torch.zeros(n, dtype=dtype, device=like.device)
     count = count.scatter_add(0, index, torch.ones_like(index, dtype=dtype))

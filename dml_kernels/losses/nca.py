@@ -22,7 +22,7 @@ from ..batch import Batch
 from ..logspace import log1pexp
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
-from ..tuples import row_weights
+from ..tuples import anchors, row_weights
 from .base import LossEntry
 from .comparisons import Streamed
 from .metric_loss import MetricLoss, as_function
@@ -58,7 +58,8 @@ class NCALoss(MetricLoss):
         gap = torch.where(some, lse.different, -torch.inf) - torch.where(some, lse.same, 0)
         values = log1pexp(gap)
         if batch.tuples is not None:
-            weights = row_weights(batch.tuples, len(values), values, anchors_alone=batch.w is not batch.x)
+            named = batch.tuples if batch.w is batch.x else anchors(batch.tuples)  # the others are references
+            weights = row_weights(named, len(values), values)
             values = values if weights is None else values * weights
         return {"loss": Terms.elements(values, batch.y, some)}
 
