@@ -196,5 +196,5 @@ def test_the_lifted_structure_loss_sees_the_memory_as_references():
 
 def test_a_loss_without_references_is_refused():
     for loss in (losses.ArcFaceLoss(3, 6), losses.NPairsLoss(), torch.nn.Identity()):
-        with pytest.raises(TypeError, match="pair loss of dml_kernels.losses that takes ref_emb"):
+        with pytest.raises(TypeError, match=r"pair loss of dml_kernels.losses that takes ref_emb"):
             losses.CrossBatchMemory(loss, 6)
