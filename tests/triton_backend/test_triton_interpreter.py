@@ -13,7 +13,7 @@ from triton.runtime.errors import InterpreterError
 from dml_kernels.triton_backend import interpreter
 
 interpreter.mend()
-KERNEL_MODULES = ("row_kernels", "forward", "backward", "owned", "near", "distance")
+KERNEL_MODULES = ("row_kernels", "forward", "backward", "owned", "near", "distance", "hinge_kernels", "argmax_kernels")
 AWKWARD = torch.tensor([1.0, -2.5, 1 + 2**-8, 1 + 2**-9, 3.1415927, 1e-30, 3e38, 0.0, -0.0, float("inf"), float("nan"),
                         1e-40, 65504.0, -1e-7, 2**-126, 7.0])  # fmt: skip
 
@@ -98,13 +98,16 @@ def kernels() -> dict[str, inspect.Signature]:
     return found
 
 
-NUMBERS = {"eps", "peak", "k_same", "o_same", "k_different", "o_different"}
+NUMBERS = {
+    "eps", "peak", "k_same", "o_same", "k_different", "o_different", "number", "cutoff2", "beyond2", "of_log",
+    "of_log1p",
+}  # fmt: skip
 
 
 def test_every_number_of_every_kernel_is_fp64():
     # A plain float argument is fp32 on a GPU: it would cost a float64 gradcheck its digits there, and there alone.
     found = kernels()
-    assert len(found) == 11
+    assert len(found) == 15
     annotated = {p for s in found.values() for p, v in s.parameters.items() if v.annotation == "fp64"}
     assert annotated == NUMBERS
     for signature in found.values():
