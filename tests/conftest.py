@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import helpers
 import pytest
 import torch
+from helpers import require
 
 from dml_kernels import build_info
 
@@ -46,3 +47,12 @@ def any_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pml():
+    package = require("pytorch_metric_learning")
+    for part in ("losses", "distances", "reducers", "regularizers", "miners"):
+        require(f"pytorch_metric_learning.{part}")
+    assert package.__version__ == "2.9.0"
+    return package
