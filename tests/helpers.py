@@ -233,7 +233,10 @@ def unchanged(name: str, t: Tensor) -> Tensor:
 
 @dataclass
 class Problem:
-    """Arguments of one call: `tensors` get gradients, `options` are passed on, `layout` changes strides, not values."""
+    """Arguments of one call: `tensors` get gradients, `options` are passed on, `layout` changes strides, not values.
+
+    Without `sums` the op is not asked for plain sums.
+    """
 
     tensors: dict[str, Tensor]  # x, w and any of scale, col_scale, col_bias, in fp64
     y: Tensor
@@ -241,6 +244,7 @@ class Problem:
     grads: dict[str, Tensor] = field(default_factory=dict)  # incoming, by output
     layout: Callable[[str, Tensor], Tensor] = unchanged
     seed: int = 0
+    sums: bool = True
 
     @staticmethod
     def random(n: int, m: int, d: int, metric: str = "cosine", normalize: bool = False, seed: int = 0) -> Problem:
@@ -262,15 +266,16 @@ class Problem:
         call = {k: self.layout(k, t) for k, t in leaves.items()}
         rest = {k: self.layout(k, v) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         y = self.layout("y", self.y)
-        out = F.masked_logsumexp(call.pop("x"), call.pop("w"), y, **call, **rest, sums=True, backend=backend)
-        return dict(zip(OUTPUTS, out, strict=True))
+        out = F.masked_logsumexp(call.pop("x"), call.pop("w"), y, **call, **rest, sums=self.sums, backend=backend)
+        return {name: t for name, t in zip(OUTPUTS, out, strict=True) if t is not None}
 
     def dense(self, leaves: Mapping[str, Tensor], product: torch.dtype) -> dict[str, Tensor]:
         call = {k: self.layout(k, t) for k, t in leaves.items()}
         rest = dict(self.options)
         rest["normalized"] = rest.pop("normalize")
         x, w = call.pop("x").to(product), call.pop("w").to(product)
-        return dict(zip(OUTPUTS, reference.masked_logsumexp(x, w, self.y, **call, **rest), strict=True))
+        out = reference.masked_logsumexp(x, w, self.y, **call, **rest)
+        return dict(zip(OUTPUTS if self.sums else OUTPUTS[:2], out, strict=self.sums))
 
     def with_gradients(self, out: dict[str, Tensor], leaves: Mapping[str, Tensor], like: Dtype) -> dict[str, Tensor]:
         """`out` and the gradients of sum <grads, out>, with the incoming gradients rounded to `like`'s outputs."""

@@ -54,7 +54,7 @@ def bank(dtype, which):
 def spec(dtype, which, backend):
     metric, unit = {"full": ("sqeuclidean", True), "strided": ("euclidean", False), "bare": ("dot", True)}[which]
     logit = [2.0, 0.1, -1.0, 0.3] if which == "full" else [1.0, 0.0, 1.0, 0.0]
-    return metric, unit, logit, 1e-12, -100, dtype, which != "bare", "linear", [], backend
+    return metric, unit, logit, 1e-12, -100, dtype, which != "bare", True, "linear", [], backend
 
 
 WHICH = pytest.mark.parametrize("which", ["full", "strided", "bare"])
@@ -85,11 +85,11 @@ def test_masked_logsumexp_with_a_policy(policy, params, backend):
 
 def check_logsumexp(b, s):
     check(lse.fwd, (*b, *s))
-    out = lse.fwd(*b, *s)
+    *out, mean = lse.fwd(*b, *s)
     grads = [randn(*t.shape, seed=9).to(t.dtype) for t in out]
     everything = [True, True, *(t is not None for t in b[5:])]
     for needs in (everything, [True, False, False, False, False], [False, True, False, False, False]):
-        check(lse.bwd, (*grads, *out[:2], needs, *b, *s))
+        check(lse.bwd, (*grads, *out[:2], mean, needs, *b, *s))
     directions = [
         b[0].new_empty(0) if t is None else randn(*t.shape, seed=10).to(t.dtype) for t in (b[0], b[1], *b[5:])
     ]

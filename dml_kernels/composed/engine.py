@@ -35,5 +35,5 @@ class Engine(NamedTuple):
             lambda x, eps: normalize_op.normalize(x, eps, backend),
             lambda grad, x, eps: normalize_op._Backward.apply(grad, x, eps, backend),
             lse_op.masked_logsumexp,
-            lambda grads, lse, needs, bank, spec: lse_op._Backward.apply(*grads, *lse, needs, *bank, *spec),
+            lambda grads, lse, needs, bank, spec: lse_op._Backward.apply(*grads, *lse, None, needs, *bank, *spec),
         )

@@ -97,7 +97,7 @@ def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine | None = None) -
 
 def _lse_spec(spec: MagnetSpec) -> Spec:
     return Spec(
-        "sqeuclidean", False, [1.0, 0.0, 1.0, 0.0], spec.eps, spec.ignore_index, spec.dtype, False, "linear", [],
+        "sqeuclidean", False, [1.0, 0.0, 1.0, 0.0], spec.eps, spec.ignore_index, spec.dtype, False, False, "linear", [],
         spec.backend,
     )  # fmt: skip
 

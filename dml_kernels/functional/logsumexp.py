@@ -127,7 +127,8 @@ def masked_logsumexp(
     else:
         if policy == "quadratic":
             logit = [-logit[0], logit[1] + 1 - params[0], logit[2], logit[3] + params[0]]
-        spec = Spec(base, unit, logit, eps, ignore_index, dtype, sums, policy, params, chosen)
+        keep = torch.is_grad_enabled() and x.requires_grad
+        spec = Spec(base, unit, logit, eps, ignore_index, dtype, sums, keep, policy, params, chosen)
         out = _lse.masked_logsumexp(bank, spec)
     return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
 

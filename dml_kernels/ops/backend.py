@@ -17,6 +17,7 @@ import torch
 
 from .. import torch_backend, triton_backend
 from . import cpu_backend, cuda_backend
+from .contract import Bank, Spec
 
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax",
@@ -77,6 +78,16 @@ def requested(argument: str | None = None) -> str | None:
         return _override[-1]
     env = os.environ.get("DML_BACKEND")
     return _check_name(env) if env else None
+
+
+def keeps_mean(bank: Bank, spec: Spec) -> bool:
+    """Whether masked_logsumexp's forward works out the gradient in x as well: ``mean`` (N, D), kept for the backward.
+
+    mean_i is the mean, under the softmax of ``different``, of the bank entries times their column scales, as unit
+    vectors where the scores are cosines: d different_i / d x_i but for the scale. A function of shapes and dtypes.
+    """
+    backend = BACKENDS[spec.backend]
+    return spec.keep and hasattr(backend, "keeps_mean") and backend.keeps_mean(bank, spec)
 
 
 def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str = "linear") -> list[Verdict]:

@@ -44,7 +44,8 @@ class Spec(NamedTuple):
     """The numbers of one comparison: how a score becomes a logit, and who computes it.
 
     ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j. Under the
-    policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight.
+    policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight. ``keep``: a gradient in x
+    will be asked for, so a backend may keep what makes that cheaper (``backend.keeps_mean``).
     """
 
     metric: str
@@ -54,6 +55,7 @@ class Spec(NamedTuple):
     ignore_index: int
     dtype: torch.dtype
     sums: bool
+    keep: bool
     policy: str
     policy_params: list[float]
     backend: str

@@ -46,7 +46,7 @@ class ProxySpec(NamedTuple):
         """The comparison behind it."""
         logit, sums = [self.factor, 0.0, self.factor, 0.0], self.label_smoothing > 0
         return Spec(
-            "sqeuclidean", True, logit, self.eps, self.ignore_index, self.dtype, sums, "linear", [], self.backend
+            "sqeuclidean", True, logit, self.eps, self.ignore_index, self.dtype, sums, False, "linear", [], self.backend
         )
 
 

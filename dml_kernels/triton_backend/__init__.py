@@ -135,8 +135,12 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     return _host("logsumexp").masked_logsumexp_fwd(bank, spec)
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
-    return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec)
+def keeps_mean(bank: Bank, spec: Spec) -> bool:
+    return _host("logsumexp").keeps_mean(bank, spec)
+
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor | None = None) -> list[Tensor | None]:
+    return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec, mean)
 
 
 def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:

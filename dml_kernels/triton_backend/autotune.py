@@ -20,12 +20,14 @@ from .. import functional as F
 from . import INTERPRETED, configs
 from .configs import Config
 
-KERNELS = {  # the table's name: the kernel's, and the form of the backward that launches it
+KERNELS = {  # the table's name: the kernel's, and the form that launches it
     "forward": ("forward_kernel", "chunk"),
+    "kept": ("forward_kernel", "owned"),
     "gradient": ("gradient_kernel", "chunk"),
     "rows": ("owned_rows_kernel", "owned"),
     "bank": ("owned_bank_kernel", "owned"),
 }
+OWNERS = ("kept", "rows", "bank")  # they hold a gradient, all of D wide
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 KIND_NAMES = {configs.HALF: "HALF", configs.FP32: "FP32", configs.FP64: "FP64"}
 BLOCKS_N, BLOCKS_M, BLOCKS_D, WARPS, STAGES = (32, 64, 128), (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
@@ -46,6 +48,13 @@ class Task(NamedTuple):
     def metric(self) -> str:
         return "sqeuclidean" if self.distance else "cosine"
 
+    @property
+    def exists(self) -> bool:
+        """Owners hold all of D; what a forward keeps is the gradient of products."""
+        return self.kernel not in OWNERS or (
+            self.d <= configs.OWNED_WIDTH and not (self.kernel == "kept" and self.distance)
+        )
+
     def __str__(self) -> str:
         return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} {self.metric} D {self.d}"
 
@@ -62,13 +71,13 @@ def shared_bytes(task: Task, config: Config) -> int:
 
 def candidates(task: Task, arch: str) -> list[Config]:
     """Every tile that may fit the chip: one block of columns where D fits it or an owner must hold it, else several."""
-    owner = task.kernel in ("rows", "bank")
+    owner = task.kernel in OWNERS
     whole = max(16, 1 << (task.d - 1).bit_length())
-    if owner and task.d > configs.OWNED_WIDTH:
+    if not task.exists:
         return []
     blocks_d = (whole,) if owner else sorted({min(b, whole) for b in BLOCKS_D})
     found = (Config(*c) for c in itertools.product(BLOCKS_N, BLOCKS_M, blocks_d, WARPS, STAGES))
-    if task.kernel == "forward" and arch in ("sm_90", "sm_100"):
+    if task.kernel in ("forward", "kept") and arch in ("sm_90", "sm_100"):
         plain = [*found]
         found = iter(
             [*plain, *(c._replace(tma=True) for c in plain if c.num_warps == 8 and c.block_n * c.block_m >= 8192)]
@@ -88,7 +97,8 @@ def compiled(task: Task, config: Config, arch: str) -> str | None:
     name, form = KERNELS[task.kernel]
     case = report.Case("autotune", task.d, task.metric, task.dtype, task.dtype)
     with configs.trial(task.kernel, config), configs.take_form(form):
-        launches = [launch for launch in report.launches(case, arch, (form,)) if launch[0].__name__ == name]
+        found = [launch for launch in report.launches(case, arch, (form,)) if launch[0].__name__ == name]
+    launches = [launch for launch in found if launch[1].get("KEEP", False) == (task.kernel == "kept")]
     if not launches:
         return f"the host launches no {name}"
     for launch in launches:
@@ -103,13 +113,19 @@ def compiled(task: Task, config: Config, arch: str) -> str | None:
     return None
 
 
+def _logsumexp(task: Task, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, backend: str) -> F.MaskedLogSumExp:
+    # Of a bank with labels of its own nothing is kept: the rows' gradient has its own kernel.
+    c = torch.arange(w.size(0), device=w.device) if task.kernel == "rows" else None
+    return F.masked_logsumexp(x, w, y, c, metric=task.metric, normalize=True, scale=8.0, backend=backend)
+
+
 def _step(task: Task, n: int, m: int, device: str, backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Both log-sum-exps and both gradients; inputs are rounded to the task's dtype whatever the one of the step."""
     generator = torch.Generator().manual_seed(n + m)
     x, w = (torch.randn(k, task.d, generator=generator) for k in (n, m))
     x, w = (t.to(device, task.dtype).to(dtype).requires_grad_() for t in (x, w))
     y = torch.randint(m, (n,), generator=generator).to(device)
-    out = F.masked_logsumexp(x, w, y, metric=task.metric, normalize=True, scale=8.0, backend=backend)
+    out = _logsumexp(task, x, w, y, backend)
     return out.same, out.different, *torch.autograd.grad(out.same.sum() + 2 * out.different.sum(), (x, w))
 
 
@@ -132,15 +148,13 @@ def seconds(task: Task, config: Config, n: int, m: int) -> float:
     from triton.testing import do_bench
 
     x, w = (torch.randn(k, task.d, device="cuda").to(task.dtype) for k in (n, m))
-    x.requires_grad_(task.kernel != "bank"), w.requires_grad_(task.kernel not in ("rows", "forward"))
+    x.requires_grad_(task.kernel != "bank"), w.requires_grad_(task.kernel in ("bank", "gradient"))
     y = torch.randint(m, (n,), device="cuda")
     leaves = [t for t in (x, w) if t.requires_grad]
     with configs.trial(task.kernel, config), configs.take_form(KERNELS[task.kernel][1]):
-        call = lambda: F.masked_logsumexp(  # noqa: E731
-            x, w, y, metric=task.metric, normalize=True, scale=8.0, backend="triton"
-        ).different.sum()
-        if task.kernel == "forward":
-            with torch.no_grad():
+        call = lambda: _logsumexp(task, x, w, y, "triton").different.sum()  # noqa: E731
+        if task.kernel in ("forward", "kept"):
+            with torch.set_grad_enabled(task.kernel == "kept"):
                 return 1e-3 * do_bench(call, return_mode="median")
         value = call()
         return 1e-3 * do_bench(lambda: torch.autograd.grad(value, leaves, retain_graph=True), return_mode="median")

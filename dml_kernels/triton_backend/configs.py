@@ -82,7 +82,8 @@ _AMPERE = {
        for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 3), Config(64, 64, 128, 8, 3), Config(64, 64, 64, 8, 4))
        for kernel in ("forward", "gradient")},
-    **{(kernel, HALF, False): _wide(Config(64, 64, 128, 8, 3)) for kernel in ("rows", "bank")},
+    ("rows", HALF, False): _wide(Config(128, 32, 64, 8, 3), Config(64, 64, 128, 8, 3)),
+    ("bank", HALF, False): _wide(Config(64, 64, 128, 8, 3)),
 }  # fmt: skip
 _BLACKWELL = {
     **_HOPPER,
@@ -91,6 +92,7 @@ _BLACKWELL = {
     **{(kernel, FP32, False): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     ("gradient", FP64, True): _wide(Config(32, 16, 32, 4, 2)),
     ("bank", HALF, False): _wide(Config(128, 64, 128, 8, 3)),
+    ("kept", HALF, False): _wide(Config(128, 32, 128, 8, 3)),
 }
 _CDNA3 = {
     **_HOPPER,
@@ -98,6 +100,7 @@ _CDNA3 = {
     **{(kernel, HALF, False): _wide(Config(128, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, True): _wide(Config(64, 64, 64, 8, 2)) for kernel in ("forward", "gradient")},
     **{(kernel, HALF, False): _wide(Config(64, 64, 128, 4, 2)) for kernel in ("rows", "bank")},
+    ("kept", HALF, False): _wide(Config(64, 32, 128, 4, 2)),
 }
 _INTERPRETER = {
     (kernel, kind, distance): _wide(Config(32, 64, 64, 1, 1), Config(32, 64, 128, 1, 1), Config(32, 64, 64, 1, 1))
@@ -106,8 +109,9 @@ _INTERPRETER = {
     for distance in (False, True)
 }
 
-# Kernels whose tiles are those of another: the same products and masks, with less done to a score.
-ALIKE = {"hinge": "forward", "hinge_gradient": "gradient", "argmax": "gradient"}
+# Kernels whose tiles, where the table has none of their own, are those of another: the same products and masks, with
+# less done to a score. "kept": the forward that keeps the rows' gradient.
+ALIKE = {"kept": "rows", "hinge": "forward", "hinge_gradient": "gradient", "argmax": "gradient"}
 _Table = dict[tuple[str, str, bool], tuple[Config, ...]]
 
 
@@ -126,12 +130,12 @@ TABLE = {
 OWNERS_WITH_EXTRAS = {
     ("sm_80", "rows"): (32, 64, 2), ("sm_80", "bank"): (64, 32, 2), ("sm_90", "rows"): (64, 32, 3),
     ("sm_100", "rows"): (64, 32, 3), ("sm_100", "bank"): (64, 32, 2),
-    ("gfx942", "rows"): (64, 32, 2), ("gfx942", "bank"): (64, 32, 2),
+    ("gfx942", "rows"): (64, 32, 2), ("gfx942", "bank"): (64, 32, 2), ("gfx942", "kept"): (32, 32, 2),
 }  # fmt: skip
-OWNERS_OF_WIDER = {("sm_80", "rows"): (32, 64, 2)}
+OWNERS_OF_WIDER = {("sm_80", "rows"): (32, 64, 2), ("gfx942", "kept"): (64, 32, 2)}
 
 # Rows and columns at a time in the kernels over single matrices.
-ROWS = Config(16, 0, 128, 4, 2)
+ROWS = Config(16, 0, 128, 8, 2)
 # The near pairs' gradients: owned rows, pairs' tile side, columns.
 NEAR = Config(32, 32, 64, 4, 2)
 
@@ -197,12 +201,22 @@ def cores_of(device: torch.device) -> int:
     return _cores_of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+# Beyond this the owned form's accumulators no longer fit the registers beside the scores.
+OWNED_WIDTH = 128
+
+
+def aligned(d: int) -> bool:
+    """Whether Triton sees that rows of this width are aligned; if not, addresses take registers that owners need."""
+    return d % 16 == 0
+
+
 def pick(
     kernel: str, arch: str, dtype: torch.dtype, d: int, metric: str, bank: torch.dtype, extras: bool = False
 ) -> Config:
-    """The tile for one kernel ("forward", "gradient", "rows" or "bank") on products of ``dtype`` over width ``d``.
+    """The tile of a kernel ("forward", "kept", "gradient", "rows", "bank") for products of ``dtype`` over width ``d``.
 
-    ``extras``: bank labels, exclusions, column scales or biases, which take registers for every column of a tile.
+    ``extras``: bank labels, exclusions, column scales or biases, which take registers for every column of a tile, as
+    the addresses of a narrow matrix do whose rows are not aligned.
     """
     if kernel in _trials:
         return _trials[kernel]
@@ -212,10 +226,13 @@ def pick(
         smallest = 32 if dtype == torch.float32 else 16
         config = config._replace(block_d=max(smallest, 1 << (d - 1).bit_length()))
     wider = bank.itemsize > dtype.itemsize
-    crowded = extras or (wider and kernel in ("rows", "bank"))
+    owner = ALIKE.get(kernel, kernel)
+    extras = extras or (d <= OWNED_WIDTH and not aligned(d))
+    # Owners cast a tile of a wider bank, and of fp16 make unit vectors.
+    crowded = extras or ((wider or dtype == torch.float16) and owner in ("rows", "bank"))
     if crowded and kernel != "draw" and KINDS[dtype] == HALF and arch != "interpreter":
         few = OWNERS_WITH_EXTRAS if extras else OWNERS_OF_WIDER
-        n, m, stages = few.get((arch, kernel), (64, 64, config.num_stages))
+        n, m, stages = few.get((arch, kernel), few.get((arch, owner), (64, 64, config.num_stages)))
         config = config._replace(block_n=n, block_m=m, num_stages=stages)
     if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
@@ -231,12 +248,8 @@ def for_policy(tile: Config, arch: str, pad: int) -> Config:
     return tile._replace(block_n=min(tile.block_n, 64), block_m=max(32, pad), num_warps=8 if pad > 32 else 4)
 
 
-# Beyond this the owned form's accumulators no longer fit the registers beside the scores.
-OWNED_WIDTH = 128
-
-
 def has_owned(arch: str, dtype: torch.dtype, d: int, metric: str) -> bool:
-    return d <= OWNED_WIDTH and ("rows", KINDS[dtype], metric != "dot") in TABLE[arch]
+    return d <= OWNED_WIDTH and aligned(d) and ("rows", KINDS[dtype], metric != "dot") in TABLE[arch]
 
 
 def form(arch: str, dtype: torch.dtype, d: int, metric: str) -> str:
@@ -265,8 +278,9 @@ def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
     return best
 
 
-def ranges(tile: Config, n: int, m: int, device: torch.device) -> tuple[int, int, int]:
-    """(row tiles, ranges of the bank, bank entries in a range) of a grid of programs that each walk one range."""
+def ranges(tile: Config, n: int, m: int, device: torch.device, most: int | None = None) -> tuple[int, int, int]:
+    """(row tiles, ranges of the bank, at the ``most``, bank entries in one): each program walks one range."""
     n_tiles, m_tiles = -(-n // tile.block_n), -(-m // tile.block_m)
-    per_split = -(-m_tiles // splits(n_tiles, m_tiles, cores_of(device)))
+    count = splits(n_tiles, m_tiles, cores_of(device))
+    per_split = -(-m_tiles // (count if most is None else min(most, count)))
     return n_tiles, -(-m_tiles // per_split), per_split * tile.block_m

@@ -3,6 +3,10 @@
 A program owns BLOCK_N rows and one range of the bank. What it keeps per row: for each set the running maximum m and
 the sum l of exp(z - m) (m of `different` in units of log 2: one fused multiply-add before its exp2), and the plain sums
 if asked for. The ranges' results, O(N x splits), are merged in order by ``merge_kernel``: the same bits every run.
+
+With KEEP it also works out the gradient in x of `different`, as flash attention does its output, with the bank as keys
+and values: sum_j exp(z_ij - m) q_j w_j stays in registers beside the scores, 2NMD more, and saves the backward a pass
+of 4NMD. ``merge_means_kernel`` makes the mean of it, ``owned_means_kernel`` the gradient.
 """
 
 import triton
@@ -20,6 +24,7 @@ from .tiles import (
     columns,
     described_products,
     distances_to_scores,
+    factor,
     load_tile,
     products,
     row_scale,
@@ -36,12 +41,32 @@ def finite(m):
 
 
 @triton.jit
+def weighted(
+    total, weight, w_tile, q_ptr, rw_ptr, m0, local, left, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    LIFT: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total (BLOCK_N, BLOCK_D) + weight (BLOCK_N, BLOCK_M) . the entries times q, as unit vectors with UNIT.
+
+    A weight is at most 1. In fp16 those below 6e-8 would be 0: LIFT, a power of two and not 1 there, takes them all up.
+    """
+    UNITS: tl.constexpr = UNIT and LIFT > 1
+    if UNIT and not UNITS:
+        weight = weight * column(rw_ptr, m0, left, BLOCK_M)[None, :]
+    if q_ptr is not None:
+        weight = weight * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
+    weight = (weight * LIFT).to(PRODUCT)
+    entries = factor(w_tile, rw_ptr, m0 + local, UNITS, PRODUCT, ACC)
+    return tl.dot(weight, entries, total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
 def forward_kernel(
     x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
+    mean_ptr,
     N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
     k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64", number: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SUMS: tl.constexpr, FIXED: tl.constexpr,
-    POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr,
+    KEEP: tl.constexpr, LIFT: tl.constexpr, POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -52,6 +77,7 @@ def forward_kernel(
     distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
     TMA: tiles come by tensor descriptors; columns of x and w are contiguous, rows a multiple of 16 bytes apart.
     POLICY with its ``number`` (m of quadratic, gamma of softmax_pool): of a pool's bank rows PAD make a column.
+    KEEP: mean (splits, N, D) gets LIFT times sum_j exp(z_ij - m) q_j w_j of `different`; all of D is in one block.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -86,13 +112,21 @@ def forward_kernel(
     l_different = tl.zeros((BLOCK_N,), ACC)
     sum_same = tl.zeros((BLOCK_N,), ACC)
     sum_different = tl.zeros((BLOCK_N,), ACC)
+    if KEEP:
+        total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     if TMA:
         w_tiles = tl.make_tensor_descriptor(w_ptr, [M, D], [stride_wm, 1], [BLOCK_M, BLOCK_D])
         x_tiles = tl.make_tensor_descriptor(x_ptr, [N, D], [stride_xn, 1], [BLOCK_N, BLOCK_D])
     for i in range(tiles):
         m0 = start + tl.cast(i, tl.int64) * BLOCK_M
         local, left = columns(m0, M, BLOCK_M)
-        if TMA:
+        if KEEP:
+            if TMA:
+                w_tile = w_tiles.load([m0.to(tl.int32), 0])
+            else:
+                w_tile = load_tile(w_ptr, m0 + local, stride_wm, stride_wd, 0, D, BLOCK_D)
+            s = tl.dot(x_tile, tl.trans(w_tile.to(PRODUCT)), input_precision=PRECISION, out_dtype=ACC)
+        elif TMA:
             s = described_products(
                 x_tiles, w_tiles, x_tile, tl.program_id(0) * BLOCK_N, m0.to(tl.int32), width,
                 D, BLOCK_N, BLOCK_M, BLOCK_D, PRODUCT, ACC, PRECISION,
@@ -147,13 +181,22 @@ def forward_kernel(
             sum_different += tl.sum(tl.where(counted, z, 0.0), 1)
         z = tl.where(counted, z, -INF)
         if FIXED:
-            l_different += tl.sum(tl.exp2(z * LOG2E - tl.cast(peak, ACC)), 1)
+            weight = tl.exp2(z * LOG2E - tl.cast(peak, ACC))
+            l_different += tl.sum(weight, 1)
         else:
             m_new = tl.maximum(m_different, tl.max(z, 1) * LOG2E)
             shift = finite(m_new)
-            added = tl.sum(tl.exp2(z * LOG2E - shift[:, None]), 1)
-            l_different = l_different * tl.exp2(m_different - shift) + added
+            weight = tl.exp2(z * LOG2E - shift[:, None])
+            faded = tl.exp2(m_different - shift)
+            l_different = l_different * faded + tl.sum(weight, 1)
             m_different = m_new
+            if KEEP:
+                total = total * faded[:, None]
+        if KEEP:
+            total = weighted(
+                total, weight, w_tile, q_ptr, rw_ptr, m0, local, left, UNIT, BLOCK_M, LIFT, PRODUCT, ACC,
+                PRECISION,
+            )  # fmt: skip
 
     if FIXED:
         m_different = tl.full((BLOCK_N,), 0.0, ACC) + tl.cast(peak, ACC)
@@ -166,6 +209,10 @@ def forward_kernel(
     if SUMS:
         tl.store(at + 4 * step, sum_same, mask=mask_n)
         tl.store(at + 5 * step, sum_different, mask=mask_n)
+    if KEEP:
+        offs_d = tl.arange(0, BLOCK_D)
+        at_mean = mean_ptr + ((split.to(tl.int64) * N + offs_n) * D)[:, None] + offs_d[None, :]
+        tl.store(at_mean, total, mask=mask_n[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
@@ -206,3 +253,33 @@ def merge_kernel(
     if SUMS:
         tl.store(sum_same_ptr + offs, tl.where(counts, sum_same, 0.0), mask=mask)
         tl.store(sum_different_ptr + offs, tl.where(counts, sum_different, 0.0), mask=mask)
+
+
+@triton.jit
+def merge_means_kernel(
+    part_ptr, sums_ptr, y_ptr, mean_ptr, N, splits, ignore_index, D: tl.constexpr, LIFT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The ranges' weighted sums (splits, N, D) beside their m and l of `different` -> mean (N, D).
+
+    0 for an empty set and for an ignored row.
+    """
+    offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = mask[:, None] & (offs_d < D)[None, :]
+    step = tl.cast(splits, tl.int64) * N
+    m = tl.full((BLOCK_N,), -INF, ACC)
+    l_total = tl.zeros((BLOCK_N,), ACC)
+    total = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    for split in range(splits):
+        row = tl.cast(split, tl.int64) * N + offs
+        m_part, l_part = tl.load(part_ptr + 2 * step + row), tl.load(part_ptr + 3 * step + row)
+        m_new = tl.maximum(m, m_part)
+        shift = finite(m_new)
+        faded, share = tl.exp2(m - shift), tl.exp2(m_part - shift)
+        m, l_total = m_new, l_total * faded + l_part * share
+        sums = tl.load(sums_ptr + (row * D)[:, None] + offs_d[None, :], mask=inside, other=0.0)
+        total = total * faded[:, None] + sums * share[:, None]
+    some = (tl.load(y_ptr + offs) != ignore_index) & (l_total != 0)
+    total = tl.where(some[:, None], total / (tl.where(some, l_total, 1.0) * LIFT)[:, None], 0.0)
+    tl.store(mean_ptr + (offs * D)[:, None] + offs_d[None, :], total, mask=inside)

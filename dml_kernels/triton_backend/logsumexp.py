@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.contract import Bank, Spec, accumulate_dtype
 from ..torch_backend import scale_grad
 from . import backward, configs, forward, owned
-from .collect import BUFFER_BYTES, Block, Gradients, lift, slope_bound
+from .collect import BUFFER_BYTES, LARGEST_FP16, Block, Gradients, lift, slope_bound
 from .launch import ACCUMULATE, cdiv, launch, on_device
 from .operand import Operand, finish, part, tile_arguments
 
@@ -89,6 +89,19 @@ def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
     return Operand.of(bank.x, *kind), Operand.of(padded(bank.w, spec), *kind)
 
 
+def keeps_mean(bank: Bank, spec: Spec) -> bool:
+    """Whether the forward works out the rows' gradient too: in the owned form, of products, with labels as indices.
+
+    A bank with labels of its own may hold many positives of a row, a second sum to accumulate; plain sums have a
+    gradient that no softmax weighs; and column scales have no bound that a weight in fp16 could be lifted to.
+    """
+    if spec.sums or bank.c is not None or spec.metric != "dot" or spec.policy != "linear" or bank.x.size(0) == 0:
+        return False
+    if spec.dtype == torch.float16 and bank.col_scale is not None:
+        return False
+    return configs.form(configs.arch_of(bank.x.device), spec.dtype, bank.x.size(1), spec.metric) == "owned"
+
+
 def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
     """Whether the forward's tiles come by tensor descriptors: asked for, rows contiguous and aligned to 16 bytes."""
     return tile.tma and all(
@@ -112,16 +125,19 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     with on_device(bank.x):
         x, w = operands(bank, spec)
         m = w.t.size(0)
-        tile = _pick("forward", bank, spec)
-        n_tiles, splits, span = configs.ranges(tile, n, m, bank.x.device)
+        keep = spec.keep and keeps_mean(bank, spec)
+        tile = _pick("kept" if keep else "forward", bank, spec)
+        n_tiles, splits, span = configs.ranges(tile, n, m, bank.x.device, slices(x) if keep else None)
+        kept = bank.x.new_empty((splits, *x.t.shape), dtype=acc) if keep else None
         parts = bank.x.new_empty((6 if spec.sums else 4, splits, n), dtype=acc)
-        peak = fixed_peak(bank, spec)
+        # A weight against a fixed offset may be too small for fp16.
+        peak = None if keep and spec.dtype == torch.float16 else fixed_peak(bank, spec)
         logit = logit_arguments(bank, spec)
         arguments = {
             **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit,
-            **policy_arguments(spec), "out_ptr": parts, "N": n, "M": m,
+            **policy_arguments(spec), "out_ptr": parts, "mean_ptr": kept, "N": n, "M": m,
             "span": span, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
-            "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
+            "KEEP": keep, "LIFT": weight_lift(spec), "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
         }  # fmt: skip
         if arguments["TMA"] and bank.x.is_cuda:
             triton.set_allocator(_scratch)
@@ -133,7 +149,39 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
             "ignore_index": spec.ignore_index, "SUMS": spec.sums, "BLOCK_N": 128, "ACC": ACCUMULATE[acc],
         }  # fmt: skip
         launch(forward.merge_kernel, (cdiv(n, 128),), arguments, num_warps=4, num_stages=2)
+        if kept is not None:
+            out.append(_mean(kept, parts, logit["y_ptr"], spec))
     return tuple(out)
+
+
+def weight_lift(spec: Spec) -> float:
+    return LARGEST_FP16 if spec.dtype == torch.float16 else 1.0
+
+
+def _mean(kept: Tensor, parts: Tensor, y: Tensor, spec: Spec) -> Tensor:
+    """``merge_means_kernel``: what the ranges kept -> the mean of `different` (N, D)."""
+    splits, n, d = kept.shape
+    mean = kept.new_empty(n, d)
+    arguments = {
+        "part_ptr": parts, "sums_ptr": kept, "y_ptr": y, "mean_ptr": mean, "N": n, "splits": splits,
+        "ignore_index": spec.ignore_index, "LIFT": weight_lift(spec),
+        **row_tile(d, kept.dtype),
+    }  # fmt: skip
+    launch(forward.merge_means_kernel, (cdiv(n, configs.ROWS.block_n),), arguments, num_warps=configs.ROWS.num_warps,
+           num_stages=configs.ROWS.num_stages)  # fmt: skip
+    return mean
+
+
+def row_tile(d: int, acc: torch.dtype) -> dict[str, Any]:
+    """The arguments by which a kernel over rows takes all of D in one block."""
+    block_d = max(16, 1 << (d - 1).bit_length())
+    return {"D": d, "BLOCK_N": configs.ROWS.block_n, "BLOCK_D": block_d, "ACC": ACCUMULATE[acc]}
+
+
+def slices(operand: Operand, least: int = 16) -> int:
+    """How many partial gradients of a matrix may be held: 16 of the rows', or what one bounded buffer takes."""
+    rows, d = operand.t.shape
+    return max(least, BUFFER_BYTES // (rows * d * 4))
 
 
 class Backward:
@@ -221,8 +269,7 @@ class Backward:
         side, step = (tile.block_n, tile.block_m) if rows else (tile.block_m, tile.block_n)
         (r, d), new = operand.t.shape, self.bank.x.new_empty
         tiles, walk = cdiv(r, side), cdiv(walked.t.size(0), step)
-        # Memory: 16 slices of N x D, or one bounded buffer.
-        most = max(16 if rows else 1, BUFFER_BYTES // (r * d * self.acc.itemsize))
+        most = slices(operand, 16 if rows else 1)
         per_split = cdiv(walk, min(most, configs.splits(tiles, walk, configs.cores_of(operand.t.device))))
         splits = cdiv(walk, per_split)
         out = torch.empty_like(operand.t, memory_format=torch.contiguous_format)
@@ -248,8 +295,25 @@ class Backward:
         own = None if own is None else own.sum(0)
         return finish(parts.sum(0), operand, own, out, lift=self.lift, folded=self.fold)
 
+    def from_mean(self, mean: Tensor) -> Tensor | None:
+        """grad_x and the scale's gradient from what the forward has kept."""
+        n, d = self.x.t.shape
+        out = torch.empty_like(self.x.t, memory_format=torch.contiguous_format) if self.needs[0] else None
+        taken = ("y_ptr", "scale_ptr", "q_ptr", "stride_scale", "k_same", "o_same", "k_different", "o_different")
+        rows = ("same_ptr", "different_ptr", "g_same_ptr", "g_different_ptr")
+        arguments = {
+            "x_ptr": self.x.t, "w_ptr": self.w.t, "rx_ptr": self.x.r, "rw_ptr": self.w.r, "unit_ptr": self.x.unit,
+            "stride_xn": self.x.t.stride(0), "stride_xd": self.x.t.stride(1), "stride_wm": self.w.t.stride(0),
+            "stride_wd": self.w.t.stride(1), **{name: self.logit[name] for name in taken},
+            **{name: self.rows[name] for name in rows}, "mean_ptr": mean, "out_ptr": out, "t_rows_ptr": self.of_scale,
+            "N": n, "NORMALIZE": self.spec.normalize, **row_tile(d, self.acc),
+        }  # fmt: skip
+        launch(owned.owned_means_kernel, (cdiv(n, configs.ROWS.block_n),), arguments,
+               num_warps=configs.ROWS.num_warps, num_stages=configs.ROWS.num_stages)  # fmt: skip
+        return out
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor | None = None) -> list[Tensor | None]:
     if bank.x.size(0) == 0:
         wanted = (bank.x, bank.w, *bank[5:])
         return [torch.zeros_like(t) if need else None for t, need in zip(wanted, needs, strict=True)]
@@ -257,8 +321,12 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
         call = Backward(grads, lse, needs, bank, spec)
         d = bank.x.size(1)
         form = configs.form(configs.arch_of(bank.x.device), spec.dtype, d, spec.metric)
-        if form == "owned" and spec.policy == "linear":
-            grad_x = call.owned("rows") if needs[0] or needs[2] else None
+        if mean is not None or (form == "owned" and spec.policy == "linear"):
+            grad_x = None
+            if mean is not None:
+                grad_x = call.from_mean(mean)
+            elif needs[0] or needs[2]:
+                grad_x = call.owned("rows")
             grad_w = call.owned("bank") if any((needs[1], *needs[3:])) else None
         else:
             chunks = Gradients(call.x, call.w, spec.metric, spec.dtype, needs[:2], call.tile, call.lift)

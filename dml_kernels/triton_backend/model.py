@@ -1,4 +1,4 @@
-"""The cost model: time, bytes and launches of forward and backward in bf16, for each form of the backward.
+"""The cost model: time, bytes and launches of forward and backward in bf16, for each form of the gradients.
 
 A kernel takes the longest of its products, its exponentials and its bytes, from memory and through the cache that all
 cores share; launches are added. At datasheet rates: bounds to hold measurements against, no measurements. What the
@@ -87,6 +87,14 @@ def forward(arch: str, n: int, m: int, d: int) -> Cost:
     return norms(arch, n, m, d) + _kernel(arch, n, m, d, 2, True, 2 * m * d, operands) + _launches(arch, 2)
 
 
+def kept_forward(arch: str, n: int, m: int, d: int) -> Cost:
+    """The forward that keeps the rows' gradient: its tile of the bank serves both products."""
+    tile = _tile("kept", arch, d)
+    parts = configs.splits(math.ceil(n / tile.block_n), math.ceil(m / tile.block_m), configs.CHIPS[arch].cores)
+    memory, operands = 2 * m * d + 8 * parts * n * d, 2 * d * n * m / tile.block_n
+    return norms(arch, n, m, d) + _kernel(arch, n, m, d, 4, True, memory, operands) + _launches(arch, 3)
+
+
 def chunks(arch: str, n: int, m: int, d: int) -> int:
     """How many chunks ``collect.Gradients`` cuts the bank into."""
     tile = _tile("gradient", arch, d)
@@ -124,7 +132,25 @@ def owned_backward(arch: str, n: int, m: int, d: int, side: str = "both") -> Cos
     return total
 
 
-FORMS = {"chunk": chunk_backward, "owned": owned_backward}
+def chunk_step(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
+    return forward(arch, n, m, d) + chunk_backward(arch, n, m, d, side)
+
+
+def owned_step(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
+    """Of a bank with labels of its own: nothing is kept."""
+    return forward(arch, n, m, d) + owned_backward(arch, n, m, d, side)
+
+
+def kept_step(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
+    """Of a bank whose labels are its indices: the rows' gradient is one small kernel over N x D, and norms anew."""
+    if side == "bank":
+        return owned_step(arch, n, m, d, side)
+    total = kept_forward(arch, n, m, d) + _kernel(arch, n, m, d, 0, False, 12 * n * d, 0) + _launches(arch, 1)
+    return total + (owned_backward(arch, n, m, d, "bank") if side == "both" else norms(arch, n, m, d))
+
+
+# Forward and backward. "kept" is the owned form wherever labels are indices.
+FORMS = {"chunk": chunk_step, "owned": owned_step, "kept": kept_step}
 
 
 def forms(arch: str, d: int) -> list[str]:
@@ -132,5 +158,11 @@ def forms(arch: str, d: int) -> list[str]:
     return [form for form in FORMS if form == "chunk" or configs.has_owned(arch, torch.bfloat16, d, "dot")]
 
 
-def faster(arch: str, n: int, m: int, d: int, side: str = "both") -> str:
-    return min(forms(arch, d), key=lambda form: FORMS[form](arch, n, m, d, side).seconds)
+def faster(arch: str, n: int, m: int, d: int, side: str = "both", *, labels: bool = False) -> str:
+    """ "chunk" or "owned", as ``configs.form`` says it. ``labels``: the bank has labels of its own."""
+    owned = "owned" if labels else "kept"
+    if owned not in forms(arch, d):
+        return "chunk"
+    return min(
+        ("chunk", "owned"), key=lambda form: FORMS[form if form == "chunk" else owned](arch, n, m, d, side).seconds
+    )

@@ -3,21 +3,14 @@
 Both kernels recompute the scores (2NMD) and keep the second product (2NMD) in registers: no dS in memory, no atomics,
 and a gradient stored once, finished, where one program sees all of the other matrix. Otherwise the walk is cut into
 splits, whose partial sums are added in their order. All of D is in one block: for D up to 128 or so.
+Where the forward has kept the mean of `different` (KEEP there), the rows' gradient takes no walk at all.
 """
 
 import triton
 import triton.language as tl
 
-from .backward import pair_gradients, rows_of_tile, scores
-from .tiles import NEAR, clamped, column, columns, load_tile, rounded
-
-
-@triton.jit
-def factor(tile, r_ptr, offs, UNITS: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr):
-    """A stored tile as the gradient's product takes it: with UNITS (fp16) unit vectors: no power of two suits all."""
-    if UNITS:
-        tile = tile.to(ACC) * tl.load(r_ptr + offs)[:, None]
-    return tile.to(PRODUCT)
+from .backward import incoming, pair_gradients, rows_of_tile, scores
+from .tiles import INF, NEAR, clamped, column, columns, factor, load_tile, rounded, row_scale
 
 
 @triton.jit
@@ -285,3 +278,50 @@ def owned_bank_kernel(
             total, own, w_ptr, rw_ptr, unit_ptr, lift_ptr, out_ptr, own_ptr, offs_m, mask_m, stride_wm, stride_wd,
             M, split, D, METRIC, NORMALIZE, FOLD, PARTS, BLOCK_D, ACC,
         )  # fmt: skip
+
+
+@triton.jit
+def owned_means_kernel(
+    x_ptr, w_ptr, y_ptr, scale_ptr, q_ptr, rx_ptr, rw_ptr, unit_ptr, mean_ptr,
+    same_ptr, different_ptr, g_same_ptr, g_different_ptr, out_ptr, t_rows_ptr,
+    N, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale,
+    k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64",  # noqa: F821
+    D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """mean (N, D) of `different`, kept by the forward -> grad_x (N, D) and the scale's gradient t_rows (N,).
+
+    A row has one positive at most, the entry of its label's index: its share is a gather. Either output may be None.
+    """
+    offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = mask_n[:, None] & (offs_d < D)[None, :]
+    at = (offs_n * D)[:, None] + offs_d[None, :]
+    mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+    x = load_tile(x_ptr, offs_n, stride_xn, stride_xd, 0, D, BLOCK_D).to(ACC)
+    # Neither set counts for an ignored row: both are empty there.
+    has_same = tl.load(same_ptr + offs_n) != -INF
+    has_different = tl.load(different_ptr + offs_n) != -INF
+    place = tl.where(has_same, tl.load(y_ptr + offs_n), 0)
+    own = load_tile(w_ptr, place, stride_wm, stride_wd, 0, D, BLOCK_D).to(ACC)
+    if NORMALIZE:
+        own = own * tl.load(rw_ptr + place)[:, None]
+    if q_ptr is not None:
+        own = own * tl.load(q_ptr + place).to(ACC)[:, None]
+    own = tl.where(has_same[:, None], own, 0.0)
+    g_same = incoming(g_same_ptr, offs_n, has_same) * tl.cast(k_same, ACC)
+    g_different = incoming(g_different_ptr, offs_n, has_different) * tl.cast(k_different, ACC)
+    grad = g_same[:, None] * own + g_different[:, None] * mean
+    r = tl.full((BLOCK_N,), 1.0, ACC)
+    if NORMALIZE:
+        r = tl.load(rx_ptr + offs_n)
+    unit = x * r[:, None]
+    along = tl.sum(grad * unit, 1)
+    if t_rows_ptr is not None:
+        offset = g_same * tl.cast(o_same, ACC) + g_different * tl.cast(o_different, ACC)
+        tl.store(t_rows_ptr + offs_n, along - offset, mask=mask_n)
+    if out_ptr is not None:
+        if NORMALIZE:
+            along = tl.where(tl.load(unit_ptr + offs_n) > 0, along, 0.0)
+            grad -= along[:, None] * unit
+        grad = grad * (r * row_scale(scale_ptr, offs_n, stride_scale, ACC))[:, None]
+        tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=inside)

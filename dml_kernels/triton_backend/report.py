@@ -1,7 +1,7 @@
 """``python -m dml_kernels.triton_backend.report``: what every kernel costs, compiled ahead of time for each chip.
 
 Registers a thread, spilled bytes, shared memory and tensor-core instructions are the compilers' own; times, bytes and
-launches of both forms of the backward are those of the cost model (``model.py``): bounds to hold measurements against.
+launches of each form of the gradients are those of the cost model (``model.py``): bounds to hold measurements against.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     x: torch.dtype = torch.bfloat16
     w: torch.dtype = torch.bfloat16
     options: bool = False
+    labels: bool = True  # of the options also the bank's labels and plain sums
     rows: int = 256
     columns: int = 4096
     precision: str = "highest"  # PyTorch's setting for fp32 products
@@ -63,14 +64,19 @@ POLICIES = (
 
 CASES = (
     *(Case("proxies", d, metric) for metric in ("cosine", "sqeuclidean") for d in (64, 128, 256, 512)),
+    Case("proxies", 96),
     Case("fp32 proxies", 128, w=torch.float32),
     Case("fp32 proxies", 512, w=torch.float32),
     Case("every option", 128, options=True),
     Case("every option", 128, "euclidean", options=True),
+    Case("no labels", 128, options=True, labels=False),
+    Case("no labels", 128, w=torch.float32, options=True, labels=False),
     # Arguments that are 1 become constants, others of odd sizes lose their alignment.
     Case("ones", 1, "euclidean", options=True, rows=1, columns=1),
     Case("odd", 99, "sqeuclidean", rows=33, columns=777),
+    Case("odd", 99, rows=33, columns=777),
     Case("fp16", 512, "euclidean", torch.float16, torch.float16),
+    Case("fp16", 128, "cosine", torch.float16, torch.float16),
     Case("fp32", 128, "cosine", torch.float32, torch.float32),
     Case("fp32", 128, "sqeuclidean", torch.float32, torch.float32),
     *(
@@ -114,13 +120,13 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     n, m = torch.zeros(case.rows, dtype=acc), torch.zeros(case.columns, dtype=acc)
     y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
     base, normalize = ("dot", True) if case.metric == "cosine" else (case.metric, True)
-    some = case.options
-    bank = Bank(x, w, y, c if some else None, y if some else None, n if some else None, m if some else None,
+    some, labels = case.options, case.options and case.labels
+    bank = Bank(x, w, y, c if labels else None, y if some else None, n if some else None, m if some else None,
                 m if some else None)  # fmt: skip
     dtype = case.x
     params = {"linear": [], "quadratic": [0.25], "max_pool": [case.centres], "softmax_pool": [case.centres, 0.1]}
-    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, some, case.policy, params[case.policy],
-                "triton")  # fmt: skip
+    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, labels, False, case.policy,
+                params[case.policy], "triton")  # fmt: skip
     torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
         if case.op != "logsumexp":
@@ -132,10 +138,13 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
                 continue
             if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
                 with configs.take_form(form):
+                    needs = [True, True, some, some, some]
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
-                        needs = [True, True, some, some, some]
                         logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
+                    if logsumexp.keeps_mean(bank, spec):
+                        *_, mean = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
+                        logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), needs, bank, spec, mean)
         if not some and case.policy == "linear":
             matrices.normalized_distance_fwd(x, w, base, normalize, 1e-12, dtype)
             matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
@@ -216,8 +225,11 @@ def show(builds: list[dict[str, Any]]) -> None:
             f"{b['spill_bytes']:7}{b['shared']:8}  {uses}"
         )
     archs = list(dict.fromkeys(b["arch"] for b in builds))
-    print("\nCost model, bf16, cosine (datasheet rates; not measured). Form of the backward: * is the table's choice.")
-    print(f"{'chip':8}{'M':>11}{'D':>5}{'N':>6} {'gradient of':12}{'form':7}{'NMD':>4}{'memory MB':>11}{'cache MB':>11}"
+    print(
+        "\nCost model, bf16, cosine (datasheet rates; not measured). A step is forward and backward; "
+        "* is the table's choice, of labels that are the bank's indices."
+    )
+    print(f"{'chip':8}{'M':>11}{'D':>5}{'N':>6} {'step with':12}{'form':7}{'NMD':>4}{'memory MB':>11}{'cache MB':>11}"
           f"{'launches':>9}{'registers':>10}{'ms':>9}")  # fmt: skip
     for arch in archs:
         for m, d, n in model.SHAPES:
@@ -233,13 +245,16 @@ def show(builds: list[dict[str, Any]]) -> None:
             )
             for side in model.SIDES:
                 for form in model.forms(arch, d):
-                    chosen = form == configs.form(arch, torch.bfloat16, d, "dot")
+                    chosen = form == ("kept" if configs.form(arch, torch.bfloat16, d, "dot") == "owned" else "chunk")
                     used = _registers(builds, arch, d, *KERNELS[form])
                     cost = model.FORMS[form](arch, n, m, d, side)
                     _show_cost(arch, m, d, n, side, form + "*" * chosen, cost, used)
 
 
-KERNELS = {"chunk": ("gradient_kernel",), "owned": ("owned_rows_kernel", "owned_bank_kernel")}
+KERNELS = {
+    "chunk": ("gradient_kernel",), "owned": ("owned_rows_kernel", "owned_bank_kernel"),
+    "kept": ("forward_kernel", "owned_bank_kernel"),
+}  # fmt: skip
 
 
 def _registers(builds: list[dict[str, Any]], arch: str, d: int, *kernels: str) -> str:

@@ -90,6 +90,14 @@ def described_products(
 
 
 @triton.jit
+def factor(tile, r_ptr, offs, UNITS: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr):
+    """A stored tile as a gradient's product takes it: with UNITS (fp16) unit vectors: no power of two suits all."""
+    if UNITS:
+        tile = tile.to(ACC) * tl.load(r_ptr + offs)[:, None]
+    return tile.to(PRODUCT)
+
+
+@triton.jit
 def rounded(unit):
     """A component of a unit vector, as a number: a compiler that fused x r - w r would not give 0 for identical rows.
 

@@ -100,7 +100,9 @@ def launches(metric: str, monkeypatch: Any) -> dict[str, tuple[Any, ...]]:
         x, w = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(M, D, dtype=torch.bfloat16)
         n, m, y, c = torch.empty(N), torch.empty(M), *(torch.empty(k, dtype=torch.int64) for k in (N, M))
         bank = Bank(x, w, y, c, y, n, m, m)
-        spec = Spec(metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, torch.bfloat16, True, "linear", [], "triton")
+        spec = Spec(
+            metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, torch.bfloat16, True, False, "linear", [], "triton"
+        )
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
         logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, bank, spec)
         out = matrices.normalized_distance_fwd(x, w, metric, True, 1e-12, torch.bfloat16)

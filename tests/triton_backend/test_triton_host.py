@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -21,7 +22,7 @@ from dml_kernels.triton_backend.launch import recorded
 def test_no_fixed_offset_where_the_span_is_unknown():
     x, ones = torch.zeros(2, 3), torch.ones(2)
     plain = Bank(x, x, torch.arange(2), None, None, None, None, None)
-    kind = Spec("dot", True, [1.0, 0, 1.0, 0], 1e-12, -100, torch.float32, False, "linear", [], "triton")
+    kind = Spec("dot", True, [1.0, 0, 1.0, 0], 1e-12, -100, torch.float32, False, False, "linear", [], "triton")
     assert logsumexp.fixed_peak(plain, kind) == pytest.approx(math.log2(math.e))
     assert logsumexp.fixed_peak(plain, kind._replace(normalize=False)) is None
     for name in ("scale", "col_scale", "col_bias"):
@@ -57,7 +58,7 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
     rows, columns = torch.empty(n), torch.empty(m)
     y, c = torch.empty(n, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
     bank = Bank(x, w, y, c, y, rows, columns, columns)
-    spec = Spec(metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, dtype, True, "linear", [], "triton")
+    spec = Spec(metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, dtype, True, False, "linear", [], "triton")
     launches = []
     with recorded(lambda *launch: launches.append(launch)):
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
@@ -209,17 +210,22 @@ print(fp32_products("sm_90", torch.float32))
 def test_the_table_takes_the_faster_form_by_the_cost_model(arch):
     more = ((1_000_000, 32, 8192), (100_000, 128, 256), (1_000_000, 100, 32))
     for m, d, n in (*model.SHAPES, *more):
-        for side in model.SIDES:
-            assert configs.form(arch, torch.bfloat16, d, "dot") == model.faster(arch, n, m, d, side), (m, d, n, side)
+        for side, labels in itertools.product(model.SIDES, (True, False)):
+            chosen, faster = (
+                configs.form(arch, torch.bfloat16, d, "dot"),
+                model.faster(arch, n, m, d, side, labels=labels),
+            )
+            assert chosen == faster, (m, d, n, side, labels)
 
 
 def test_the_cost_model_counts_what_each_form_does():
     n, m, d = 4096, 1_000_000, 128
-    for side, chunk, owned in (("both", 6, 8), ("rows", 4, 4), ("bank", 4, 4)):
+    for side, *nmd in (("both", 8, 10, 8), ("rows", 6, 6, 4), ("bank", 6, 6, 6)):
         of = {form: cost("sm_90", n, m, d, side) for form, cost in model.FORMS.items()}
-        assert (of["chunk"].nmd, of["owned"].nmd) == (chunk, owned)
-        assert of["owned"].cache < of["chunk"].cache / 2  # no dS
-        assert of["owned"].launches < 10 < of["chunk"].launches
+        assert [of[form].nmd for form in ("chunk", "owned", "kept")] == nmd
+        assert of["kept"].cache <= of["owned"].cache < of["chunk"].cache * 0.6  # no dS
+        assert of["kept"].seconds <= of["owned"].seconds
+        assert max(of["owned"].launches, of["kept"].launches) < 15 < of["chunk"].launches
     # Launches as the host makes them, of the chunk form.
     assert model.chunks("sm_90", n, m, d) == 174
 
@@ -231,14 +237,19 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
 
         def look(kernel, grid, arguments, options):
             nonlocal largest
-            for name in ("out_ptr", "own_ptr", "t_rows_ptr"):
-                t = arguments.get(name)
-                if kernel.__name__.startswith("owned") and t is not None and arguments["PARTS"]:
+            names = ("out_ptr", "own_ptr", "t_rows_ptr") if arguments.get("PARTS") else ("mean_ptr",)
+            for t in (arguments.get(name) for name in names):
+                if t is not None:
                     largest = max(largest, t.numel() * t.element_size())
 
         with FakeTensorMode(), configs.compile_for("sm_90"), configs.take_form("owned"), recorded(look):
             x, w, rows = torch.empty(n, d), torch.empty(m, d), torch.empty(n)
             bank = Bank(x, w, torch.empty(n, dtype=torch.int64), None, None, None, None, None)
-            spec = Spec("dot", True, [2.0, 0, 3.0, 0], 1e-12, -100, torch.bfloat16, False, "linear", [], "triton")
-            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, [True, True, False, False, False], bank, spec)
+            spec = Spec(
+                "dot", True, [2.0, 0, 3.0, 0], 1e-12, -100, torch.bfloat16, False, False, "linear", [], "triton"
+            )
+            needs = [True, True, False, False, False]
+            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec)
+            kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
+            assert kept[4].shape == (n, d)
         assert largest <= max(64 << 20, 16 * n * d * 4)
