@@ -26,7 +26,7 @@ from helpers import (
 )
 
 from dml_kernels import distances, functional, losses
-from dml_kernels.losses import REGISTRY, family
+from dml_kernels.losses import REGISTRY, family, proxy_loss, softmax
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -231,6 +231,15 @@ def test_the_module_is_the_function(name):
         assert torch.equal(loss.bank, w)
 
 
+def arguments(function, shared):
+    """The parameters of a function; its ``**options`` are the keyword arguments of `shared`."""
+    own = dict(inspect.signature(function).parameters)
+    if own.pop("options", None) is None:
+        return own
+    more = inspect.signature(shared).parameters
+    return {**own, **{name: p for name, p in more.items() if p.kind is p.KEYWORD_ONLY}}
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_registry_entry_is_complete(name):
     entry = REGISTRY[name]
@@ -242,7 +251,43 @@ def test_a_registry_entry_is_complete(name):
     if entry.family == "pairs":  # the Module is the loss: its function builds one, for the tests and benchmarks
         return
     assert hasattr(functional, entry.function.__name__)
-    ours, theirs = (inspect.signature(f).parameters for f in (entry.function, entry.reference))
-    assert set(ours) - set(theirs) == {"backend"}
-    shared = [p for p in theirs if p in ours]
-    assert all(ours[p].default == theirs[p].default for p in shared)
+    ours = arguments(entry.function, softmax.softmax_loss)
+    theirs = arguments(entry.reference, softmax.dense_cross_entropy)
+    assert set(ours) == {*theirs, "backend"}
+    assert all(ours[p].default == theirs[p].default for p in theirs)
+
+
+SOFTMAX = [name for name, entry in PROXIES.items() if issubclass(entry.loss, proxy_loss.SoftmaxLoss)]
+# Each changes the value.
+SHARED = {
+    "class_weight": torch.arange(9) + 1.0, "label_smoothing": 0.3, "ignore_index": 3, "reduction": "sum", "eps": 1.5
+}  # fmt: skip
+
+
+def test_the_options_of_softmax_losses_are_documented_and_tested():
+    assert set(arguments(lambda **options: None, softmax.softmax_loss)) == {*SHARED, "backend"}
+    assert set(softmax.SoftmaxOptions.__annotations__) == {*SHARED, "backend"}
+    assert all(option in softmax.SoftmaxOptions.__doc__ for option in SHARED)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    # eps guards a division by lengths, which not every loss that keeps them makes.
+    [(name, o) for name in SOFTMAX for o in SHARED if o != "eps" or not REGISTRY[name].lengths_matter],
+)
+def test_an_option_of_all_softmax_losses_reaches_function_reference_and_module(name, option):
+    entry, (x, w, y) = REGISTRY[name], problem_of(name, 11, 9, 4)
+    y, given = y.clamp_min(0), {**entry.options[0], option: SHARED[option]}
+    value = entry.function(x, w, y, **given)
+    assert not torch.allclose(value, entry.function(x, w, y, **entry.options[0]))
+    torch.testing.assert_close(value, entry.reference(x, w, y, **given))
+    if option != "eps":  # a Module's is the default
+        assert torch.equal(value, entry.loss(9, 4, **given, proxies=w)(x, y))
+
+
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_an_option_that_no_softmax_loss_has_is_named(name):
+    entry, arrays = REGISTRY[name], problem_of(name, 11, 9, 4)
+    for call, args in ((entry.function, arrays), (entry.reference, arrays), (entry.loss, (9, 4))):
+        with pytest.raises(TypeError, match="'smoothing'"):
+            call(*args, smoothing=0.1)

@@ -13,17 +13,15 @@ degrees. Where the cosine is +-1 to rounding, sin theta is 0 and has no gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import distances
 from ..ops.contract import check_number
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
-from .softmax import Logits, check_scale, dense_cross_entropy, on_targets, softmax_loss, unit
+from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss
 
 
 def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear", centres: int = 1) -> Logits:
@@ -46,43 +44,18 @@ def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear",
 
 
 def arcface_loss(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 28.6,
-    scale: float | Tensor = 64.0,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-    backend: str | None = None,
-) -> Tensor:
-    """ArcFace of embeddings (N, D) against proxies (M, D), one for each class; see the module.
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 28.6, scale: float | Tensor = 64.0,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor:  # fmt: skip
+    """ArcFace of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (M, D), likewise; fp32 allowed beside half-precision embeddings.
-        labels: (N,) integers, rows of ``proxies``; or (N, L) padded with ``ignore_index``: a row is then the mean over
-            its labels, each with its own margin.
         margin: in degrees, added to the positive's angle. scale: a positive number, or a () tensor, which gets a
             gradient.
-        class_weight: (M,), a weight for each label; the mean is then weighted.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``, of which class weights weigh whole rows.
-        ignore_index: rows with this label contribute 0 and are not counted in the mean.
-        reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
-        eps: guards the division by the norm. backend: overrides the choice of backend.
-
-    Returns:
-        The loss in fp32 (fp64 for fp64). With one class it is 0; with every row ignored 0, connected to the graph.
-
-    Raises:
-        ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
+        embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
+        options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
-    return softmax_loss(
-        embeddings, proxies, labels, angular_logits(margin, scale), class_weight=class_weight,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, eps=eps, backend=backend,
-    )  # fmt: skip
+    return softmax_loss(embeddings, proxies, labels, angular_logits(margin, scale), **options)
 
 
 def turned(cosine: Tensor, margin: float) -> Tensor:
@@ -93,62 +66,31 @@ def turned(cosine: Tensor, margin: float) -> Tensor:
 
 
 def arcface_reference(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 28.6,
-    scale: float | Tensor = 64.0,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-) -> Tensor:
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 28.6, scale: float | Tensor = 64.0,
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """The paper's loss, written densely; independent of the ops. Tests only."""
 
-    def logits(x: Tensor, y: Tensor) -> Tensor:
-        return scale * on_targets(unit(x, eps) @ unit(proxies, eps).T, y, lambda cosine: turned(cosine, margin))
+    def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return scale * on_targets(x @ w.T, y, lambda cosine: turned(cosine, margin))
 
-    return dense_cross_entropy(
-        logits, embeddings, proxies, labels, class_weight=class_weight, label_smoothing=label_smoothing,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
+    return dense_cross_entropy(logits, embeddings, proxies, labels, **options)
 
 
 class ArcFaceLoss(SoftmaxLoss):
     """ArcFace; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Args:
-        num_classes: C. embedding_size: D. margin: in degrees. scale: multiplies the cosines.
-        options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`; ``distance`` can be CosineSimilarity alone.
-
-    Attributes:
-        weight: (C, D) parameter. W: its transpose (D, C), a view; assigning to it makes a new ``weight``.
-        margin: in degrees (theirs keeps radians).
+        num_classes, embedding_size, options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`.
+        margin, scale: as in :func:`arcface_loss`; ``margin`` stays in degrees (theirs: radians).
     """
 
-    function = staticmethod(arcface_loss)
-    distance_kinds = (distances.CosineSimilarity,)
+    function, logits_of = staticmethod(arcface_loss), staticmethod(angular_logits)
 
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 28.6, scale: float | Tensor = 64, **options: Any
     ):
-        super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = margin, scale
-        self.logits()
-
-    def default_distance(self) -> distances.Distance:
-        """Cosine."""
-        return distances.CosineSimilarity()
-
-    def settings(self) -> Mapping[str, Any]:
-        """Margin and scale."""
-        return {"margin": self.margin, "scale": self.scale}
-
-    def logits(self) -> Logits:
-        """Cosines times the scale."""
-        return angular_logits(self.margin, self.scale)
+        super().__init__(num_classes, embedding_size, settings={"margin": margin, "scale": scale}, **options)
 
 
 ENTRY = LossEntry(

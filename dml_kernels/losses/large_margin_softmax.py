@@ -11,15 +11,13 @@ backward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from .. import distances
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
-from .softmax import Logits, dense_cross_entropy, on_targets, softmax_loss, unit
+from .softmax import Logits, SoftmaxOptions, Unpack, dense_cross_entropy, on_targets, softmax_loss
 from .sphereface import check_factor, multiplied_logits, psi
 
 
@@ -28,103 +26,48 @@ def _logits(margin: float, scale: float | Tensor) -> Logits:
 
 
 def large_margin_softmax_loss(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 4,
-    scale: float | Tensor = 1.0,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-    backend: str | None = None,
-) -> Tensor:
-    """Large-margin softmax of embeddings (N, D) against proxies (M, D), one for each class; see the module.
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 4, scale: float | Tensor = 1.0,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor:  # fmt: skip
+    """Large-margin softmax of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        embeddings: (N, D). proxies: (M, D); fp32 allowed beside half-precision embeddings.
-        labels: (N,) integers, rows of ``proxies``; or (N, L) padded with ``ignore_index``: a row is then the mean over
-            its labels, each with its own margin.
         margin: a positive integer, multiplies the positive's angle. scale: a positive number, or a () tensor, which
             gets a gradient.
-        class_weight: (M,), a weight for each label; the mean is then weighted.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``, of which class weights weigh whole rows.
-        ignore_index: rows with this label contribute 0 and are not counted in the mean.
-        reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
-        eps: guards the division by the norm. backend: overrides the choice of backend.
-
-    Returns:
-        The loss in fp32 (fp64 for fp64). With one class it is 0; with every row ignored 0, connected to the graph.
-
-    Raises:
-        ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
+        embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
+        options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
-    return softmax_loss(
-        embeddings, proxies, labels, _logits(margin, scale), class_weight=class_weight,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, eps=eps, backend=backend,
-    )  # fmt: skip
+    return softmax_loss(embeddings, proxies, labels, _logits(margin, scale), **options)
 
 
 def large_margin_softmax_reference(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 4,
-    scale: float | Tensor = 1.0,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-) -> Tensor:
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 4, scale: float | Tensor = 1.0,
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """The paper's loss, written densely, by the angle itself; independent of the ops. Tests only."""
 
-    def logits(x: Tensor, y: Tensor) -> Tensor:
-        cosines = on_targets(unit(x, eps) @ unit(proxies, eps).T, y, lambda own: psi(own, margin))
-        return scale * x.norm(dim=1, keepdim=True) * proxies.norm(dim=1) * cosines
+    def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return scale * on_targets(x @ w.T, y, lambda own: psi(own, margin))
 
-    return dense_cross_entropy(
-        logits, embeddings, proxies, labels, class_weight=class_weight, label_smoothing=label_smoothing,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
+    lengths = embeddings.norm(dim=1, keepdim=True) * proxies.norm(dim=1)
+    return dense_cross_entropy(logits, embeddings, proxies, labels, lengths, **options)
 
 
 class LargeMarginSoftmaxLoss(SoftmaxLoss):
     """Large-margin softmax; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Args:
-        num_classes: C. embedding_size: D. margin: a positive integer, multiplies the angle. scale: multiplies the
-            logits.
-        options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`; ``distance`` can be CosineSimilarity alone.
-
-    Attributes:
-        weight: (C, D) parameter. W: its transpose (D, C), a view; assigning to it makes a new ``weight``.
+        num_classes, embedding_size, options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`.
+        margin, scale: as in :func:`large_margin_softmax_loss`.
     """
 
-    function = staticmethod(large_margin_softmax_loss)
-    distance_kinds = (distances.CosineSimilarity,)
+    function, logits_of = staticmethod(large_margin_softmax_loss), staticmethod(_logits)
 
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 4, scale: float | Tensor = 1, **options: Any
     ):
-        super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = check_factor(margin), scale
-        self.logits()
-
-    def default_distance(self) -> distances.Distance:
-        """Cosine."""
-        return distances.CosineSimilarity()
-
-    def settings(self) -> Mapping[str, Any]:
-        """Margin and scale."""
-        return {"margin": self.margin, "scale": self.scale}
-
-    def logits(self) -> Logits:
-        """Products x . w times the scale."""
-        return _logits(self.margin, self.scale)
+        settings = {"margin": check_factor(margin), "scale": scale}
+        super().__init__(num_classes, embedding_size, settings=settings, **options)
 
 
 ENTRY = LossEntry(

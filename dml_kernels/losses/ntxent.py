@@ -23,41 +23,29 @@ from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
 from .comparisons import compared
-from .metric_loss import MetricLoss, as_function
+from .metric_loss import as_function
+from .temperature import TemperatureLoss
 
 
-class NTXentLoss(MetricLoss):
+class NTXentLoss(TemperatureLoss):
     """NT-Xent loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     See the module for the formula; the mean is over positive pairs. A positive pair whose row has no negative counts
     with 0; a row without positives does not count.
 
     Args:
-        temperature: divides the similarity.
-        options: those of :class:`MetricLoss`; the distance is CosineSimilarity, the reducer MeanReducer.
-
-    Raises:
-        ValueError: temperature 0.
+        temperature: divides the similarity; not 0.
+        options: those of :class:`~dml_kernels.losses.metric_loss.MetricLoss`; the distance
+            is CosineSimilarity, the reducer MeanReducer.
     """
 
     def __init__(self, temperature: float = 0.07, **options: Any):
-        super().__init__(**options)
-        if temperature == 0:
-            raise ValueError("temperature divides the similarity: it must not be 0")
-        self.temperature = temperature
-
-    def default_distance(self) -> distances.Distance:
-        """The cosine."""
-        return distances.CosineSimilarity()
+        super().__init__(temperature, **options)
 
     def terms(self, batch: Batch) -> Mapping[str, Terms]:
         """One term for each positive pair."""
         pairs, k = compared(batch, self.distance), 1 / self.temperature
         return {"loss": pairs.positive_sum("softplus", pairs.logsumexp(scale=k).different, params=(k,))}
-
-    def extra_repr(self) -> str:
-        """What ``print(loss)`` shows."""
-        return f"temperature={self.temperature}"
 
 
 def ntxent_reference(

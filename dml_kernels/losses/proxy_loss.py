@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reducers, regularizers
+from .. import distances, reducers, regularizers
 from ..batch import check_tuples
 from ..ops.contract import check_integer, check_matrix
 from ..reducers import Terms
@@ -249,28 +249,54 @@ class ProxyLoss(MetricLoss):
 
 
 class SoftmaxLoss(ProxyLoss):
-    """A :class:`ProxyLoss` whose function is :func:`~dml_kernels.losses.softmax.softmax_loss` of its ``logits``.
+    """A :class:`ProxyLoss` whose ``function`` is :func:`~dml_kernels.losses.softmax.softmax_loss` of ``logits_of``.
 
     Args:
+        settings: the loss's own: the arguments of ``logits_of``, and keyword arguments of ``function``.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
+        proxy_options: of :class:`ProxyLoss`; ``distance`` can be CosineSimilarity alone unless the loss says more.
+
+    Attributes:
+        weight: (C K, D) parameter, class by class; K is 1 unless the loss has several centres a class.
+        W: its transpose (D, C K), a view; assigning to it makes a new ``weight``. SoftTriple calls it ``fc``.
+        Each setting is an attribute too, and may be assigned: ``loss.scale = 30``.
     """
 
-    def __init__(self, num_classes: int, embedding_size: int, *, label_smoothing: float = 0.0, **proxy_options: Any):
-        super().__init__(num_classes, embedding_size, **proxy_options)
+    distance_kinds: tuple[type[distances.Distance], ...] = (distances.CosineSimilarity,)
+    # logits_of(**settings), a staticmethod; checks them.
+    logits_of: Callable[..., Logits]
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        settings: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        **proxy_options: Any,
+    ):
+        rows = check_integer("num_classes", num_classes) * self.logits_of(**settings).centres
+        super().__init__(num_classes, embedding_size, bank_rows=rows, **proxy_options)
         check_smoothing(label_smoothing)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.setting_names = label_smoothing, tuple(settings)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def default_distance(self) -> distances.Distance:
+        """Cosine."""
+        return distances.CosineSimilarity()
 
     def options(self) -> Mapping[str, Any]:
         """As ProxyLoss.options, with the smoothing and the loss's own settings."""
         return {**super().options(), "label_smoothing": self.label_smoothing, **self.settings()}
 
     def settings(self) -> Mapping[str, Any]:
-        """The loss's own keyword arguments."""
-        raise NotImplementedError
+        """The loss's own keyword arguments, as they are now."""
+        return {name: getattr(self, name) for name in self.setting_names}
 
     def logits(self) -> Logits:
         """How scores become logits."""
-        raise NotImplementedError
+        return self.logits_of(**self.settings())
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """The (N, C) matrix of logits without a margin; the loss itself never builds it."""

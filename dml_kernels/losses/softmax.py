@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack as Unpack  # comes with PyTorch; typing has it from Python 3.11
 
 from .. import functional, logspace
 from ..ops.contract import accumulate_dtype, check_integer, check_number, check_pair, product_dtype
@@ -30,6 +31,24 @@ from .base import (
     reduce_rows,
     row_weight,
 )
+
+
+class SoftmaxOptions(TypedDict, total=False):
+    """The keyword arguments of every softmax loss, beside its own settings; C classes.
+
+    class_weight (None): (C,), a weight for each label; the mean is then weighted.
+    label_smoothing (0): as in ``torch.nn.functional.cross_entropy``, of which class weights weigh whole rows.
+    ignore_index (-100): rows with this label contribute 0 and are not counted in the mean.
+    reduction ("mean"): ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
+    eps (1e-12): guards the division by the norm. backend (None): overrides the choice of backend.
+    """
+
+    class_weight: Tensor | None
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
+    eps: float
+    backend: str | None
 
 
 class Logits(NamedTuple):
@@ -96,14 +115,28 @@ def softmax_loss(
     labels: Tensor,
     logits: Logits,
     *,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    eps: float,
-    backend: str | None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    backend: str | None = None,
 ) -> Tensor:
-    """The loss of embeddings (N, D) against proxies (M * centres, D); see the module."""
+    """The loss of embeddings (N, D) against proxies (C K, D), the K rows of a class together; see the module.
+
+    Args:
+        embeddings: (N, D), any norm. proxies: (C K, D), likewise; fp32 allowed beside half-precision embeddings.
+        labels: (N,) integers, classes; or (N, L) padded with ``ignore_index``: a row is then the mean over its labels,
+            each with its own margin.
+        logits: what the loss makes of the scores; its ``centres`` are K, 1 for most losses.
+        class_weight, label_smoothing, ignore_index, reduction, eps, backend: see :class:`SoftmaxOptions`.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64). With one class it is 0; with every row ignored 0, connected to the graph.
+
+    Raises:
+        ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
+    """
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
     check_reduction(reduction)
     check_smoothing(label_smoothing)
@@ -170,23 +203,29 @@ def on_targets(scores: Tensor, y: Tensor, change: Callable[[Tensor], Tensor]) ->
 
 
 def dense_cross_entropy(
-    logits: Callable[[Tensor, Tensor], Tensor],
+    logits: Callable[[Tensor, Tensor, Tensor], Tensor],
     embeddings: Tensor,
     proxies: Tensor,
     labels: Tensor,
+    lengths: Tensor | None = None,
     *,
-    class_weight: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
 ) -> Tensor:
-    """PyTorch's cross-entropy of ``logits(embeddings (n, D), y (n,))``, (n, M) with the margin in; tests only."""
+    """PyTorch's cross-entropy of ``logits(x, w, y)`` (n, C), with the margin in; for the dense references.
+
+    x (n, D) and w (C K, D) are unit vectors, y (n,) the labels of x. ``lengths`` (N, 1) or (N, C) multiply the logits.
+    """
     y = labels.reshape(embeddings.size(0), -1)
     kept = y != ignore_index
     row = kept.nonzero()[:, 0]
-    each = torch.nn.functional.cross_entropy(
-        logits(embeddings[row], y[kept]), y[kept], label_smoothing=label_smoothing, reduction="none"
-    )
+    z = logits(unit(embeddings[row], eps), unit(proxies, eps), y[kept])
+    if lengths is not None:
+        z = z * lengths[row]
+    each = torch.nn.functional.cross_entropy(z, y[kept], label_smoothing=label_smoothing, reduction="none")
     weight = torch.ones_like(each) if class_weight is None else class_weight.to(each)[y[kept]]
     share = weight / kept.sum(1)[row]
     rows = each.new_zeros(len(y)).index_add(0, row, each * share)

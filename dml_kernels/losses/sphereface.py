@@ -12,16 +12,14 @@ matters, that of a proxy does not. A zero embedding has z = 0 for every class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import distances
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
-from .softmax import Logits, check_scale, dense_cross_entropy, on_targets, softmax_loss, unit
+from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss
 
 
 def multiplied_angle(cosine: Tensor, m: int) -> Tensor:
@@ -41,7 +39,7 @@ def check_factor(margin: float) -> int:
     return int(margin)
 
 
-def multiplied_logits(margin: float, scale: float | Tensor, *, with_proxies: bool) -> Logits:
+def multiplied_logits(margin: float, scale: float | Tensor, *, with_proxies: bool = False) -> Logits:
     """Cosines times lengths, ``with_proxies`` also the proxies', the positive's angle multiplied."""
     m = check_factor(margin)
 
@@ -54,44 +52,18 @@ def multiplied_logits(margin: float, scale: float | Tensor, *, with_proxies: boo
 
 
 def sphereface_loss(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 4,
-    scale: float | Tensor = 1.0,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-    backend: str | None = None,
-) -> Tensor:
-    """SphereFace of embeddings (N, D) against proxies (M, D), one for each class; see the module.
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 4, scale: float | Tensor = 1.0,
+    **options: Unpack[SoftmaxOptions],
+) -> Tensor:  # fmt: skip
+    """SphereFace of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        embeddings: (N, D), whose lengths multiply the cosines. proxies: (M, D), any norm; fp32 allowed beside
-            half-precision embeddings.
-        labels: (N,) integers, rows of ``proxies``; or (N, L) padded with ``ignore_index``: a row is then the mean over
-            its labels, each with its own margin.
         margin: a positive integer, multiplies the positive's angle. scale: a positive number, or a () tensor, which
             gets a gradient.
-        class_weight: (M,), a weight for each label; the mean is then weighted.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``, of which class weights weigh whole rows.
-        ignore_index: rows with this label contribute 0 and are not counted in the mean.
-        reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
-        eps: guards the division by the norm. backend: overrides the choice of backend.
-
-    Returns:
-        The loss in fp32 (fp64 for fp64). With one class it is 0; with every row ignored 0, connected to the graph.
-
-    Raises:
-        ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
+        embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
+        options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
-    return softmax_loss(
-        embeddings, proxies, labels, multiplied_logits(margin, scale, with_proxies=False), class_weight=class_weight,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, eps=eps, backend=backend,
-    )  # fmt: skip
+    return softmax_loss(embeddings, proxies, labels, multiplied_logits(margin, scale), **options)
 
 
 def psi(cosine: Tensor, margin: float) -> Tensor:
@@ -102,63 +74,33 @@ def psi(cosine: Tensor, margin: float) -> Tensor:
 
 
 def sphereface_reference(
-    embeddings: Tensor,
-    proxies: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 4,
-    scale: float | Tensor = 1.0,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-) -> Tensor:
+    embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 4, scale: float | Tensor = 1.0,
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """The paper's loss, written densely, by the angle itself; independent of the ops. Tests only."""
 
-    def logits(x: Tensor, y: Tensor) -> Tensor:
-        cosines = on_targets(unit(x, eps) @ unit(proxies, eps).T, y, lambda own: psi(own, margin))
-        return scale * x.norm(dim=1, keepdim=True) * cosines
+    def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return scale * on_targets(x @ w.T, y, lambda own: psi(own, margin))
 
-    return dense_cross_entropy(
-        logits, embeddings, proxies, labels, class_weight=class_weight, label_smoothing=label_smoothing,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
+    lengths = embeddings.norm(dim=1, keepdim=True)
+    return dense_cross_entropy(logits, embeddings, proxies, labels, lengths, **options)
 
 
 class SphereFaceLoss(SoftmaxLoss):
     """SphereFace; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Args:
-        num_classes: C. embedding_size: D. margin: a positive integer, multiplies the angle. scale: multiplies the
-            logits.
-        options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`; ``distance`` can be CosineSimilarity alone.
-
-    Attributes:
-        weight: (C, D) parameter. W: its transpose (D, C), a view; assigning to it makes a new ``weight``.
+        num_classes, embedding_size, options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`.
+        margin, scale: as in :func:`sphereface_loss`.
     """
 
-    function = staticmethod(sphereface_loss)
-    distance_kinds = (distances.CosineSimilarity,)
+    function, logits_of = staticmethod(sphereface_loss), staticmethod(multiplied_logits)
 
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 4, scale: float | Tensor = 1, **options: Any
     ):
-        super().__init__(num_classes, embedding_size, **options)
-        self.margin, self.scale = check_factor(margin), scale
-        self.logits()
-
-    def default_distance(self) -> distances.Distance:
-        """Cosine."""
-        return distances.CosineSimilarity()
-
-    def settings(self) -> Mapping[str, Any]:
-        """Margin and scale."""
-        return {"margin": self.margin, "scale": self.scale}
-
-    def logits(self) -> Logits:
-        """Cosines times the scale and the embedding's length."""
-        return multiplied_logits(self.margin, self.scale, with_proxies=False)
+        settings = {"margin": check_factor(margin), "scale": scale}
+        super().__init__(num_classes, embedding_size, settings=settings, **options)
 
 
 ENTRY = LossEntry(

@@ -24,31 +24,23 @@ from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
 from .comparisons import compared
-from .metric_loss import MetricLoss, as_function
+from .metric_loss import as_function
+from .temperature import TemperatureLoss
 
 
-class SupConLoss(MetricLoss):
+class SupConLoss(TemperatureLoss):
     """Supervised contrastive loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     See the module for the formula. A pair that a miner lists several times counts once, as theirs.
 
     Args:
-        temperature: divides the similarity.
-        options: those of :class:`MetricLoss`; the distance is CosineSimilarity, the reducer AvgNonZeroReducer.
-
-    Raises:
-        ValueError: temperature 0.
+        temperature: divides the similarity; not 0.
+        options: those of :class:`~dml_kernels.losses.metric_loss.MetricLoss`; the distance
+            is CosineSimilarity, the reducer AvgNonZeroReducer.
     """
 
     def __init__(self, temperature: float = 0.1, **options: Any):
-        super().__init__(**options)
-        if temperature == 0:
-            raise ValueError("temperature divides the similarity: it must not be 0")
-        self.temperature = temperature
-
-    def default_distance(self) -> distances.Distance:
-        """The cosine."""
-        return distances.CosineSimilarity()
+        super().__init__(temperature, **options)
 
     def default_reducer(self) -> reducers.Reducer:
         """The mean over anchors above 0."""
@@ -65,10 +57,6 @@ class SupConLoss(MetricLoss):
         values = whole - lse.sum_same / number.same.clamp_min(1)
         both = (number.same.sum() > 0) & (number.different.sum() > 0)
         return {"loss": Terms.elements(torch.where(some & both, values, 0), batch.y, pairs.kept)}
-
-    def extra_repr(self) -> str:
-        """What ``print(loss)`` shows."""
-        return f"temperature={self.temperature}"
 
 
 def supcon_reference(
