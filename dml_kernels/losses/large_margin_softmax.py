@@ -1,28 +1,56 @@
-r"""Large-margin softmax (Liu et al. 2016, arXiv 1612.02295): SphereFace with the lengths of the proxies left in.
+r"""Large-margin softmax (Liu et al. 2016, arXiv 1612.02295): the positive's angle, multiplied, must still win.
 
 With theta_ij the angle between x_i and w_j, an integer m and a factor s, the loss of a row with label y is::
 
     -z'_y + log( exp(z'_y) + sum_{j != y} exp(s x_i . w_j) )
-    z'_y = s |x_i| |w_y| psi(theta_iy)      psi as in sphereface.py
+    z'_y = s |x_i| |w_y| psi(theta_iy)      psi(theta) = (-1)^k cos(m theta) - 2k,  theta in [k pi / m, (k + 1) pi / m]
 
-The lengths of embeddings and proxies both matter. Those of the proxies cost two more tensors of the bank's size in the
-backward.
+cos(m theta) is the Chebyshev polynomial T_m(cos theta): no arc cosine in the derivative. The lengths of embeddings and
+proxies both matter. Those of the proxies cost two more tensors of the bank's size in the backward. A zero embedding has
+z = 0 for every class.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
-from .softmax import Logits, SoftmaxOptions, Unpack, dense_cross_entropy, on_targets, softmax_loss
-from .sphereface import check_factor, multiplied_logits, psi
+from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss
 
 
-def _logits(margin: float, scale: float | Tensor) -> Logits:
-    return multiplied_logits(margin, scale, with_proxies=True)
+def multiplied_angle(cosine: Tensor, m: int) -> Tensor:
+    """psi(theta) of a cosine: falls from 1 at 0 to 1 - 2m at 180 degrees."""
+    before, power = torch.ones_like(cosine), cosine
+    for _ in range(m - 1):
+        before, power = power, 2 * cosine * power - before
+    k = (torch.acos(cosine.detach().clamp(-1, 1)) * (m / math.pi)).floor().clamp_max(m - 1)
+    return (1 - 2 * (k % 2)) * power - 2 * k
+
+
+def check_factor(margin: float) -> int:
+    """The integer that multiplies the angle."""
+    # theirs rounds a fraction down in silence
+    if int(margin) != margin or margin < 1:
+        raise ValueError(f"margin multiplies the angle, a positive integer; got {margin}")
+    return int(margin)
+
+
+def multiplied_logits(margin: float, scale: float | Tensor) -> Logits:
+    """Products x . w times the scale, the positive's angle multiplied."""
+    m = check_factor(margin)
+
+    def target(z: Tensor, s: float | Tensor) -> Tensor:
+        assert isinstance(s, Tensor)
+        zero = s == 0
+        return s * multiplied_angle(z / torch.where(zero, 1, s), m)
+
+    return Logits(check_scale("scale", scale), target, by_lengths=True)
 
 
 def large_margin_softmax_loss(
@@ -37,7 +65,18 @@ def large_margin_softmax_loss(
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
-    return softmax_loss(embeddings, proxies, labels, _logits(margin, scale), **options)
+    return softmax_loss(embeddings, proxies, labels, multiplied_logits(margin, scale), **options)
+
+
+def dense_logits(margin: float, scale: float | Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """What multiplies the lengths, psi by the angle itself; for the dense references."""
+
+    def psi(cosine: Tensor) -> Tensor:
+        theta = torch.acos(cosine.clamp(-1, 1))
+        k = (theta * (margin / math.pi)).floor().detach()
+        return torch.where(k % 2 == 0, 1, -1) * torch.cos(margin * theta) - 2 * k
+
+    return lambda x, w, y: scale * on_targets(x @ w.T, y, psi)
 
 
 def large_margin_softmax_reference(
@@ -45,12 +84,8 @@ def large_margin_softmax_reference(
     **options: Any,
 ) -> Tensor:  # fmt: skip
     """The paper's loss, written densely, by the angle itself; independent of the ops. Tests only."""
-
-    def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return scale * on_targets(x @ w.T, y, lambda own: psi(own, margin))
-
     lengths = embeddings.norm(dim=1, keepdim=True) * proxies.norm(dim=1)
-    return dense_cross_entropy(logits, embeddings, proxies, labels, lengths, **options)
+    return dense_cross_entropy(dense_logits(margin, scale), embeddings, proxies, labels, lengths, **options)
 
 
 class LargeMarginSoftmaxLoss(SoftmaxLoss):
@@ -61,7 +96,7 @@ class LargeMarginSoftmaxLoss(SoftmaxLoss):
         margin, scale: as in :func:`large_margin_softmax_loss`.
     """
 
-    function, logits_of = staticmethod(large_margin_softmax_loss), staticmethod(_logits)
+    function, logits_of = staticmethod(large_margin_softmax_loss), staticmethod(multiplied_logits)
 
     def __init__(
         self, num_classes: int, embedding_size: int, margin: float = 4, scale: float | Tensor = 1, **options: Any

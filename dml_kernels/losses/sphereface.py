@@ -1,54 +1,26 @@
-r"""SphereFace (Liu et al. 2017, arXiv 1704.08063): the positive's angle, multiplied, must still win.
+r"""SphereFace (Liu et al. 2017, arXiv 1704.08063): large-margin softmax of unit proxies.
 
 With theta_ij the angle between x_i and w_j, an integer m and a factor s, the loss of a row with label y is::
 
     -z'_y + log( exp(z'_y) + sum_{j != y} exp(s |x_i| cos theta_ij) )
-    z'_y = s |x_i| psi(theta_iy)      psi(theta) = (-1)^k cos(m theta) - 2k,  theta in [k pi / m, (k + 1) pi / m]
+    z'_y = s |x_i| psi(theta_iy)      psi as in large_margin_softmax.py
 
-cos(m theta) is the Chebyshev polynomial T_m(cos theta): no arc cosine in the derivative. The length of an embedding
-matters, that of a proxy does not. A zero embedding has z = 0 for every class.
+The length of an embedding matters, that of a proxy does not. A zero embedding has z = 0 for every class.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .base import LossEntry
-from .proxy_loss import SoftmaxLoss
-from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss
+from .large_margin_softmax import LargeMarginSoftmaxLoss, dense_logits, multiplied_logits
+from .softmax import Logits, SoftmaxOptions, Unpack, dense_cross_entropy, softmax_loss
 
 
-def multiplied_angle(cosine: Tensor, m: int) -> Tensor:
-    """psi(theta) of a cosine: falls from 1 at 0 to 1 - 2m at 180 degrees."""
-    before, power = torch.ones_like(cosine), cosine
-    for _ in range(m - 1):
-        before, power = power, 2 * cosine * power - before
-    k = (torch.acos(cosine.detach().clamp(-1, 1)) * (m / math.pi)).floor().clamp_max(m - 1)
-    return (1 - 2 * (k % 2)) * power - 2 * k
-
-
-def check_factor(margin: float) -> int:
-    """The integer that multiplies the angle."""
-    # theirs rounds a fraction down in silence
-    if int(margin) != margin or margin < 1:
-        raise ValueError(f"margin multiplies the angle, a positive integer; got {margin}")
-    return int(margin)
-
-
-def multiplied_logits(margin: float, scale: float | Tensor, *, with_proxies: bool = False) -> Logits:
-    """Cosines times lengths, ``with_proxies`` also the proxies', the positive's angle multiplied."""
-    m = check_factor(margin)
-
-    def target(z: Tensor, s: float | Tensor) -> Tensor:
-        assert isinstance(s, Tensor)
-        zero = s == 0
-        return s * multiplied_angle(z / torch.where(zero, 1, s), m)
-
-    return Logits(check_scale("scale", scale), target, by_length=not with_proxies, by_lengths=with_proxies)
+def _logits(margin: float, scale: float | Tensor) -> Logits:
+    return multiplied_logits(margin, scale)._replace(by_length=True, by_lengths=False)
 
 
 def sphereface_loss(
@@ -58,19 +30,11 @@ def sphereface_loss(
     """SphereFace of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        margin: a positive integer, multiplies the positive's angle. scale: a positive number, or a () tensor, which
-            gets a gradient.
+        margin, scale: of :func:`~dml_kernels.losses.large_margin_softmax.large_margin_softmax_loss`.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
-    return softmax_loss(embeddings, proxies, labels, multiplied_logits(margin, scale), **options)
-
-
-def psi(cosine: Tensor, margin: float) -> Tensor:
-    """psi by the angle itself; for the dense references."""
-    theta = torch.acos(cosine.clamp(-1, 1))
-    k = (theta * (margin / math.pi)).floor().detach()
-    return torch.where(k % 2 == 0, 1, -1) * torch.cos(margin * theta) - 2 * k
+    return softmax_loss(embeddings, proxies, labels, _logits(margin, scale), **options)
 
 
 def sphereface_reference(
@@ -78,15 +42,11 @@ def sphereface_reference(
     **options: Any,
 ) -> Tensor:  # fmt: skip
     """The paper's loss, written densely, by the angle itself; independent of the ops. Tests only."""
-
-    def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return scale * on_targets(x @ w.T, y, lambda own: psi(own, margin))
-
     lengths = embeddings.norm(dim=1, keepdim=True)
-    return dense_cross_entropy(logits, embeddings, proxies, labels, lengths, **options)
+    return dense_cross_entropy(dense_logits(margin, scale), embeddings, proxies, labels, lengths, **options)
 
 
-class SphereFaceLoss(SoftmaxLoss):
+class SphereFaceLoss(LargeMarginSoftmaxLoss):
     """SphereFace; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Args:
@@ -94,13 +54,7 @@ class SphereFaceLoss(SoftmaxLoss):
         margin, scale: as in :func:`sphereface_loss`.
     """
 
-    function, logits_of = staticmethod(sphereface_loss), staticmethod(multiplied_logits)
-
-    def __init__(
-        self, num_classes: int, embedding_size: int, margin: float = 4, scale: float | Tensor = 1, **options: Any
-    ):
-        settings = {"margin": check_factor(margin), "scale": scale}
-        super().__init__(num_classes, embedding_size, settings=settings, **options)
+    function, logits_of = staticmethod(sphereface_loss), staticmethod(_logits)
 
 
 ENTRY = LossEntry(

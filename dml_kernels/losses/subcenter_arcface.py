@@ -34,8 +34,7 @@ def subcenter_arcface_loss(
     """Sub-centre ArcFace of embeddings (N, D) against proxies (C K, D); see the module.
 
     Args:
-        margin: in degrees, added to the positive's angle. scale: a positive number, or a () tensor, which gets a
-            gradient. sub_centers: K.
+        margin, scale: of :func:`~dml_kernels.losses.arcface.arcface_loss`; the margin is in degrees. sub_centers: K.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
