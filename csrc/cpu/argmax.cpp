@@ -164,10 +164,10 @@ void masked_argmax(const Problem<P>& problem, const Labels& labels, const Argmax
   const std::int64_t n = problem.x.rows, slices = problem.plan.slices;
   const LabelIndex index(labels.y, n, labels.c, labels.ignore);
   const Chooser<P> choose(problem, args);
-  const auto none = [] {};
   std::vector<Best<A>> bests_same(args.same ? slices * n : 0), bests_different(args.different ? slices * n : 0);
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     SetWalk<P> walk(problem, labels, index, false);
+    const auto load = [&](std::int64_t tile) { walk.load(tile); };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       const auto row = [&](std::int64_t, std::int64_t i) {
         if (index.ignored(i)) return;
@@ -175,7 +175,7 @@ void masked_argmax(const Problem<P>& problem, const Labels& labels, const Argmax
         if (args.same) choose.same(walk, i, bests_same[slice * n + i]);
         if (args.different) choose.different(walk, i, bests_different[slice * n + i]);
       };
-      walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+      walk_slice(problem.plan, slice, walk.scores, load, row, nothing, nothing);
     }
   });
   const auto write = [&](const std::vector<Best<A>>& bests, const ArgmaxOut& out, bool largest) {

@@ -8,26 +8,22 @@ void distance_fwd(const Problem<P>& problem, P* out) {
   using A = Acc<P>;
   const auto& k = row_kernels<A>();
   const Plan& plan = problem.plan;
-  const std::int64_t n = problem.x.rows, m = problem.w.rows;
+  const std::int64_t m = problem.w.rows;
   const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
   for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     TileScores<P> scores(problem);
-    for (std::int64_t tile = plan.first_tile(first_slice); tile < plan.end_tile(last_slice - 1); ++tile) {
-      scores.load(tile);
-      for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
-        const std::int64_t rows = std::min(plan.row_block, n - begin);
-        scores.multiply_rows(begin, rows);
-        for (std::int64_t i = begin; i < begin + rows; ++i) {
-          scores.score_row(i, sign, A(0), nullptr, nullptr, false);
-          P* to = out + i * m + scores.first;
-          if constexpr (TileScores<P>::half) {
-            k.products_bf16(scores.z.data(), A(1), nullptr, to, scores.count);
-          } else {
-            std::copy_n(scores.z.data(), scores.count, to);
-          }
-        }
+    const auto load = [&](std::int64_t tile) { scores.load(tile); };
+    const auto row = [&](std::int64_t, std::int64_t i) {
+      scores.score_row(i, sign, A(0), nullptr, nullptr, false);
+      P* to = out + i * m + scores.first;
+      if constexpr (TileScores<P>::half) {
+        k.products_bf16(scores.z.data(), A(1), nullptr, to, scores.count);
+      } else {
+        std::copy_n(scores.z.data(), scores.count, to);
       }
-    }
+    };
+    for (std::int64_t slice = first_slice; slice < last_slice; ++slice)
+      walk_slice(plan, slice, scores, load, row, nothing, nothing);
   });
 }
 
@@ -36,7 +32,6 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
   using A = Acc<P>;
   const auto& k = row_kernels<A>();
   const Plan& plan = problem.plan;
-  const std::int64_t n = problem.x.rows;
   const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
   const std::int64_t size = grad.dtype == ScalarType::Double ? 8 : grad.dtype == ScalarType::Float ? 4 : 2;
   Gradients<P> gradients(problem, grad_x, grad_w);
@@ -45,29 +40,23 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
     typename Gradients<P>::Worker out(gradients, scores);
     std::vector<A> ds(plan.tile);
     const A* root = problem.metric == Metric::euclidean ? scores.s.data() : nullptr;
-    const auto at_tile = [&](std::int64_t tile) {
+    Source columns = grad;  // the tile's, whatever the strides: 0 for an expanded one
+    const auto begin = [&](std::int64_t tile) {
       scores.load(tile);
       out.begin_tile();
-      // The tile's columns of grad, whatever its strides: 0 for an expanded one.
-      Source columns = grad;
       columns.cols = scores.count;
       columns.data = static_cast<const char*>(grad.data) + scores.first * grad.col_stride * size;
-      for (std::int64_t begin = 0; begin < n; begin += plan.row_block) {
-        const std::int64_t rows = std::min(plan.row_block, n - begin);
-        scores.multiply_rows(begin, rows);
-        for (std::int64_t i = begin; i < begin + rows; ++i) {
-          scores.score_row(i, A(1), A(0), nullptr, nullptr, true);
-          read_row(columns, i, ds.data());
-          k.score_grad(ds.data(), scores.count, nullptr, root);
-          out.row(i - begin, i, ds.data(), sign);
-        }
-        out.end_block(begin, rows);
-      }
-      out.end_tile();
     };
+    const auto row = [&](std::int64_t local, std::int64_t i) {
+      scores.score_row(i, A(1), A(0), nullptr, nullptr, true);
+      read_row(columns, i, ds.data());
+      k.score_grad(ds.data(), scores.count, nullptr, root);
+      out.row(local, i, ds.data(), sign);
+    };
+    const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice);
-      for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) at_tile(tile);
+      walk_slice(plan, slice, scores, begin, row, block, [&] { out.end_tile(); });
     }
   });
   gradients.finish();

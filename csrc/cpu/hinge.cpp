@@ -36,11 +36,11 @@ void masked_hinge_sum_fwd(const Problem<P>& problem, const Labels& labels, const
   const std::int64_t n = problem.x.rows;
   const LabelIndex index(labels.y, n, labels.c, labels.ignore);
   const Lines<A> lines(args, n);
-  const auto none = [] {};
   std::vector<RowSums<A>> sums(problem.plan.slices * n);
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     SetWalk<P> walk(problem, labels, index, false);
     RowSums<A>* sum = nullptr;
+    const auto load = [&](std::int64_t tile) { walk.load(tile); };
     const auto row = [&](std::int64_t, std::int64_t i) {
       if (index.ignored(i)) return;
       walk.score(i);
@@ -56,7 +56,7 @@ void masked_hinge_sum_fwd(const Problem<P>& problem, const Labels& labels, const
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       sum = sums.data() + slice * n;
-      walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+      walk_slice(problem.plan, slice, walk.scores, load, row, nothing, nothing);
     }
   });
   for (std::int64_t i = 0; i < n; ++i) {
@@ -102,11 +102,11 @@ void masked_hinge_sum_bwd(const Problem<P>& problem, const Labels& labels, const
       k.score_grad(ds, count, nullptr, root ? walk.scores.s.data() : nullptr);
       out.row(local, i, ds, A(1));
     };
+    const auto begin = [&](std::int64_t tile) { walk.load(tile), out.begin_tile(); };
+    const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice);
-      walk.run(
-          slice, [&] { out.begin_tile(); }, row,
-          [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, [&] { out.end_tile(); });
+      walk_slice(problem.plan, slice, walk.scores, begin, row, block, [&] { out.end_tile(); });
     }
   });
   gradients.finish();

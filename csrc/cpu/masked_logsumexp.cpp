@@ -9,13 +9,6 @@
 namespace dml::cpu {
 namespace {
 
-template <class A>
-std::vector<A> read_all(const Vector& v, std::int64_t n, A otherwise) {
-  std::vector<A> out(n, otherwise);
-  if (v) v.read(0, n, out.data());
-  return out;
-}
-
 // A call's labels and logit, the same for every slice.
 template <class P>
 struct Setup {
@@ -29,7 +22,7 @@ struct Setup {
 
   Setup(const Problem<P>& problem, const Labels& labels, const LogitArgs& args)
       : problem(problem), labels(labels), args(args), index(labels.y, problem.x.rows, labels.c, labels.ignore),
-        scale(read_all<A>(args.scale, problem.x.rows, A(1))),
+        scale(read_rows<A>(args.scale, problem.x.rows, A(1))),
         one_logit(args.k_same == args.k_different && args.o_same == args.o_different && !args.policy.quadratic()) {}
 };
 
@@ -97,24 +90,6 @@ class Walk {
       z = minus_infinity;
     }
     if (excludes) scores.z[excluded] = minus_infinity;
-  }
-
-  // For every tile of the slice and every row of a set: begin(tile), row(local, i), block(begin, n), end(tile).
-  template <class Begin, class RowStep, class Block, class End>
-  void run(std::int64_t slice, Begin begin_tile, RowStep row, Block block, End end_tile) {
-    const Plan& plan = setup_.problem.plan;
-    const std::int64_t last_row = plan.end_row(slice);
-    for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) {
-      load(tile);
-      begin_tile();
-      for (std::int64_t begin = plan.first_row(slice); begin < last_row; begin += plan.row_block) {
-        const std::int64_t rows = std::min(plan.row_block, last_row - begin);
-        scores.multiply_rows(begin, rows);
-        for (std::int64_t local = 0; local < rows; ++local) row(local, begin + local);
-        block(begin, rows);
-      }
-      end_tile();
-    }
   }
 
  private:
@@ -189,10 +164,10 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
   const std::int64_t n = problem.x.rows;
   const bool sums = out.sum_same;
   std::vector<RowState<A>> states(problem.plan.slices * n);
-  const auto none = [] {};
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     Walk<P> walk(setup, false, false);
     RowState<A>* state = nullptr;
+    const auto load = [&](std::int64_t tile) { walk.load(tile); };
     const auto row = [&](std::int64_t, std::int64_t i) {
       if (setup.index.ignored(i)) return;
       walk.split(i);
@@ -206,7 +181,7 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       state = states.data() + slice * n;
-      walk.run(slice, none, row, [](std::int64_t, std::int64_t) {}, none);
+      walk_slice(problem.plan, slice, walk.scores, load, row, nothing, nothing);
     }
   });
   for (std::int64_t i = 0; i < n; ++i) {
@@ -232,7 +207,7 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   const Setup<P> setup(problem, labels, args);
   const auto& k = row_kernels<A>();
   const std::int64_t n = problem.x.rows, slices = problem.plan.slices;
-  const auto per_row = [n](const Vector& v) { return read_all<A>(v, n, A(0)); };
+  const auto per_row = [n](const Vector& v) { return read_rows<A>(v, n, A(0)); };
   const auto g_same = per_row(in.grad_same), g_different = per_row(in.grad_different);
   const auto h_same = per_row(in.grad_sum_same), h_different = per_row(in.grad_sum_different);
   auto lse_same = per_row(in.same), lse_different = per_row(in.different);
@@ -255,8 +230,8 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
     ColumnSum<A> dq, db;          // of this tile
     std::int64_t at_slice = 0;
-    const auto begin = [&] {
-      out.begin_tile();
+    const auto begin = [&](std::int64_t tile) {
+      walk.load(tile), out.begin_tile();
       if (columns_q.wanted()) dq.reset(walk.count);
       if (columns_b.wanted()) db.reset(walk.count);
     };
@@ -300,6 +275,7 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       }
       out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
+    const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };
     const auto end = [&] {
       out.end_tile();
       columns_q.keep(at_slice, walk.first, walk.count, dq);
@@ -308,7 +284,7 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice), at_slice = slice;
       if (!grad_scale.empty()) row_scale = grad_scale.data() + slice * n;
-      walk.run(slice, begin, row, [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); }, end);
+      walk_slice(problem.plan, slice, walk.scores, begin, row, block, end);
     }
   });
   gradients.finish();

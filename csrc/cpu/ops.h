@@ -22,6 +22,14 @@ struct Vector {
   }
 };
 
+// All n values of a vector; where it was not given, n times `otherwise`.
+template <class A>
+std::vector<A> read_rows(const Vector& v, std::int64_t n, A otherwise) {
+  std::vector<A> out(n, otherwise);
+  if (v) v.read(0, n, out.data());
+  return out;
+}
+
 // Labels are contiguous int64; c and exclude may be null.
 struct Labels {
   const std::int64_t *y, *c, *exclude;

@@ -16,8 +16,7 @@ class ProxyNca {
   explicit ProxyNca(const ProxyArgs& args)
       : args_(args), n_(args.x.rows), problem_(args.x, args.w, Metric::sqeuclidean, true, args.eps, Cut::longer_side),
         factor_(n_, 0) {
-    std::vector<A> weight(n_, A(1));
-    if (args.weight) args.weight.read(0, n_, weight.data());
+    const std::vector<A> weight = read_rows<A>(args.weight, n_, A(1));
     double mass = 0;
     for (std::int64_t i = 0; i < n_; ++i)
       if (counts(i)) mass += factor_[i] = weight[i];

@@ -7,13 +7,6 @@
 
 namespace dml::cpu {
 
-template <class A>
-std::vector<A> read_rows(const Vector& v, std::int64_t n, A otherwise) {
-  std::vector<A> out(n, otherwise);
-  if (v) v.read(0, n, out.data());
-  return out;
-}
-
 // One thread's walk: tiles of a slice, row blocks of a tile, rows of a block.
 template <class P>
 class SetWalk {
@@ -22,11 +15,19 @@ class SetWalk {
   static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
   SetWalk(const Problem<P>& problem, const Labels& labels, const LabelIndex& index, bool keep_scores)
-      : scores(problem), problem_(problem), labels_(labels), index_(index), keep_scores_(keep_scores) {}
+      : scores(problem), labels_(labels), index_(index), keep_scores_(keep_scores) {}
 
   TileScores<P> scores;
   std::vector<A> same;           // the scores of the row's own label in this tile, without an excluded one
   std::vector<std::int32_t> at;  // and their places
+
+  void load(std::int64_t tile) {
+    scores.load(tile);
+    ignored_.clear();
+    for (std::int64_t j = 0; j < scores.count; ++j)
+      if (index_.column_ignored(scores.first + j)) ignored_.push_back(std::int32_t(j));
+    index_.tile(scores.first, scores.count, pairs_);
+  }
 
   // Row i's scores: all in scores.z, those of its own label in `same` too.
   void score(std::int64_t i) {
@@ -48,34 +49,7 @@ class SetWalk {
     if (excluded_ >= 0 && excluded_ < scores.count) z[excluded_] = minus_infinity;
   }
 
-  // For every tile of the slice and every row: begin(), row(local, i), block(begin, n), end().
-  template <class Begin, class RowStep, class Block, class End>
-  void run(std::int64_t slice, Begin begin_tile, RowStep row, Block block, End end_tile) {
-    const Plan& plan = problem_.plan;
-    const std::int64_t last_row = plan.end_row(slice);
-    for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) {
-      load(tile);
-      begin_tile();
-      for (std::int64_t begin = plan.first_row(slice); begin < last_row; begin += plan.row_block) {
-        const std::int64_t rows = std::min(plan.row_block, last_row - begin);
-        scores.multiply_rows(begin, rows);
-        for (std::int64_t local = 0; local < rows; ++local) row(local, begin + local);
-        block(begin, rows);
-      }
-      end_tile();
-    }
-  }
-
  private:
-  void load(std::int64_t tile) {
-    scores.load(tile);
-    ignored_.clear();
-    for (std::int64_t j = 0; j < scores.count; ++j)
-      if (index_.column_ignored(scores.first + j)) ignored_.push_back(std::int32_t(j));
-    index_.tile(scores.first, scores.count, pairs_);
-  }
-
-  const Problem<P>& problem_;
   const Labels& labels_;
   const LabelIndex& index_;
   bool keep_scores_;

@@ -144,6 +144,27 @@ class TileScores {
   std::vector<A> u_, p_, buffer_;
 };
 
+// For every tile of the slice: begin(tile), which loads it, then row(local, i) of each row, with block(first, n) after
+// the n rows of a block, and end().
+template <class P, class Begin, class RowStep, class Block, class End>
+void walk_slice(const Plan& plan, std::int64_t slice, TileScores<P>& scores, Begin begin, RowStep row, Block block,
+                End end) {
+  const std::int64_t last_row = plan.end_row(slice);
+  for (std::int64_t tile = plan.first_tile(slice); tile < plan.end_tile(slice); ++tile) {
+    begin(tile);
+    for (std::int64_t first = plan.first_row(slice); first < last_row; first += plan.row_block) {
+      const std::int64_t rows = std::min(plan.row_block, last_row - first);
+      scores.multiply_rows(first, rows);
+      for (std::int64_t local = 0; local < rows; ++local) row(local, first + local);
+      block(first, rows);
+    }
+    end();
+  }
+}
+
+// For a walk without a step after the block or the tile.
+inline constexpr auto nothing = [](auto...) {};
+
 // Runs body(first, last) over ranges of slices, a range a thread, so that buffers are made once for each. Always at
 // least two iterations: the products inside must see a parallel region, to stay on one thread each as in larger problems.
 template <class Body>
