@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from .kmeans import load_faiss
-from .reclustering import Embeddings, Progress, Reclustering, Source, reporter
+from .reclustering import Embeddings, Reclustering, Source
 
 __all__ = ["ClusterIndex", "RefreshReport"]
 
@@ -199,7 +200,7 @@ class ClusterIndex:
         first, last = (0, len(self._class_sizes)) if whole else self._slices[self._next_slice]
         work = Reclustering(self, source, None if whole else self._centers)
         mine = self._order[self._first_example[first] : self._first_example[last]]
-        with torch.no_grad(), reporter(progress, len(mine)) as advance:
+        with torch.no_grad(), reporter(progress, len(mine), "clusters", "examples") as advance:
             for group in self._groups(first, last):
                 work.cluster(*group, advance)
         # Nothing was changed so far; from here on nothing can fail.

@@ -15,10 +15,9 @@ from .kmeans import KMeans, segment_sums
 if TYPE_CHECKING:
     from .index import ClusterIndex
 
-__all__ = ["Embeddings", "Progress", "Reclustering", "Source", "reporter"]
+__all__ = ["Embeddings", "Reclustering", "Source"]
 
 Embeddings = Tensor | Callable[[Tensor], Tensor]
-Progress = Callable[[int], object] | bool | None
 # Of an embedding's coordinates: squared distances stay well inside fp32's range.
 LARGEST = 1e15
 
@@ -193,22 +192,6 @@ def center(x: Tensor, sizes: Tensor) -> Tensor:
     means = (segment_sums(x, owner, len(sizes)) / sizes[:, None]).float()
     x.sub_(means[owner])
     return means
-
-
-@contextlib.contextmanager
-def reporter(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
-    """What a refresh calls with the number of examples just finished."""
-    if callable(progress):
-        yield progress
-    elif progress:
-        try:
-            from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("progress=True shows a tqdm bar: pip install tqdm, or pass a function") from error
-        with tqdm(total=total, desc="clusters", unit=" examples") as bar:
-            yield bar.update
-    else:
-        yield lambda _: None
 
 
 def _check_kind(name: str, given: Any) -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from . import streaming
-from .extras import Progress, reporter
 from .streaming import Problem
 
 __all__ = ["Classification", "k_nearest_clusters", "k_nearest_neighbours"]

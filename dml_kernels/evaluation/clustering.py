@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..clustering.kmeans import load_faiss
+from ..progress import Progress, reporter
 from . import streaming
-from .extras import Progress, load_sklearn_metrics, reporter
+from .extras import load_sklearn_metrics
 
 __all__ = ["ClusteringResult", "cluster_agreement"]
 

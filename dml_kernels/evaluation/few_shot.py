@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from . import streaming
-from .extras import Progress, reporter
 
 __all__ = ["FewShotResult", "few_shot_accuracy"]
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from . import streaming
-from .extras import Progress, reporter
 from .streaming import Problem
 from .verification import check_far
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from . import streaming
-from .extras import Progress, reporter
 
 __all__ = ["check_pairs", "pair_scores", "sample_pairs"]
 

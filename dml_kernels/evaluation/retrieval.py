@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from . import streaming
 from .clustering import cluster_agreement
-from .extras import Progress, reporter
 from .streaming import Problem
 
 __all__ = ["RetrievalResult", "evaluate", "evaluate_retrieval", "map_at_r", "nearest", "recall_at_k"]

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..progress import Progress, reporter
 from . import streaming
-from .extras import Progress, load_sklearn_metrics, reporter
+from .extras import load_sklearn_metrics
 from .pairs import check_pairs, pair_scores
 from .streaming import Problem
 
