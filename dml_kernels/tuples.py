@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .batch import IGNORE_INDEX, Batch
+from .class_ranges import ClassRanges
 from .ops.contract import values_can_be_read
 
 
@@ -32,20 +33,18 @@ def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tenso
         batch: with labels on both sides.
         per_anchor: how many of each anchor; None: as many as its class has entries in the bank.
     """
-    y, c, own = batch.y, batch.c, batch.exclude
+    y, c = batch.y, batch.c
     if y is None or c is None:
         raise ValueError("labels are needed to draw triplets")
-    by_label, order = c.sort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    start, end = torch.searchsorted(by_label, y), torch.searchsorted(by_label, y, right=True)
+    order, start, end, own, positives, _ = ClassRanges.of(y, c, batch.exclude, IGNORE_INDEX)
     # The place of the row's own copy among its class, past the end where it is not there.
-    at = end if own is None else torch.where((own >= 0) & (c[own.clamp_min(0)] == y), place[own.clamp_min(0)], end)
-    positives, others = end - start - (at < end).long(), (c != IGNORE_INDEX).sum() - (end - start)
+    at, others = torch.where(own < 0, end, own), (c != IGNORE_INDEX).sum() - (end - start)
     usable = (y != IGNORE_INDEX) & (positives > 0) & (others > 0)
     many = end - start if per_anchor is None else torch.full_like(start, per_anchor)
     a = torch.repeat_interleave(torch.where(usable, many, 0))
     p, n = start[a] + _drawn(positives[a]), _drawn(others[a])
     # Negatives are counted off around the class, in the list without labels to be ignored.
+    by_label = c[order]
     used = by_label != IGNORE_INDEX
     before = torch.searchsorted(by_label[used], y[a])
     return a, order[p + (p >= at[a]).long()], order[used][torch.where(n < before, n, n + (end - start)[a])]

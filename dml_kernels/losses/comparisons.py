@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 
 from .. import functional
 from ..batch import IGNORE_INDEX, Batch
+from ..class_ranges import ClassRanges
 from ..distances import Distance
 from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..ops import segments
@@ -128,15 +129,8 @@ class Streamed(Compared):
 
     def counts(self) -> Counts:
         """By binary search in the sorted labels: shapes do not depend on the values."""
-        y, c, own = self.y, self.c, self.batch.exclude
-        by_label = c.sort().values
-        same = torch.searchsorted(by_label, y, right=True) - torch.searchsorted(by_label, y)
-        different = (c != IGNORED).sum() - same
-        if own is not None and c.numel():
-            at = c[own.clamp_min(0)]
-            there = (own >= 0) & (at != IGNORED)
-            same, different = same - (there & (at == y)).long(), different - (there & (at != y)).long()
-        return Counts(*(torch.where(self.kept, count, 0).to(self.dtype) for count in (same, different)))
+        ranges = ClassRanges.of(self.y, self.c, self.batch.exclude, IGNORED)
+        return Counts(ranges.positives.to(self.dtype), ranges.negatives.to(self.dtype))
 
     def _empty(self) -> Tensor:
         return self.batch.x.sum(1, dtype=self.dtype)

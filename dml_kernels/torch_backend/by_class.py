@@ -12,45 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..class_ranges import ClassRanges
+
 # Entries of a block's tile; several buffers of that size are alive at once.
 TILE = 1 << 19
 # A block's rows share the entries of all its classes: more rows, more of the tile that is masked out.
 MOST_ROWS = 256
-
-
-class Ranges(NamedTuple):
-    """Where each row's class lies in the bank sorted by label.
-
-    Args:
-        order: (M,) bank indices, by label. start, stop: (N,) the row's class in it; equal for a row without a set.
-        own: (N,) where the row's excluded entry is in it, if among its class; else -1.
-        positives, negatives: (N,) int64, how many each row has.
-    """
-
-    order: Tensor
-    start: Tensor
-    stop: Tensor
-    own: Tensor
-    positives: Tensor
-    negatives: Tensor
-
-    @staticmethod
-    def of(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> Ranges:
-        """For rows labelled y (N,) and a bank labelled c (M,)."""
-        labels, order = torch.sort(c, stable=True)
-        start = torch.searchsorted(labels, y)
-        stop = torch.searchsorted(labels, y, right=True)
-        stop = torch.where(y == ignore_index, start, stop)
-        negatives = (c != ignore_index).sum() - (stop - start)
-        own = torch.full_like(y, -1)
-        if exclude is not None:
-            place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=c.device))
-            place = torch.where(exclude < 0, -1, place[exclude.clamp_min(0)])
-            own = torch.where((place >= start) & (place < stop), place, -1)
-            left_out = c[exclude.clamp_min(0)]
-            negatives = negatives - ((exclude >= 0) & (left_out != y) & (left_out != ignore_index)).long()
-        negatives = torch.where(y == ignore_index, 0, negatives)
-        return Ranges(order, start, stop, own, stop - start - (own >= 0).long(), negatives)
 
 
 class Block(NamedTuple):
@@ -85,7 +52,7 @@ class Block(NamedTuple):
         return at.clamp_max(self.cols.numel() - 1), used
 
 
-def blocks(ranges: Ranges, keep: Tensor) -> Iterator[Block]:
+def blocks(ranges: ClassRanges, keep: Tensor) -> Iterator[Block]:
     """The rows of ``keep`` (N,) bool, by class, in blocks whose tile has at most TILE entries or one row."""
     rows = keep.nonzero().squeeze(1)
     rows = rows[torch.argsort(ranges.start[rows], stable=True)]
@@ -117,7 +84,7 @@ def _share_out(groups: Iterator[tuple[int, int, int]]) -> Iterator[list[tuple[in
         yield parts
 
 
-def _block(ranges: Ranges, rows: Tensor, parts: list[tuple[int, int, int]]) -> Block:
+def _block(ranges: ClassRanges, rows: Tensor, parts: list[tuple[int, int, int]]) -> Block:
     shifts, q = [], 0
     spans: list[list[int]] = []
     for start, stop, _ in parts:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..class_ranges import ClassRanges
 from ..logspace import log1pexp
 from . import by_class, tiles
 from .tiles import Gradients, Scores, Side
@@ -93,7 +94,7 @@ def _tiles(block: by_class.Block, a: Side, pairs: Pairs, spec: PairSpec):
 
 def fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's sum, number of positives, and number of terms over 0."""
-    ranges = by_class.Ranges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     n = pairs.x.size(0)
     total, active = pairs.x.new_zeros(n, dtype=torch.float64), torch.zeros_like(pairs.y)
     for block in by_class.blocks(ranges, ranges.positives > 0):
@@ -111,7 +112,7 @@ def _acc(spec) -> torch.dtype:
 
 def bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
     """Gradients in x, w, u and v, of <grad, total>."""
-    ranges = by_class.Ranges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     acc, need_points = _acc(spec), needs[0] or needs[1]
     g_x, g_w, g_u, g_v = (
         torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need and t is not None else None

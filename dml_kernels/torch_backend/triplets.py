@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..class_ranges import ClassRanges
 from ..logspace import log1pexp
 from . import by_class, tiles
 from .positives import _acc
@@ -142,13 +143,13 @@ def _row_counts(over: Tensor) -> Tensor:
     return eights.view(torch.uint8).view(r, -1).sum(1)
 
 
-def _kept(ranges: by_class.Ranges) -> Tensor:
+def _kept(ranges: ClassRanges) -> Tensor:
     return (ranges.positives > 0) & (ranges.negatives > 0)
 
 
 def fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Each anchor's sum, number of triplets, and number of terms over 0."""
-    ranges = by_class.Ranges.of(points.y, points.c, points.exclude, spec.ignore_index)
+    ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
     total, active = points.x.new_zeros(points.x.size(0), dtype=torch.float64), torch.zeros_like(points.y)
     one_by_one = spec.smooth or spec.swap
     for block in by_class.blocks(ranges, _kept(ranges)):
@@ -188,7 +189,7 @@ def _walked(work: _Block) -> tuple[Tensor, Tensor]:
 
 def bwd(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> tuple[Tensor | None, Tensor | None]:
     """Gradients in x and w of <grad, total>."""
-    ranges = by_class.Ranges.of(points.y, points.c, points.exclude, spec.ignore_index)
+    ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
     acc = _acc(spec)
     g_x, g_w = (
         torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need else None

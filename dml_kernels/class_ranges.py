@@ -1,0 +1,44 @@
+"""The bank sorted by label, and where in it each row's class lies: by binary search, shapes follow no values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ClassRanges(NamedTuple):
+    """Where each row's class lies in the bank sorted by label.
+
+    Args:
+        order: (M,) bank indices, by label. start, stop: (N,) the row's class in it; equal for a row without a set.
+        own: (N,) where the row's excluded entry is in it, if among its class; else -1.
+        positives, negatives: (N,) int64, how many each row has.
+    """
+
+    order: Tensor
+    start: Tensor
+    stop: Tensor
+    own: Tensor
+    positives: Tensor
+    negatives: Tensor
+
+    @staticmethod
+    def of(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> ClassRanges:
+        """For rows labelled y (N,) and a bank labelled c (M,)."""
+        labels, order = torch.sort(c, stable=True)
+        start = torch.searchsorted(labels, y)
+        stop = torch.searchsorted(labels, y, right=True)
+        stop = torch.where(y == ignore_index, start, stop)
+        negatives = (c != ignore_index).sum() - (stop - start)
+        if exclude is None or c.numel() == 0:
+            own = torch.full_like(y, -1)
+        else:
+            there, at = exclude >= 0, exclude.clamp_min(0)
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=c.device))[at]
+            own = torch.where(there & (place >= start) & (place < stop), place, -1)
+            left_out = c[at]
+            negatives = negatives - (there & (left_out != y) & (left_out != ignore_index)).long()
+        negatives = torch.where(y == ignore_index, 0, negatives)
+        return ClassRanges(order, start, stop, own, stop - start - (own >= 0).long(), negatives)
