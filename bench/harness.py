@@ -17,7 +17,7 @@ import torch
 from dml_kernels.profiling import interleaved_times
 
 from . import losses as proxy_losses
-from . import magnet, ops, pairs, peak, triplets
+from . import magnet, ops, pairs, peak
 from . import problem as problems
 from .busy import Usage, share_of_others
 from .case import Case, Contender, Outputs, Step, check, compare, tolerance, truth_of
@@ -27,13 +27,13 @@ SHORTEST_ROUND = 0.02  # seconds: a faster step is repeated within its round
 SLOW_STEP = 3.0  # seconds
 SPARE_MEMORY = 1 << 30
 OPS = "ops"
-SUITES = (*proxy_losses.SUITES, *magnet.SUITES, pairs.SUITE, *triplets.SUITES, OPS)
+LOSSES = (proxy_losses, magnet, pairs)  # modules: SUITES, and contenders(suite)
+SUITES = (*(suite for module in LOSSES for suite in module.SUITES), OPS)
 SIZES_OF = {
     OPS: problems.OP_SIZES,
     magnet.BATCH: problems.CLUSTER_SIZES,
     magnet.GIVEN: problems.GIVEN_SIZES,
-    pairs.SUITE: problems.PAIR_SIZES,
-    **dict.fromkeys(triplets.SUITES, problems.BATCH_SIZES),
+    **dict.fromkeys(pairs.SUITES, problems.BATCH_SIZES),
 }
 
 
@@ -83,10 +83,9 @@ class Options:
 
 def contenders(suite: str) -> list[Contender]:
     """Who takes part in a suite, in the order of the table."""
-    if suite in (OPS, pairs.SUITE):
-        return (ops if suite == OPS else pairs).contenders()
-    of_batches = triplets if suite in triplets.SUITES else magnet
-    return (proxy_losses if suite in proxy_losses.SUITES else of_batches).contenders(suite)
+    if suite == OPS:
+        return ops.contenders()
+    return next(module for module in LOSSES if suite in module.SUITES).contenders(suite)
 
 
 @dataclass(frozen=True)

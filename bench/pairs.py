@@ -1,7 +1,8 @@
-"""The pair losses beside pytorch-metric-learning's: forward, and backward to the embeddings, 8 examples a class.
+"""The losses on a batch's pairs and triplets beside pytorch-metric-learning's: forward, and backward to the embeddings.
 
-A problem's rows are the embeddings, compared with each other; its bank, as large, serves the floor alone. The
-embeddings are not clustered yet, as at the start of a training.
+A problem's rows are the embeddings, compared with each other, 8 of a class; its bank, as large, serves the floor alone.
+They lie in no clusters yet, as at the start of a training. One suite holds most losses; those of which theirs lists
+every triplet, or holds every positive pair beside every negative pair, have suites of their own.
 """
 
 from __future__ import annotations
@@ -16,16 +17,39 @@ from torch import Tensor
 from dml_kernels import use_backend
 from dml_kernels.losses import family
 
-from . import floor, triplets
+from . import floor
 from .case import Case, Contender, Outputs, Step, training_step
-from .problem import Problem
+from .problem import Problem, Size
 
-SUITE = "pairs"
 PER_CLASS = 8
-# Every pair is active, the most work for us: where a hinge passes 0 among millions of pairs the slope jumps, rounding
+# Every pair or triplet is active, the most work for us: where a hinge passes 0 among millions the slope jumps, rounding
 # decides on the nearest, and no two methods' gradients agree to rounding.
-OPTIONS = {"ContrastiveLoss": {"neg_margin": 2.0}, "MarginLoss": {"beta": 1.5, "margin": 0.45}}
-# How many N x N fp32 matrices theirs holds at its peak, measured at N = 2,048; what is not here, 20.
+OPTIONS = {
+    "ContrastiveLoss": {"neg_margin": 2.0},
+    "MarginLoss": {"beta": 1.5, "margin": 0.45},
+    "TripletMarginLoss": {"margin": 2.0},
+}
+
+
+def _listed_triplets(size: Size) -> float:
+    """Three int64 lists of every triplet, twice while they are joined."""
+    return (PER_CLASS - 1) * max(size.n - PER_CLASS, 0) * 6 * 8 / (4 * size.m)
+
+
+def _pairs_beside_pairs(size: Size) -> float:
+    """The negatives beside each positive, their mask as such and as numbers, and the masked negatives, in fp32."""
+    return (PER_CLASS - 1) * max(size.n - PER_CLASS, 0) * size.n * (1 + 3 * 4) / (4 * size.m)
+
+
+# The losses with suites of their own: how many N x N fp32 matrices theirs holds at its peak, at the least.
+SUITE = "pairs"
+APART: dict[str, Callable[[Size], float]] = {
+    "TripletMarginLoss": _listed_triplets,
+    "NTXentLoss": _pairs_beside_pairs,
+    "LiftedStructureLoss": _pairs_beside_pairs,
+}
+SUITES = (SUITE, *APART)
+# The same of the others, measured at N = 2,048; what is not here, 20.
 DENSE = {"MarginLoss": 110.0}
 
 
@@ -35,7 +59,7 @@ def _step(loss: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Step:
 
 
 def _streamed(name: str, problem: Problem) -> Step:
-    loss = family(SUITE)[name].loss(**OPTIONS.get(name, {}))
+    loss = family("pairs")[name].loss(**OPTIONS.get(name, {}))
 
     def on_torch(x: Tensor, labels: Tensor) -> Tensor:
         with use_backend("torch"):
@@ -44,8 +68,8 @@ def _streamed(name: str, problem: Problem) -> Step:
     return _step(on_torch, problem)
 
 
-def _contenders(name: str) -> list[Contender]:
-    entry, options = family(SUITE)[name], OPTIONS.get(name, {})
+def _contenders(name: str, prefix: str = "") -> list[Contender]:
+    entry, options = family("pairs")[name], OPTIONS.get(name, {})
 
     def reference(problem: Problem) -> Outputs:
         return _step(functools.partial(entry.reference, **options), problem)()
@@ -56,14 +80,16 @@ def _contenders(name: str) -> list[Contender]:
         return _step(getattr(losses, name)(**options), problem)
 
     case = Case(name, truth=lambda p: _streamed(name, p)(), reference=reference)
-    found = [Contender(f"{name}: ours", case, lambda p: _step(entry.loss(**options), p), variant="ours", passes=4)]
+    found = [Contender(f"{prefix}ours", case, lambda p: _step(entry.loss(**options), p), variant="ours", passes=4)]
     if importlib.util.find_spec("pytorch_metric_learning"):
-        title, dense = f"{name}: pytorch-metric-learning", DENSE.get(name, 20.0)
+        title, dense = f"{prefix}pytorch-metric-learning", APART.get(name, DENSE.get(name, 20.0))
         found.append(Contender(title, case, theirs, kind="peer", variant="theirs", dense=dense, passes=4))
     return found
 
 
-def contenders() -> list[Contender]:
-    """The floor, then every pair loss of the registry, ours and theirs, but those with a suite of their own."""
-    names = (name for name in family(SUITE) if name not in triplets.SUITES)
-    return [floor.four_contender(), *(c for name in names for c in _contenders(name))]
+def contenders(suite: str) -> list[Contender]:
+    """The floor, then the losses of a suite, ours and theirs."""
+    if suite in APART:
+        return [floor.four_contender(), *_contenders(suite)]
+    together = (name for name in family("pairs") if name not in APART)
+    return [floor.four_contender(), *(c for name in together for c in _contenders(name, f"{name}: "))]
