@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from helpers import FP32, FP64, Dtype, Yardstick, dense_forms, randint, randn, worst
+from helpers import FP32, FP64, Dtype, Yardstick, assert_all_accurate, dense_forms, randint, randn, worst
 from torch import Tensor
 
 from dml_kernels import reference
@@ -38,6 +38,10 @@ class Labelled(NamedTuple):
     def leaves(self, dtype: Dtype) -> list[Tensor]:
         return [self.x.to(dtype.x).requires_grad_()] + ([] if self.w is None else [self.w.to(dtype.w).requires_grad_()])
 
+    def rounded(self, dtype: Dtype) -> Labelled:
+        """The same with vectors that the dtype holds exactly."""
+        return self._replace(**{k: t.to(dtype.x).double() for k, t in (("x", self.x), ("w", self.w)) if t is not None})
+
 
 def with_gradients(out: Any, leaves: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
     """The outputs, and the gradients of <grad, total>."""
@@ -56,3 +60,12 @@ def sticks(run: Callable[[Dtype, str], dict[str, Tensor]], truth: dict[str, Tens
             dense = run(dtype, "reference")
         found.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
     return worst(found)
+
+
+def assert_counts_and_all_accurate(out: dict[str, Tensor], limits: dict[str, Yardstick]) -> None:
+    """The counts exactly, all else by the tolerance rule."""
+    for key in ("number", "active"):
+        count = out.pop(key)
+        assert count.dtype == torch.int64
+        assert torch.equal(count, limits.pop(key).truth), key
+    assert_all_accurate(out, limits)

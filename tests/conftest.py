@@ -42,6 +42,13 @@ def nan_filled_memory():
 
 
 @pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def any_threads():
     """Restores the number of threads."""
     threads = torch.get_num_threads()

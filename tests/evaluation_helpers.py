@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dml_kernels.profiling import run_in_child
 
@@ -27,6 +28,18 @@ def all_scores(queries, gallery, metric="cosine"):
     if metric == "cosine":
         queries, gallery = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, gallery))
     return np.einsum("nd,md->nm", queries, gallery).astype(np.float32)
+
+
+class LargestResult(TorchDispatchMode):
+    """Counts the entries of the largest tensor any operator returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.entries = max(self.entries, result.numel())
+        return result
 
 
 def probe(what, *arguments):

@@ -223,6 +223,10 @@ def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def leaf(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return randn(*shape, seed=seed).to(dtype).requires_grad_()
+
+
 def randint(low: int, high: int, size: int, *, seed: int) -> Tensor:
     return torch.randint(low, high, (size,), generator=torch.Generator().manual_seed(seed))
 

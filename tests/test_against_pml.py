@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import on_backends, randint, randn, require
+from helpers import on_backends, randint, randn
 
 from dml_kernels import losses, use_backend
 from dml_kernels.losses.proxy_nca import proxy_nca_reference
 
 
-@pytest.fixture(scope="module")
-def pml():
-    require("pytorch_metric_learning")
-    import pytorch_metric_learning
-    from pytorch_metric_learning import losses as theirs
-
-    assert pytorch_metric_learning.__version__ == "2.9.0"
-    return theirs
-
-
 def pair(pml, scale, dtype=torch.float32, classes=30, width=16):
     """Theirs and ours with the same proxies, made by the same call."""
-    theirs = pml.ProxyNCALoss(classes, width, softmax_scale=scale).to(dtype)
+    theirs = pml.losses.ProxyNCALoss(classes, width, softmax_scale=scale).to(dtype)
     ours = losses.ProxyNCALoss(classes, width, softmax_scale=scale).to(dtype)
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
     ours.load_state_dict(theirs.state_dict())
@@ -50,7 +40,7 @@ def test_value_and_gradients_are_theirs(scale, dtype, backend, pml):
 
 def test_the_defaults_and_the_seeded_start_are_theirs(pml):
     torch.manual_seed(3)
-    theirs = pml.ProxyNCALoss(30, 16)
+    theirs = pml.losses.ProxyNCALoss(30, 16)
     torch.manual_seed(3)
     ours = losses.ProxyNCALoss(30, 16)
     assert torch.equal(theirs.proxies, ours.proxies)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from evaluation_helpers import LargestResult
 
 from dml_kernels.evaluation import k_nearest_clusters, k_nearest_neighbours
 
@@ -189,18 +189,6 @@ def test_error_counts_labels_among_the_top_classes():
     # A place without a class answers nothing, not even the filler.
     assert result.classes[0].tolist() == [4, 5, -100]
     assert result.error(torch.tensor([-100, 5, 6]), top=3) == pytest.approx(1 / 3)
-
-
-class LargestResult(TorchDispatchMode):
-    """Counts the entries of the largest tensor any operator returned."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.entries = max(self.entries, result.numel())
-        return result
 
 
 @pytest.mark.parametrize("k", [16, 600])

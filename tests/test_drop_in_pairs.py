@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import randint, randn, require
+from helpers import randint, randn
 
 from dml_kernels import distances, losses, reducers
 from dml_kernels.losses.circle import circle_reference
@@ -38,16 +38,6 @@ REDUCERS = {
 on_names = pytest.mark.parametrize("name", NAMES)
 on_tuples = pytest.mark.parametrize("kind", [None, "pairs", "triplets"])
 on_both = pytest.mark.parametrize("with_refs", [False, True], ids=["batch", "ref_emb"])
-
-
-@pytest.fixture(scope="module")
-def pml():
-    require("pytorch_metric_learning")
-    import pytorch_metric_learning
-    from pytorch_metric_learning import distances, losses, reducers
-
-    assert pytorch_metric_learning.__version__ == "2.9.0"
-    return {"losses": losses, "reducers": reducers, "distances": distances}
 
 
 def problem(seed=0):
@@ -91,8 +81,8 @@ def assert_same(found, expected, **tolerance):
 def reducer(pml, which):
     name = REDUCERS[which]
     if name == "ClassWeightedReducer":
-        return pml["reducers"].ClassWeightedReducer(torch.linspace(1, 2, CLASSES).double())
-    return None if name is None else getattr(pml["reducers"], name)()
+        return pml.reducers.ClassWeightedReducer(torch.linspace(1, 2, CLASSES).double())
+    return None if name is None else getattr(pml.reducers, name)()
 
 
 @pytest.mark.parametrize("which", REDUCERS)
@@ -116,7 +106,7 @@ def test_value_and_gradients_are_theirs(name, kind, with_refs, which, pml):
     found, expected = (
         value_and_grads(getattr(lib, name)(reducer=reducer(pml, which), **OPTIONS.get(name, {})).double(),
                         x, y, listed, refs)
-        for lib in (losses, pml["losses"])
+        for lib in (losses, pml.losses)
     )  # fmt: skip
     assert_same(found, expected, rtol=1e-7, atol=1e-8)
 
@@ -140,9 +130,9 @@ def test_their_distances_mean_the_same(name, distance, kind, pml):
     x, y, _, _ = problem()
     kind_of, options = distance
     listed = tuples(kind, y, y)
-    given = getattr(pml["distances"], kind_of)(**options)
+    given = getattr(pml.distances, kind_of)(**options)
     own = {"MarginLoss": {"beta": 0.7}}.get(name, OPTIONS.get(name, {}))
-    expected = value_and_grads(getattr(pml["losses"], name)(distance=given, **own).double(), x, y, listed)
+    expected = value_and_grads(getattr(pml.losses, name)(distance=given, **own).double(), x, y, listed)
     for one in (given, getattr(distances, kind_of)(**options)):
         found = value_and_grads(getattr(losses, name)(distance=one, **own).double(), x, y, listed)
         assert_same(found, expected, rtol=1e-6, atol=1e-7)
@@ -150,7 +140,7 @@ def test_their_distances_mean_the_same(name, distance, kind, pml):
 
 @on_names
 def test_defaults_and_attributes_are_theirs(name, pml):
-    theirs, ours = getattr(pml["losses"], name)(), getattr(losses, name)()
+    theirs, ours = getattr(pml.losses, name)(), getattr(losses, name)()
     assert (
         type(ours.reducer).__name__ == type(theirs.reducer).__name__
         or type(theirs.reducer).__name__ == "MultipleReducers"
@@ -167,16 +157,16 @@ def test_defaults_and_attributes_are_theirs(name, pml):
 def test_parts_have_their_names(pml):
     for name in ("ContrastiveLoss", "MarginLoss"):
         parts = getattr(losses, name)(reducer=reducers.DoNothingReducer(), **OPTIONS[name])(*problem()[:2])
-        assert list(parts) == getattr(pml["losses"], name)()._sub_loss_names()
+        assert list(parts) == getattr(pml.losses, name)()._sub_loss_names()
     chosen = {"pos_loss": "MeanReducer", "neg_loss": "SumReducer"}
     x, y, _, _ = problem()
     found, expected = (
         value_and_grads(
-            loss(reducer=multiple({k: getattr(pml["reducers"], r)() for k, r in chosen.items()})).double(), x, y
+            loss(reducer=multiple({k: getattr(pml.reducers, r)() for k, r in chosen.items()})).double(), x, y
         )
         for loss, multiple in (
-            (losses.ContrastiveLoss, pml["reducers"].MultipleReducers),
-            (pml["losses"].ContrastiveLoss, pml["reducers"].MultipleReducers),
+            (losses.ContrastiveLoss, pml.reducers.MultipleReducers),
+            (pml.losses.ContrastiveLoss, pml.reducers.MultipleReducers),
         )
     )
     assert_same(found, expected)
@@ -191,7 +181,7 @@ def test_their_miners_tuples_are_taken(name, pml):
         listed = miner(x, y)
         found, expected = (
             value_and_grads(getattr(lib, name)(**OPTIONS.get(name, {})).double(), x, y, listed)
-            for lib in (losses, pml["losses"])
+            for lib in (losses, pml.losses)
         )
         assert_same(found, expected, rtol=1e-7, atol=1e-8)
 
@@ -204,12 +194,12 @@ def test_their_miners_tuples_are_taken(name, pml):
 def test_class_weights_meet_their_own_anchors(name, pml):
     x, y, _, _ = problem()
     weights = torch.linspace(1, 2, CLASSES).double()
-    call = {lib: getattr(module, name) for lib, module in (("ours", losses), ("theirs", pml["losses"]))}
+    call = {lib: getattr(module, name) for lib, module in (("ours", losses), ("theirs", pml.losses))}
     terms = call["ours"](reducer=reducers.DoNothingReducer())(x, y)["loss"].total
     truth = (terms * weights[y]).mean()
     ours = call["ours"](reducer=reducers.ClassWeightedReducer(weights))(x, y)
     torch.testing.assert_close(ours, truth)
-    theirs = call["theirs"](reducer=pml["reducers"].ClassWeightedReducer(weights))(x, y)
+    theirs = call["theirs"](reducer=pml.reducers.ClassWeightedReducer(weights))(x, y)
     assert (
         theirs - terms.mean() * weights[y].mean()
     ).abs() < 1e-6  # every anchor with every weight: the reason to differ
@@ -223,7 +213,7 @@ def test_an_underflowed_anchor_counts_in_nca(pml):
     torch.testing.assert_close(found["value"].double(), truth, rtol=1e-5, atol=0.0)
     assert found["grad 0"].isfinite().all()
     assert found["grad 0"][0].count_nonzero() > 0
-    theirs = pml["losses"].NCALoss(softmax_scale=100)(x, y)
+    theirs = pml.losses.NCALoss(softmax_scale=100)(x, y)
     assert theirs < truth / 2
 
 
@@ -233,7 +223,7 @@ def test_one_listed_pair_counts(pml):
     loss = losses.ContrastiveLoss(neg_margin=2)
     d = torch.cdist(*[torch.nn.functional.normalize(x)] * 2)
     torch.testing.assert_close(loss(x, y, pair), d[pair[0], pair[1]].sum() + 2 - d[pair[2], pair[3]].sum())
-    assert pml["losses"].ContrastiveLoss(neg_margin=2)(x, y, pair) == 0
+    assert pml.losses.ContrastiveLoss(neg_margin=2)(x, y, pair) == 0
 
 
 def test_repeated_pairs_have_the_gradient_of_their_mean_per_anchor(pml):
@@ -245,7 +235,7 @@ def test_repeated_pairs_have_the_gradient_of_their_mean_per_anchor(pml):
         for k in (1, 2)
     )
     assert_same(twice, once)
-    theirs = pml["losses"].ContrastiveLoss(reducer=pml["reducers"].PerAnchorReducer())
+    theirs = pml.losses.ContrastiveLoss(reducer=pml.reducers.PerAnchorReducer())
     assert (value_and_grads(theirs, x, y, (a, p, a, p + 1))["grad 0"] - once["grad 0"]).abs().max() > 0.01
 
 

@@ -32,17 +32,6 @@ SETTINGS = [
 on_settings = pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=[f"{n}-{s}" for n, s in SETTINGS])
 
 
-@pytest.fixture(scope="module")
-def pml():
-    return require("pytorch_metric_learning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _their_modules(pml):
-    for part in ("distances", "losses", "miners", "reducers"):
-        require(f"pytorch_metric_learning.{part}")
-
-
 def evaluate(loss, x, y, tuples=None, refs=None):
     leaves = [x.clone().requires_grad_()] + ([refs[0].clone().requires_grad_()] if refs else [])
     extra = {"ref_emb": leaves[1], "ref_labels": refs[1]} if refs else {}

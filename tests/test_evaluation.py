@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from evaluation_helpers import LargestResult, clustered
 
 from dml_kernels.evaluation import evaluate, map_at_r, nearest, recall_at_k, streaming
 
@@ -37,13 +37,6 @@ def brute_force(queries, labels, gallery, gallery_labels, exclude, ks, metric="c
         ap.append(float((precision * top).sum() / total))
         rp.append(float(top.mean()))
     return {k: np.mean(v) for k, v in recall.items()}, np.mean(ap), np.mean(rp), len(ap), skipped
-
-
-def clustered(count, classes, width, *, seed=0, spread=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    centres = torch.randn(classes, width, generator=generator)
-    return centres[labels] + spread * torch.randn(count, width, generator=generator), labels
 
 
 def assert_matches(result, expected):
@@ -181,18 +174,6 @@ def test_agrees_with_pytorch_metric_learning():
     assert ours.recall[1] == pytest.approx(theirs["precision_at_1"], abs=1e-6)
     assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-6)
     assert ours.r_precision == pytest.approx(theirs["r_precision"], abs=1e-6)
-
-
-class LargestResult(TorchDispatchMode):
-    """Counts the entries of the largest tensor any operator returned."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            self.entries = max(self.entries, result.numel())
-        return result
 
 
 def test_nothing_larger_than_a_tile_is_formed():

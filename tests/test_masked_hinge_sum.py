@@ -14,6 +14,7 @@ from helpers import (
     METRICS,
     MIXED,
     check,
+    leaf,
     on_backends,
     on_backends_and,
     on_metrics,
@@ -124,10 +125,6 @@ def test_counts_are_those_of_positive_terms(metric, normalize, relative, dtype, 
     assert torch.equal(found.count_same, truth.count_same)
     assert torch.equal(found.count_different, truth.count_different)
     assert 0 < truth.count_different.sum() < 300 * 1000
-
-
-def leaf(*shape, seed, dtype=torch.float32):
-    return randn(*shape, seed=seed).to(dtype).requires_grad_()
 
 
 def call(x, w, y, c=None, **given):

@@ -20,6 +20,7 @@ from helpers import (
     assert_all_accurate,
     assert_same_bits,
     check,
+    leaf,
     on_backends,
     on_backends_and,
     on_metrics,
@@ -93,10 +94,6 @@ def test_every_option_is_accurate_with_many_more_rows_than_columns(name, dtype, 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Promises that hold exactly
-
-
-def leaf(*shape, seed, dtype=torch.float32):
-    return randn(*shape, seed=seed).to(dtype).requires_grad_()
 
 
 @on_backends_and((FP32, FP64, BF16, MIXED))

@@ -20,15 +20,13 @@ from helpers import (
     randn,
 )  # fmt: skip
 from test_memory import MB, large_allocations, probe
+from transform_helpers import (
+    assert_compiles_whole,
+    assert_grad_of_grad_is_double_backward,
+    assert_vmap_of_grad_is_a_loop,
+)
 
 from dml_kernels import functional as F
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def inputs(n=5, m=7, d=3, dtype=torch.float32):
@@ -44,24 +42,13 @@ def everything(x, w, t, metric="sqeuclidean", normalize=True, backend=None):
     return sum((v * (i + 1)).sum() for i, v in enumerate((*a[:2], *b[:2])))
 
 
-def value_and_grads(function, args):
-    out = function(*args)
-    return out.detach(), *torch.autograd.grad(out.sum(), args)
-
-
-def assert_equal(found, expected):
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
-
-
 @on_backends
 @pytest.mark.parametrize(("metric", "normalize"), METRICS[::2], ids=METRIC_IDS[::2])
 def test_compiled_whole_equals_eager(metric, normalize, backend, fresh_dynamo):
     def function(*args):
         return everything(*args, metric, normalize, backend)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_equal(value_and_grads(compiled, inputs()), value_and_grads(function, inputs()))
+    assert_compiles_whole(function, inputs())
 
 
 @on_backends
@@ -80,10 +67,7 @@ def test_a_mined_triplet_loss_compiles_whole(backend, fresh_dynamo):
             total = total + torch.where(choice.index >= 0, pair * choice.count, 0).sum()
         return total
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (8, 11):
-        x = randn(n, 4, seed=1).requires_grad_()
-        assert_equal(value_and_grads(compiled, [x]), value_and_grads(function, [x]))
+    assert_compiles_whole(function, *([randn(n, 4, seed=1).requires_grad_()] for n in (8, 11)), dynamic=True)
 
 
 @on_backends
@@ -101,24 +85,14 @@ def test_values_are_checked_in_a_compiled_graph_too(backend, fresh_dynamo):
 @on_backends
 def test_grad_of_grad_equals_double_backward(backend):
     x, *rest = (t.detach() for t in inputs(dtype=torch.float64))
-
-    def squared_grad(x):
-        return torch.func.grad(lambda x: everything(x, *rest, backend=backend))(x).pow(2).sum()
-
-    leaf = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(everything(leaf, *rest, backend=backend), leaf, create_graph=True)
-    (expected,) = torch.autograd.grad(first.pow(2).sum(), leaf)
-    torch.testing.assert_close(torch.func.grad(squared_grad)(x), expected)
-    assert expected.abs().max() > 0.1
+    assert_grad_of_grad_is_double_backward(lambda x: everything(x, *rest, backend=backend), x)
 
 
 @on_backends
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_of_grad_equals_a_loop(backend):
     x, *rest = (t.detach() for t in inputs(dtype=torch.float64))
-    batch = torch.stack([x, x * 2, x - 1])
-    gradient = torch.func.grad(lambda x: everything(x, *rest, backend=backend))
-    torch.testing.assert_close(torch.func.vmap(gradient)(batch), torch.stack([gradient(b) for b in batch]))
+    assert_vmap_of_grad_is_a_loop(lambda x: everything(x, *rest, backend=backend), x)
 
 
 @on_backends

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randn, require
+from helpers import randn
 from torch.autograd import gradcheck
 
 from dml_kernels import reducers, regularizers
@@ -29,11 +29,6 @@ def value_and_grad(regularizer, w):
     w = w.clone().requires_grad_()
     value = regularizer(w)
     return value.detach(), torch.autograd.grad(value, w)[0]
-
-
-@pytest.fixture(scope="module")
-def pml():
-    return require("pytorch_metric_learning.regularizers")
 
 
 def dense(name, w):
@@ -63,7 +58,7 @@ def test_the_formula(name):
 
 @on_all
 def test_value_and_gradient_are_theirs_and_theirs_turns_into_ours(name, pml):
-    theirs, w = MAKE[name](pml), randn(C * K, D, seed=4)
+    theirs, w = MAKE[name](pml.regularizers), randn(C * K, D, seed=4)
     turned = regularizers.accept(theirs)
     assert isinstance(turned, getattr(regularizers, name.split()[0]))
     for ours in (MAKE[name](regularizers), turned):
@@ -77,7 +72,7 @@ def test_a_reducer_says_how_rows_become_one(pml):
     for reducer in (reducers.SumReducer(), SumReducer()):
         found = regularizers.RegularFaceRegularizer(reducer=reducer)(w)
         torch.testing.assert_close(found, regularizers.RegularFaceRegularizer()(w) * C * K)
-    turned = regularizers.accept(pml.RegularFaceRegularizer(reducer=SumReducer()))
+    turned = regularizers.accept(pml.regularizers.RegularFaceRegularizer(reducer=SumReducer()))
     assert isinstance(turned.reducer, reducers.SumReducer)
 
 
@@ -118,12 +113,13 @@ def test_one_row_has_no_other():
 def test_what_cannot_be_is_refused(pml):
     from pytorch_metric_learning.distances import DotProductSimilarity
 
+    face = pml.regularizers.RegularFaceRegularizer
     for call, error, message in (
         (lambda: regularizers.SparseCentersRegularizer(3, 1), ValueError, "one class of two centres; got 3 of 1"),
         (lambda: regularizers.SparseCentersRegularizer(3, 2)(torch.ones(5, 2)), ValueError, "3 x 2 rows.*got 5"),
         (lambda: regularizers.LpRegularizer()(torch.ones(5)), ValueError, r"weights must have shape \(rows, D\)"),
         (lambda: regularizers.accept(3), TypeError, "must be callable on rows"),
-        (lambda: regularizers.accept(pml.RegularFaceRegularizer(distance=DotProductSimilarity())), ValueError,
+        (lambda: regularizers.accept(face(distance=DotProductSimilarity())), ValueError,
          "RegularFaceRegularizer is defined on CosineSimilarity"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):

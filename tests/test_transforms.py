@@ -11,19 +11,19 @@ import pytest
 import torch
 from helpers import METRIC_IDS, METRICS, on_backends, randint, randn
 from torch.utils.checkpoint import checkpoint
+from transform_helpers import (
+    assert_compiles_whole,
+    assert_equal,
+    assert_grad_of_grad_is_double_backward,
+    assert_vmap_of_grad_is_a_loop,
+    value_and_grads,
+)
 
 from dml_kernels import functional as F
 from dml_kernels import losses, use_backend
 from dml_kernels.ops import masked_logsumexp as lse_ops
 
 Y = torch.tensor([0, 1, 2, -100, 6])
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def everything(x, w, scale, col_scale, col_bias, metric="sqeuclidean", normalize=True, backend=None):
@@ -42,16 +42,6 @@ def inputs(n=5, m=7, d=3):
     return [randn(*s, seed=i).float().requires_grad_() for i, s in enumerate(shapes)]
 
 
-def value_and_grads(function, args):
-    out = function(*args)
-    return out.detach(), *torch.autograd.grad(out.sum(), [a for a in args if a.requires_grad])
-
-
-def assert_equal(found, expected):
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
-
-
 # --- torch.compile
 
 
@@ -61,8 +51,7 @@ def test_compiled_whole_equals_eager(metric, normalize, backend, fresh_dynamo):
     def function(*args):
         return everything(*args, metric, normalize, backend)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_equal(value_and_grads(compiled, inputs()), value_and_grads(function, inputs()))
+    assert_compiles_whole(function, inputs())
 
 
 @on_backends
@@ -72,12 +61,7 @@ def test_compiled_with_the_batch_as_its_own_bank(backend, fresh_dynamo):
         out = F.masked_logsumexp(x, x, y, y, scale=3.0, exclude=own, backend=backend)
         return (out.different - torch.where(out.same > -torch.inf, out.same, 0)).sum()
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    found, expected = [], []
-    for f, out in ((compiled, found), (function, expected)):
-        x = randn(6, 3, seed=1).requires_grad_()
-        out.extend(value_and_grads(lambda x, f=f: f(x, torch.arange(6) % 3), [x]))
-    assert_equal(found, expected)
+    assert_compiles_whole(function, (randn(6, 3, seed=1).requires_grad_(), torch.arange(6) % 3))
 
 
 @on_backends
@@ -117,10 +101,8 @@ def test_one_compilation_serves_every_shape(backend, fresh_dynamo):
 @on_backends
 @pytest.mark.parametrize("function", [F.normalize, lambda x, backend: F.normalized_distance(x, x + 1, backend=backend)])
 def test_the_smaller_ops_compile_whole(function, backend, fresh_dynamo):
-    compiled = torch.compile(lambda x: function(x, backend=backend), fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (4, 9):
-        x = randn(n, 3, seed=1).requires_grad_()
-        assert_equal(value_and_grads(compiled, [x]), value_and_grads(lambda x: function(x, backend=backend), [x]))
+    calls = ([randn(n, 3, seed=1).requires_grad_()] for n in (4, 9))
+    assert_compiles_whole(lambda x: function(x, backend=backend), *calls, dynamic=True)
 
 
 @on_backends
@@ -140,25 +122,14 @@ def test_values_are_checked_in_a_compiled_graph_too(backend, fresh_dynamo):
 @on_backends
 def test_grad_of_grad_equals_double_backward(backend):
     x, *rest = (t.detach().double() for t in inputs())
-
-    def squared_grad(x):
-        return torch.func.grad(lambda x: everything(x, *rest, backend=backend))(x).pow(2).sum()
-
-    found = torch.func.grad(squared_grad)(x)
-    leaf = x.clone().requires_grad_()
-    (first,) = torch.autograd.grad(everything(leaf, *rest, backend=backend), leaf, create_graph=True)
-    (expected,) = torch.autograd.grad(first.pow(2).sum(), leaf)
-    torch.testing.assert_close(found, expected)
-    assert found.abs().max() > 0.1
+    assert_grad_of_grad_is_double_backward(lambda x: everything(x, *rest, backend=backend), x)
 
 
 @on_backends
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_of_grad_equals_a_loop(backend):
     x, *rest = (t.detach().double() for t in inputs())
-    batch = torch.stack([x, x * 2, x - 1])
-    gradient = torch.func.grad(lambda x: everything(x, *rest, backend=backend))
-    torch.testing.assert_close(torch.func.vmap(gradient)(batch), torch.stack([gradient(b) for b in batch]))
+    assert_vmap_of_grad_is_a_loop(lambda x: everything(x, *rest, backend=backend), x)
 
 
 @on_backends

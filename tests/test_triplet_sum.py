@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from class_sum_helpers import Labelled, sticks, with_gradients
+from class_sum_helpers import Labelled, assert_counts_and_all_accurate, sticks, with_gradients
 from helpers import (
     BF16,
     FP32,
@@ -15,7 +15,6 @@ from helpers import (
     METRIC_IDS,
     METRICS,
     MIXED,
-    assert_all_accurate,
     assert_same_bits,
     on_metrics,
     randint,
@@ -69,7 +68,7 @@ def problem_and_sticks(variant, m, metric, normalize, dtype, seed):
             call(leaves, p, backend, margin=margin, metric=metric, normalize=normalize, **variant), leaves, grad
         )
 
-    rounded = Labelled(*(t if t is None else t.to(dtype.x).double() for t in p[:2]), *p[2:])
+    rounded = p.rounded(dtype)
     leaves = rounded.leaves(FP64)
     truth = with_gradients(
         call(leaves, rounded, "reference", margin=margin, metric=metric, normalize=normalize, **variant), leaves, grad
@@ -83,13 +82,7 @@ def problem_and_sticks(variant, m, metric, normalize, dtype, seed):
 @on_metrics
 def test_value_counts_and_gradients_are_accurate(metric, normalize, variant, m, dtype):
     found = [problem_and_sticks(variant, m, metric, normalize, dtype, seed) for seed in (0, 100, 200)]
-    out = found[0][0](dtype, "torch")
-    counts = {k: out.pop(k) for k in ("number", "active")}
-    limits = worst([stick for _, stick in found])
-    for key, count in counts.items():
-        assert count.dtype == torch.int64
-        assert torch.equal(count, limits.pop(key).truth), key
-    assert_all_accurate(out, limits)
+    assert_counts_and_all_accurate(found[0][0](dtype, "torch"), worst([stick for _, stick in found]))
 
 
 @pytest.mark.parametrize("dtype", [BF16, MIXED], ids=lambda d: d.name)
