@@ -62,6 +62,19 @@ Policy policy(std::int64_t kind, std::int64_t centres, double number, const Tens
   return found;
 }
 
+LogitArgs logit_args(std::int64_t n, std::int64_t m, double k_same, double o_same, double k_different,
+                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_scale,
+                     const OptionalTensor& col_bias, const Policy& rule) {
+  return {k_same,
+          o_same,
+          k_different,
+          o_different,
+          vector(scale, n, "scale"),
+          vector(col_scale, m, "col_scale"),
+          vector(col_bias, m, "col_bias"),
+          rule};
+}
+
 // `kind` is an empty tensor whose dtype is the products'.
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
     Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
@@ -70,18 +83,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
     std::int64_t kind_of_policy, std::int64_t centres, double number, bool sums) {
   const Policy rule = policy(kind_of_policy, centres, number, w);
   const std::int64_t n = x.size(0), m = w.size(0) / centres;
-  const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType acc = accumulation(kind);
   const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, acc); };
   Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
   const Labels label = labels(n, m, y, c, exclude, ignore_index);
-  const LogitArgs args{k_same,
-                       o_same,
-                       k_different,
-                       o_different,
-                       vector(scale, n, "scale"),
-                       vector(col_scale, m, "col_scale"),
-                       vector(col_bias, m, "col_bias"),
-                       rule};
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias, rule);
   const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), sums ? sum_same.mutable_data_ptr() : nullptr,
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
@@ -102,14 +108,7 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
   const Policy rule = policy(kind_of_policy, centres, number, w);
   const std::int64_t n = x.size(0), m = w.size(0) / centres;
   const Labels label = labels(n, m, y, c, exclude, ignore_index);
-  const LogitArgs args{k_same,
-                       o_same,
-                       k_different,
-                       o_different,
-                       vector(scale, n, "scale"),
-                       vector(col_scale, m, "col_scale"),
-                       vector(col_bias, m, "col_bias"),
-                       rule};
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias, rule);
   const auto optional = [n](const Tensor& t, const char* name) { return t.numel() ? vector(t, n, name) : Vector{}; };
   const LseIn in{vector(grad_same, n, "grad_same"),
                  vector(grad_different, n, "grad_different"),
@@ -149,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> proxy_nca_forward(Tensor kind, Tensor x, Tens
                                                      double label_smoothing, double eps, std::int64_t ignore_index,
                                                      std::int64_t reduction) {
   const std::int64_t n = x.size(0);
-  const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType acc = accumulation(kind);
   Tensor value = reduction ? torch::stable::new_empty(x, {}, acc) : torch::stable::new_empty(x, {n}, acc);
   Tensor same = torch::stable::new_empty(x, {n}, acc), different = torch::stable::new_empty(x, {n}, acc);
   const ProxyArgs args =
@@ -197,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> magnet_forward(Tensor kind, Tensor x, Tensor 
                                                   bool normalize, double min_variance, double eps,
                                                   std::int64_t ignore_index, std::int64_t reduction) {
   const std::int64_t n = x.size(0);
-  const auto acc = kind.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType acc = accumulation(kind);
   Tensor value = reduction ? torch::stable::new_empty(x, {}, acc) : torch::stable::new_empty(x, {n}, acc);
   Tensor different = torch::stable::new_empty(x, {n}, acc), measured = torch::stable::new_empty(x, {}, acc);
   const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,

@@ -56,6 +56,18 @@ Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalT
   return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
 }
 
+LogitArgs logit_args(std::int64_t n, std::int64_t m, double k_same, double o_same, double k_different,
+                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_scale,
+                     const OptionalTensor& col_bias) {
+  return {k_same,
+          o_same,
+          k_different,
+          o_different,
+          vector(scale, n, "scale"),
+          vector(col_scale, m, "col_scale"),
+          vector(col_bias, m, "col_bias")};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor c,
                                                     OptionalTensor exclude, OptionalTensor scale,
                                                     OptionalTensor col_scale, OptionalTensor col_bias,
@@ -69,13 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y
   Tensor same = make(n), different = make(n), sum_same = make(with_sums ? n : 0),
          sum_different = make(with_sums ? n : 0);
   if (n == 0) return {same, different, sum_same, sum_different};
-  const LogitArgs args{k_same,
-                       o_same,
-                       k_different,
-                       o_different,
-                       vector(scale, n, "scale"),
-                       vector(col_scale, m, "col_scale"),
-                       vector(col_bias, m, "col_bias")};
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias);
   const LseOut out{same.mutable_data_ptr(),
                    different.mutable_data_ptr(),
                    with_sums ? sum_same.mutable_data_ptr() : nullptr,
@@ -96,13 +102,7 @@ void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_s
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
   const Comparison problem = comparison(x, w, metric, normalize, eps);
-  const LogitArgs args{k_same,
-                       o_same,
-                       k_different,
-                       o_different,
-                       vector(scale, n, "scale"),
-                       vector(col_scale, m, "col_scale"),
-                       vector(col_bias, m, "col_bias")};
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias);
   const LseGrads grads{vector_unless_empty(grad_same, n, "grad_same"),
                        vector_unless_empty(grad_different, n, "grad_different"),
                        vector_unless_empty(grad_sum_same, n, "grad_sum_same"),

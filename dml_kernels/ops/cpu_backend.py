@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from ..torch_backend import scale_grad
+from .compiled_arguments import METRIC_CODES, clustered, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
 from .contract import Bank, Spec, accumulate_dtype
-from .library import EXTENSION
+from .library import EXTENSION, gradients_like
 
 name = "cpu"
-METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
 POLICY_CODES = {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3}
-REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
 LOG_WEIGHT_CODES = {"uniform": 0, "distance": 1}
 PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -61,23 +60,23 @@ def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
 
 
 def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> list[Tensor | None]:
-    targets = [_like(t, need) for t, need in zip((x, w), needs, strict=True)]
+    targets = gradients_like((x, w), needs, x)
     _ops().distance_bwd(*targets, grad, x, w, METRIC_CODES[metric], normalize, eps)
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *_numbers(spec), *_policy(spec), spec.sums)
+    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
-    targets = [_like(t, need) for t, need in zip((bank.x, bank.w, None, *bank[6:]), needs, strict=True)]
+    targets = [*gradients_like((bank.x, bank.w, None, *bank[6:]), needs, bank.x)]
     if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *_numbers(spec), *_policy(spec))
+    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], bank)
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
@@ -85,18 +84,18 @@ def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
 
 
 def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> list[Tensor | None]:
-    targets = [_like(t, need) for t, need in zip((lines.x, lines.w), needs, strict=True)]
+    targets = gradients_like((lines.x, lines.w), needs, lines.x)
     _ops().hinge_bwd(*targets, *slopes, _kind(spec), *_plain_lines(lines), *_pair_numbers(spec))
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def _plain_lines(lines) -> tuple:
-    return *_plain_labels(*lines[:5]), *lines.offset, *lines.k
+    return *labelled(*lines[:5]), *lines.offset, *lines.k
 
 
 def masked_argmax_fwd(inputs, spec) -> tuple[Tensor, ...]:
     return _ops().argmax_fwd(
-        _kind(spec), *_plain_labels(*inputs[:5]), *_widened(inputs[5:]), *spec.wanted, *spec.largest, spec.noise,
+        _kind(spec), *labelled(*inputs[:5]), *_widened(inputs[5:]), *spec.wanted, *spec.largest, spec.noise,
         spec.seed, LOG_WEIGHT_CODES[spec.log_weight], *spec.cutoffs, *_pair_numbers(spec),
     )  # fmt: skip
 
@@ -105,22 +104,18 @@ def _pair_numbers(spec) -> tuple:
     return METRIC_CODES[spec.metric], spec.normalize, spec.eps, spec.ignore_index
 
 
-def _plain_labels(x, w, y, c, exclude) -> tuple:
-    return x, w, *(t if t is None else t.contiguous() for t in (y, c, exclude))
-
-
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *_proxy_numbers(spec))
+    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
 
 
 def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
-    targets = [_like(t, need) for t, need in zip((inputs.x, inputs.w, None), needs, strict=True)]
+    targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
     if needs[2]:
         targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().proxy_nca_bwd(*targets, grad, same, different, _kind(spec), *_plain_proxied(inputs), *_proxy_numbers(spec))
+    _ops().proxy_nca_bwd(*targets, grad, same, different, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], inputs)
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def _plain_proxied(inputs):
@@ -128,36 +123,14 @@ def _plain_proxied(inputs):
     return x, w, y.contiguous(), *_widened(vectors)
 
 
-def _proxy_numbers(spec) -> tuple:
-    reduction = REDUCTION_CODES[spec.reduction]
-    return spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index, reduction
-
-
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    return _ops().magnet_fwd(_kind(spec), *_plain_clusters(inputs), *_magnet_numbers(spec))
+    return _ops().magnet_fwd(_kind(spec), *clustered(inputs), *magnet_numbers(spec))
 
 
 def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
-    targets = [_like(t, need) for t, need in zip((inputs.x, *inputs[3:]), needs, strict=True)]
-    _ops().magnet_bwd(*targets, grad, different, _kind(spec), *_plain_clusters(inputs), *_magnet_numbers(spec))
-    return _wanted(targets, needs)
-
-
-def _plain_clusters(inputs):
-    x, clusters, classes, centers, variance = inputs
-    return x, clusters.contiguous(), classes.contiguous(), centers, variance
-
-
-def _magnet_numbers(spec) -> tuple:
-    return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
-
-
-def _wanted(targets, needs) -> list[Tensor | None]:
-    return [t if need else None for t, need in zip(targets, needs, strict=True)]
-
-
-def _like(t: Tensor | None, need: bool) -> Tensor:
-    return torch.empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+    targets = gradients_like((inputs.x, *inputs[3:]), needs, inputs.x)
+    _ops().magnet_bwd(*targets, grad, different, _kind(spec), *clustered(inputs), *magnet_numbers(spec))
+    return wanted(targets, needs)
 
 
 def _kind(spec: Spec) -> Tensor:
@@ -167,9 +140,7 @@ def _kind(spec: Spec) -> Tensor:
 
 def _plain(bank: Bank) -> Bank:
     """Label vectors contiguous, the rest as it is; fp16 vectors, which C++ does not read, widened."""
-    x, w, y, c, exclude, *vectors = bank
-    c, exclude = (t if t is None else t.contiguous() for t in (c, exclude))
-    return Bank(x, w, y.contiguous(), c, exclude, *_widened(vectors))
+    return Bank(*labelled(*bank[:5]), *_widened(bank[5:]))
 
 
 def _widened(vectors):
@@ -179,7 +150,3 @@ def _widened(vectors):
 def _policy(spec: Spec) -> tuple:
     """Its code, the bank rows to a column, and its last number: m or gamma."""
     return POLICY_CODES[spec.policy], spec.centres, spec.policy_params[-1] if spec.policy_params else 0.0
-
-
-def _numbers(spec: Spec) -> tuple:
-    return METRIC_CODES[spec.metric], spec.normalize, *spec.logit, spec.eps, spec.ignore_index

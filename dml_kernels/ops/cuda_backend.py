@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ..torch_backend import scale_grad
+from .compiled_arguments import METRIC_CODES, clustered, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
 from .contract import Bank, Spec, accumulate_dtype
-from .cpu_backend import METRIC_CODES, REDUCTION_CODES
-from .library import EXTENSION
+from .library import EXTENSION, gradients_like
 
 name = "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -72,49 +74,49 @@ def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
 
 
 def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> list[Tensor | None]:
-    targets = [_like(t, need, x) for t, need in zip((x, w), needs, strict=True)]
+    targets = gradients_like((x, w), needs, x)
     if x.size(0) == 0:
-        return _wanted(_zeroed(targets), needs)
+        return wanted(_zeroed(targets), needs)
     _ops().distance_bwd(*targets, grad, x, w, METRIC_CODES[metric], normalize, eps)
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops().mlse_fwd(*_plain(bank), *_numbers(spec), spec.sums)
+    return _ops().mlse_fwd(*_plain(bank), *lse_numbers(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
-    targets = [_like(t, need, bank.x) for t, need in zip((bank.x, bank.w, None, *bank[6:]), needs, strict=True)]
+    targets = [*gradients_like((bank.x, bank.w, None, *bank[6:]), needs, bank.x)]
     if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
     if bank.x.size(0) == 0:
         _zeroed(targets)
     else:
-        _ops().mlse_bwd(*targets, *grads, *(t.contiguous() for t in lse), *_plain(bank), *_numbers(spec))
+        _ops().mlse_bwd(*targets, *grads, *(t.contiguous() for t in lse), *_plain(bank), *lse_numbers(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], bank)
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
     """In one launch."""
     if inputs.x.size(0) == 0:
         return composed("proxy_nca").proxy_nca_fwd(inputs, spec)
-    return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *_proxy_numbers(spec))
+    return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *proxy_numbers(spec))
 
 
 def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
     """In one launch, but for the sum of a scalar scale's gradient."""
     if inputs.x.size(0) == 0:
         return composed("proxy_nca").proxy_nca_bwd(grad, same, different, needs, inputs, spec)
-    targets = [_like(t, need, inputs.x) for t, need in zip((inputs.x, inputs.w, None), needs, strict=True)]
+    targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
     if needs[2]:
         targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
     saved = (same.contiguous(), different.contiguous())
-    _ops().proxy_nca_bwd(*targets, grad, *saved, *_plain_proxied(inputs), *_proxy_numbers(spec))
+    _ops().proxy_nca_bwd(*targets, grad, *saved, *_plain_proxied(inputs), *proxy_numbers(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], inputs)
-    return _wanted(targets, needs)
+    return wanted(targets, needs)
 
 
 def _plain_proxied(inputs):
@@ -122,59 +124,29 @@ def _plain_proxied(inputs):
     return x, w, y.contiguous(), scale, weight
 
 
-def _proxy_numbers(spec) -> tuple:
-    numbers = spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index
-    return *numbers, REDUCTION_CODES[spec.reduction]
-
-
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
     """In one launch; batches of more than 512 rows or clusters as the composition of the other ops."""
     if not _fits(inputs):
         return composed("magnet").magnet_fwd(inputs, spec)
-    return _ops().magnet_fwd(*_plain_clusters(inputs), *_magnet_numbers(spec))
+    return _ops().magnet_fwd(*clustered(inputs), *magnet_numbers(spec))
 
 
 def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
     """In one launch: distances, a barrier of all blocks, gradients; larger batches as the composition."""
     if not _fits(inputs):
         return composed("magnet").magnet_bwd(grad, different, needs, inputs, spec)
-    targets = [_like(t, need, inputs.x) for t, need in zip((inputs.x, *inputs[3:]), needs, strict=True)]
-    _ops().magnet_bwd(*targets, grad, different.contiguous(), *_plain_clusters(inputs), *_magnet_numbers(spec))
-    return _wanted(targets, needs)
+    targets = gradients_like((inputs.x, *inputs[3:]), needs, inputs.x)
+    _ops().magnet_bwd(*targets, grad, different.contiguous(), *clustered(inputs), *magnet_numbers(spec))
+    return wanted(targets, needs)
 
 
 def _fits(inputs) -> bool:
     return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
 
 
-def _plain_clusters(inputs):
-    x, clusters, classes, centers, variance = inputs
-    return x, clusters.contiguous(), classes.contiguous(), centers, variance
-
-
-def _magnet_numbers(spec) -> tuple:
-    return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
-
-
-def _wanted(targets, needs) -> list[Tensor | None]:
-    return [t if need else None for t, need in zip(targets, needs, strict=True)]
-
-
-def _zeroed(targets: list[Tensor]) -> list[Tensor]:
+def _zeroed(targets: Iterable[Tensor]) -> list[Tensor]:
     return [t.zero_() for t in targets]
 
 
-def _like(t: Tensor | None, need: bool, device_of: Tensor) -> Tensor:
-    if t is None or not need:
-        return device_of.new_empty(0)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def _plain(bank: Bank) -> Bank:
-    """Label vectors contiguous, the rest as it is."""
-    x, w, y, c, exclude, *vectors = bank
-    return Bank(x, w, y.contiguous(), *(t if t is None else t.contiguous() for t in (c, exclude)), *vectors)
-
-
-def _numbers(spec: Spec) -> tuple:
-    return METRIC_CODES[spec.metric], spec.normalize, *spec.logit, spec.eps, spec.ignore_index
+    return Bank(*labelled(*bank[:5]), *bank[5:])

@@ -42,6 +42,14 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     return contextlib.nullcontext()
 
 
+def gradients_like(tensors: Iterable[Tensor | None], needs: Iterable[bool], like: Tensor) -> tuple[Tensor, ...]:
+    """Room for the gradients that somebody wants, contiguous; an empty tensor, of its own, for each of the others."""
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else like.new_empty(0)
+        for t, need in zip(tensors, needs, strict=True)
+    )
+
+
 def filled(gradients: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """An op returns tensors: an empty one, of its own, stands for each gradient that nobody wants."""
     return tuple(like.new_empty(0) if g is None else g for g in gradients)

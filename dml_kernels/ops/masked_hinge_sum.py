@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backend
 from .contract import Bank, accumulate_dtype, check_thresholds, check_values
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 
 TensorTuple = tuple[Tensor, ...]
 
@@ -147,10 +147,7 @@ def _bwd(*args: Any) -> TensorTuple:
 def _bwd_fake(*args: Any) -> TensorTuple:
     needs = args[N_KEPT]
     inputs, _ = _split(args[N_KEPT + 1 :])
-    return tuple(
-        torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if need else inputs.x.new_empty(0)
-        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
-    )
+    return gradients_like([inputs[i] for i in DIFFERENTIABLE], needs, inputs.x)
 
 
 def _dbl(*args: Any) -> TensorTuple:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 
 _SPEC = "str metric, bool normalize, float eps, ScalarType dtype, str backend"
 
@@ -23,10 +23,7 @@ def _bwd(grad, x, w, needs, metric, normalize, eps, dtype, name):
 
 
 def _bwd_fake(grad, x, w, needs, metric, normalize, eps, dtype, name):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for t, need in zip((x, w), needs, strict=True)
-    )
+    return gradients_like((x, w), needs, x)
 
 
 def _dbl(v_x, v_w, grad, x, w, metric, normalize, eps, dtype, name):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..torch_backend import normalize_bwd, tiles
 from . import segments
 from .contract import accumulate_dtype, check_pair_indices
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 
 _PAIRS = "Tensor x, Tensor w, Tensor rows, Tensor cols"
 _SPEC = "str metric, bool normalize, float eps, ScalarType dtype"
@@ -79,10 +79,7 @@ def _bwd(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:
 
 
 def _bwd_fake(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for t, need in zip((x, w), needs)
-    )
+    return gradients_like((x, w), needs, x)
 
 
 fwd = register(

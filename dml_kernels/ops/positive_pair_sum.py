@@ -15,7 +15,7 @@ from ..reference import by_class
 from ..torch_backend import positives
 from ..torch_backend.positives import Pairs, PairSpec
 from .contract import Bank, accumulate_dtype, check_values
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 from .normalized_distance import normalized_distance
 
 _PAIRS = "Tensor x, Tensor w, Tensor y, Tensor c, Tensor? exclude, Tensor u, Tensor? v"
@@ -58,10 +58,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     needs, pairs = args[1], _split(args[2:])[0]
-    return tuple(
-        torch.empty_like(pairs[i], memory_format=torch.contiguous_format) if need else pairs.x.new_empty(0)
-        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
-    )
+    return gradients_like([pairs[i] for i in DIFFERENTIABLE], needs, pairs.x)
 
 
 fwd = register("positive_pair_sum_fwd", f"({_PAIRS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)

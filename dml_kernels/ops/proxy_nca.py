@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .contract import Bank, Spec, accumulate_dtype, check_values
 from .fused import composed, fused_or_composed
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 
 
 class Proxied(NamedTuple):
@@ -94,10 +94,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     needs = args[3]
     inputs, _ = _split(args[4:])
-    return tuple(
-        torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if need else inputs.x.new_empty(0)
-        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
-    )
+    return gradients_like([inputs[i] for i in DIFFERENTIABLE], needs, inputs.x)
 
 
 fwd = register("proxy_nca_fwd", f"({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)

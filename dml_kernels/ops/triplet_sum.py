@@ -15,7 +15,7 @@ from ..reference import by_class
 from ..torch_backend import triplets
 from ..torch_backend.triplets import Points, TripletSpec
 from .contract import Bank, check_values
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 from .positive_pair_sum import again, scores, sums_like
 
 _POINTS = "Tensor x, Tensor w, Tensor y, Tensor c, Tensor? exclude"
@@ -50,10 +50,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
     needs, points = args[1], _split(args[2:])[0]
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
-        for t, need in zip(points[:2], needs, strict=True)
-    )
+    return gradients_like(points[:2], needs, points.x)
 
 
 fwd = register("triplet_sum_fwd", f"({_POINTS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)

@@ -1,0 +1,44 @@
+"""From an op's arguments to those of the compiled ops: what the ``cpu`` and the ``cuda`` backend share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .contract import Spec
+
+METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
+REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
+
+
+def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> tuple[Any, ...]:
+    """Label vectors contiguous, the rest as it is."""
+    return x, w, *(t if t is None else t.contiguous() for t in (y, c, exclude))
+
+
+def clustered(inputs: Any) -> tuple[Any, ...]:
+    """Of magnet: ids contiguous, the rest as it is."""
+    x, clusters, classes, centers, variance = inputs
+    return x, clusters.contiguous(), classes.contiguous(), centers, variance
+
+
+def lse_numbers(spec: Spec) -> tuple[Any, ...]:
+    """Of masked_logsumexp."""
+    return METRIC_CODES[spec.metric], spec.normalize, *spec.logit, spec.eps, spec.ignore_index
+
+
+def proxy_numbers(spec: Any) -> tuple[Any, ...]:
+    """Of proxy_nca."""
+    reduction = REDUCTION_CODES[spec.reduction]
+    return spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index, reduction
+
+
+def magnet_numbers(spec: Any) -> tuple[Any, ...]:
+    """Of magnet."""
+    return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
+
+
+def wanted(targets: Any, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients as an op's backward returns them."""
+    return [t if need else None for t, need in zip(targets, needs, strict=True)]
