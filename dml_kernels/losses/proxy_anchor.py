@@ -210,10 +210,6 @@ class ProxyAnchorLoss(ProxyLoss):
             "neg_loss": Terms.elements(neg, classes, divisor=torch.full_like(with_positive, self.num_classes)),
         }
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The (N, C) matrix of the distance: cosines by default."""
-        return self.distance(embeddings, self.bank)
-
 
 ENTRY = LossEntry(
     loss=ProxyAnchorLoss,

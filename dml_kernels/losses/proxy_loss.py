@@ -240,8 +240,8 @@ class ProxyLoss(MetricLoss):
         return found
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The (N, C) matrix that pytorch-metric-learning's method of this name gives, without a margin."""
-        raise NotImplementedError
+        """The (N, C) matrix that pytorch-metric-learning's method of this name gives: here the distance's."""
+        return self.distance(embeddings, self.bank)
 
     def extra_repr(self) -> str:
         """What ``print(loss)`` shows."""

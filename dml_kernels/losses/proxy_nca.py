@@ -322,10 +322,6 @@ class ProxyNCALoss(ProxyLoss):
             "metric": self.distance.metric, "normalize": self.distance.normalize_embeddings,
         }  # fmt: skip
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The (N, number of proxies) matrix of the distance: squared distances by default."""
-        return self.distance(embeddings, self.proxies)
-
     def extra_repr(self) -> str:
         """What ``print(loss)`` shows."""
         return (

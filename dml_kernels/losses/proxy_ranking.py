@@ -129,10 +129,6 @@ class ProxyRankingLoss(ProxyLoss):
         metric, normalize = self.distance.metric, self.distance.normalize_embeddings
         return {**super().options(), "margin": self.margin, "metric": metric, "normalize": normalize}
 
-    def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The (N, C) matrix of the distance: cosines by default."""
-        return self.distance(embeddings, self.bank)
-
 
 ENTRY = LossEntry(
     loss=ProxyRankingLoss,

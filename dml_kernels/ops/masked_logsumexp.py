@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backend
 from .contract import Bank, Spec, accumulate_dtype, check_values
-from .library import filled, known_signature, register, without_autocast
+from .library import filled, gradients_like, known_signature, register, without_autocast
 
 _BANK = "Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias"
 _SPEC = (
@@ -69,10 +69,7 @@ def _bwd(*args: Any) -> TensorTuple:
 def _bwd_fake(*args: Any) -> TensorTuple:
     needs = args[7]
     bank, _ = _split(args[8:])
-    return tuple(
-        torch.empty_like(bank[i], memory_format=torch.contiguous_format) if need else bank.x.new_empty(0)
-        for i, need in zip(DIFFERENTIABLE, needs, strict=True)
-    )
+    return gradients_like([bank[i] for i in DIFFERENTIABLE], needs, bank.x)
 
 
 def _dbl(*args: Any) -> TensorTuple:
