@@ -79,9 +79,10 @@ def candidates(task: Task, arch: str) -> list[Config]:
     found = (Config(*c) for c in itertools.product(BLOCKS_N, BLOCKS_M, blocks_d, WARPS, STAGES))
     if task.kernel in ("forward", "kept") and arch in ("sm_90", "sm_100"):
         plain = [*found]
-        found = iter(
-            [*plain, *(c._replace(tma=True) for c in plain if c.num_warps == 8 and c.block_n * c.block_m >= 8192)]
-        )
+        large = [c._replace(tma=True) for c in plain if c.block_n * c.block_m >= 8192]
+        # Triton 3.7 leaves a loop with branches, such as the forward's, in one piece for Hopper.
+        specialized = [c._replace(specialize=True) for c in large if arch == "sm_100" and c.num_stages == 3]
+        found = iter([*plain, *(c for c in large if c.num_warps == 8), *specialized])
     threads = configs.CHIPS[arch].target[2]
     return [
         c for c in found
@@ -186,7 +187,7 @@ def row(kernel: str, dtype: torch.dtype, distance: bool, found: Sequence[Config]
     shown = list(found)
     while len(shown) > 1 and shown[-1] == shown[-2]:
         shown.pop()  # the last stands for the rest
-    inside = ", ".join(f"Config({', '.join(map(str, c if c.tma else c[:-1]))})" for c in shown)
+    inside = ", ".join(f"Config({', '.join(map(str, c[: 7 if c.specialize else 6 if c.tma else 5]))})" for c in shown)
     return f'("{kernel}", {KIND_NAMES[configs.KINDS[dtype]]}, {distance}): _wide({inside}),'
 
 

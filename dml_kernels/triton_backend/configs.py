@@ -17,8 +17,9 @@ import torch
 class Config(NamedTuple):
     """A tile of block_n rows by block_m bank entries, block_d columns at a time.
 
-    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it: compiled,
-    and right in the interpreter; nobody has timed it, so no entry of the table takes it yet.
+    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it; with
+    ``specialize`` some warps fetch what others multiply, on sm_100 and from Triton 3.7 on. Compiled, and right in the
+    interpreter; nobody has timed either, so no entry of the table takes them yet.
     """
 
     block_n: int
@@ -27,6 +28,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False
+    specialize: bool = False
 
 
 class Chip(NamedTuple):

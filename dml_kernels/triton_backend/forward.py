@@ -69,6 +69,7 @@ def forward_kernel(
     KEEP: tl.constexpr, LIFT: tl.constexpr, POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """x (N, D), w (M, D) -> out (6 or 4, splits, N): m, l of `same`; m, l of `different`; with SUMS both plain sums.
 
@@ -76,6 +77,7 @@ def forward_kernel(
     program walks ``span`` bank entries. rx, rw (inverse norms) with NORMALIZE; sqx, sqw (squared norms) for
     distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
     TMA: tiles come by tensor descriptors; columns of x and w are contiguous, rows a multiple of 16 bytes apart.
+    SPECIALIZE: some warps load, others multiply.
     POLICY with its ``number`` (m of quadratic, gamma of softmax_pool): of a pool's bank rows PAD make a column.
     KEEP: mean (splits, N, D) gets LIFT times sum_j exp(z_ij - m) q_j w_j of `different`; all of D is in one block.
     """
@@ -117,7 +119,7 @@ def forward_kernel(
     if TMA:
         w_tiles = tl.make_tensor_descriptor(w_ptr, [M, D], [stride_wm, 1], [BLOCK_M, BLOCK_D])
         x_tiles = tl.make_tensor_descriptor(x_ptr, [N, D], [stride_xn, 1], [BLOCK_N, BLOCK_D])
-    for i in range(tiles):
+    for i in tl.range(tiles, warp_specialize=SPECIALIZE):
         m0 = start + tl.cast(i, tl.int64) * BLOCK_M
         local, left = columns(m0, M, BLOCK_M)
         if KEEP:

@@ -133,13 +133,15 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         # A weight against a fixed offset may be too small for fp16.
         peak = None if keep and spec.dtype == torch.float16 else fixed_peak(bank, spec)
         logit = logit_arguments(bank, spec)
+        described = by_descriptors(tile, x.t, w.t)
         arguments = {
             **tile_arguments(x, w, spec.metric, spec.dtype, tile), **logit,
             **policy_arguments(spec), "out_ptr": parts, "mean_ptr": kept, "N": n, "M": m,
             "span": span, "splits": splits, "SUMS": spec.sums, "FIXED": peak is not None,
-            "KEEP": keep, "LIFT": weight_lift(spec), "peak": peak or 0.0, "TMA": by_descriptors(tile, x.t, w.t),
+            "KEEP": keep, "LIFT": weight_lift(spec), "peak": peak or 0.0, "TMA": described,
+            "SPECIALIZE": described and tile.specialize,
         }  # fmt: skip
-        if arguments["TMA"] and bank.x.is_cuda:
+        if described and bank.x.is_cuda:
             triton.set_allocator(_scratch)
         launch(forward.forward_kernel, (n_tiles, splits), arguments, num_warps=tile.num_warps,
                num_stages=tile.num_stages)  # fmt: skip

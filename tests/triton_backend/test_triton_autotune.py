@@ -130,9 +130,12 @@ for tma in (False, True):
         found = report.launches(report.Case("tma", 512), "sm_90", ("chunk",))
     build = aot.build(*next(launch for launch in found if launch[0].__name__ == "forward_kernel"), "sm_90")
     print(build.spill_bytes, build.counts["tma"] > 0, build.counts["cp_async"] > 0)
+tile = configs.Config(128, 64, 64, 4, 4, tma=True, specialize=True)
+print(autotune.compiled(autotune.Task("forward", torch.bfloat16, False, 512), tile, "sm_100"))
 """)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    kept, dropped, plain, described = done.stdout.splitlines()
+    kept, dropped, plain, described, specialized = done.stdout.splitlines()
     assert kept == "None"
     assert dropped.startswith("spills")
     assert (plain, described) == ("0 False True", "0 True False")
+    assert specialized in ("None", "does not compile: RuntimeError")  # the latter from Triton 3.6

@@ -187,7 +187,10 @@ def test_tiles_by_descriptors_are_accurate_and_left_alone_where_rows_are_not_ali
     seen = []
     original = logsumexp.by_descriptors
     metric = METRICS[(d // 8 + (dtype == FP32)) % 6]
-    with pytest.MonkeyPatch.context() as patch, configs.trial("forward", configs.Config(32, 64, 64, 1, 1, tma=True)):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        configs.trial("forward", configs.Config(32, 64, 64, 1, 1, tma=True, specialize=True)),
+    ):
         patch.setattr(logsumexp, "by_descriptors", lambda *a: seen.append(original(*a)) or seen[-1])
         check(shaped, (45, 150, d, *metric), dtype, B)
     assert set(seen) == {taken}
