@@ -145,12 +145,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
             triton.set_allocator(_scratch)
         launch(forward.forward_kernel, (n_tiles, splits), arguments, num_warps=tile.num_warps,
                num_stages=tile.num_stages)  # fmt: skip
-        arguments = {
-            "part_ptr": parts, "y_ptr": logit["y_ptr"], "same_ptr": out[0], "different_ptr": out[1],
-            "sum_same_ptr": out[2], "sum_different_ptr": out[3], "N": n, "splits": splits,
-            "ignore_index": spec.ignore_index, "SUMS": spec.sums, "BLOCK_N": 128, "ACC": ACCUMULATE[acc],
-        }  # fmt: skip
-        launch(forward.merge_kernel, (cdiv(n, 128),), arguments, num_warps=4, num_stages=2)
+        _merge(parts, logit["y_ptr"], out, spec)
         if kept is not None:
             out.append(_mean(kept, parts, logit["y_ptr"], spec))
     return tuple(out)
@@ -160,14 +155,24 @@ def weight_lift(spec: Spec) -> float:
     return LARGEST_FP16 if spec.dtype == torch.float16 else 1.0
 
 
+def _merge(parts: Tensor, y: Tensor, out: list[Tensor], spec: Spec) -> None:
+    """``merge_kernel``: the ranges' partial results -> the op's."""
+    _, splits, n = parts.shape
+    arguments = {
+        "part_ptr": parts, "y_ptr": y, "same_ptr": out[0], "different_ptr": out[1], "sum_same_ptr": out[2],
+        "sum_different_ptr": out[3], "N": n, "splits": splits, "ignore_index": spec.ignore_index, "SUMS": spec.sums,
+        "BLOCK_N": 128, "ACC": ACCUMULATE[parts.dtype],
+    }  # fmt: skip
+    launch(forward.merge_kernel, (cdiv(n, 128),), arguments, num_warps=4, num_stages=2)
+
+
 def _mean(kept: Tensor, parts: Tensor, y: Tensor, spec: Spec) -> Tensor:
     """``merge_means_kernel``: what the ranges kept -> the mean of `different` (N, D)."""
     splits, n, d = kept.shape
     mean = kept.new_empty(n, d)
     arguments = {
         "part_ptr": parts, "sums_ptr": kept, "y_ptr": y, "mean_ptr": mean, "N": n, "splits": splits,
-        "ignore_index": spec.ignore_index, "LIFT": weight_lift(spec),
-        **row_tile(d, kept.dtype),
+        "ignore_index": spec.ignore_index, "LIFT": weight_lift(spec), **row_tile(d, kept.dtype),
     }  # fmt: skip
     launch(forward.merge_means_kernel, (cdiv(n, configs.ROWS.block_n),), arguments, num_warps=configs.ROWS.num_warps,
            num_stages=configs.ROWS.num_stages)  # fmt: skip
@@ -325,10 +330,8 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor
         form = configs.form(configs.arch_of(bank.x.device), spec.dtype, d, spec.metric)
         if mean is not None or (form == "owned" and spec.policy == "linear"):
             grad_x = None
-            if mean is not None:
-                grad_x = call.from_mean(mean)
-            elif needs[0] or needs[2]:
-                grad_x = call.owned("rows")
+            if needs[0] or needs[2]:
+                grad_x = call.owned("rows") if mean is None else call.from_mean(mean)
             grad_w = call.owned("bank") if any((needs[1], *needs[3:])) else None
         else:
             chunks = Gradients(call.x, call.w, spec.metric, spec.dtype, needs[:2], call.tile, call.lift)

@@ -6,6 +6,8 @@ inside its tensors and reach their ends: an index cut to 32 bits does neither.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,12 +86,17 @@ def last_program(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], 
     return phantoms
 
 
-def launches(metric: str, monkeypatch: Any) -> dict[str, tuple[Any, ...]]:
-    """One launch of each kernel, the one over the most memory, of forward and backward in a single chunk."""
+Found = dict[str, tuple[Any, ...]]
+
+
+@contextlib.contextmanager
+def largest(monkeypatch: Any, most_splits: int) -> Iterator[Found]:
+    """Launches of the host code on tensors without data: of each kernel the one over the most memory, undivided."""
     monkeypatch.setattr(collect, "BUFFER_BYTES", 1 << 60)
+    monkeypatch.setattr(logsumexp, "BUFFER_BYTES", 1 << 60)
     monkeypatch.setattr(collect, "ROWS_AT_ONCE", 1 << 40)
-    monkeypatch.setattr(configs, "splits", lambda n_tiles, m_tiles, cores: m_tiles)
-    found: dict[str, tuple[Any, ...]] = {}
+    monkeypatch.setattr(configs, "splits", lambda n_tiles, m_tiles, cores: min(m_tiles, most_splits))
+    found: Found = {}
 
     def keep(kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
         rows = max(arguments.get(k, 0) for k in ("R", "A", "N"))
@@ -97,6 +104,12 @@ def launches(metric: str, monkeypatch: Any) -> dict[str, tuple[Any, ...]]:
             found[kernel.__name__] = (rows, kernel, grid, arguments)
 
     with FakeTensorMode(), recorded(keep):
+        yield found
+
+
+def launches(metric: str, monkeypatch: Any) -> Found:
+    """Forward and backward in a single chunk."""
+    with largest(monkeypatch, M) as found:
         x, w = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(M, D, dtype=torch.bfloat16)
         n, m, y, c = torch.empty(N), torch.empty(M), *(torch.empty(k, dtype=torch.int64) for k in (N, M))
         bank = Bank(x, w, y, c, y, n, m, m)
@@ -109,6 +122,32 @@ def launches(metric: str, monkeypatch: Any) -> dict[str, tuple[Any, ...]]:
         matrices.normalized_distance_bwd(out, x, w, [True, True], metric, True, 1e-12, torch.bfloat16)
         matrices.normalize_bwd(matrices.normalize_fwd(w, 1e-12), w, 1e-12)
     return found
+
+
+def owned_launches(monkeypatch: Any) -> Found:
+    """Forward and backward in the owned form, with and without what the forward keeps; parts past 2^31 elements too."""
+    n, m, d = 1 << 16, 20_000_000, 128
+    with largest(monkeypatch, 300) as found, configs.take_form("owned"):
+        x, w = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(m, d, dtype=torch.bfloat16)
+        bank = Bank(x, w, torch.empty(n, dtype=torch.int64), None, None, None, None, None)
+        spec = Spec("dot", True, [2.0, 0, 3.0, 0], 1e-12, -100, torch.bfloat16, False, True, "linear", [], "triton")
+        same, different, *sums, mean = logsumexp.masked_logsumexp_fwd(bank, spec)
+        for kept in (None, mean):
+            grads, needs = (same, different, *sums), [True, True, False, False, False]
+            logsumexp.masked_logsumexp_bwd(grads, (same, different), needs, bank, spec, kept)
+    assert found["forward_kernel"][3]["KEEP"]
+    return found
+
+
+def test_owners_reach_the_end_of_matrices_past_32_bits(monkeypatch):
+    found = owned_launches(monkeypatch)
+    assert {"merge_means_kernel", "owned_means_kernel", "owned_rows_kernel", "owned_bank_kernel"} < found.keys()
+    for name, (_, kernel, grid, arguments) in found.items():
+        tensors = last_program(kernel, grid, arguments, monkeypatch)
+        large = [k for k, t in tensors.items() if t.size > 1 << 32]
+        assert large, name
+        for k in large:  # the positives' entries are gathered, and every label that is read is 0
+            assert tensors[k].reached == tensors[k].size or (name, k) == ("owned_means_kernel", "w_ptr"), f"{name}: {k}"
 
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])

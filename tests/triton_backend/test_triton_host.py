@@ -252,4 +252,5 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
             logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec)
             kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
             assert kept[4].shape == (n, d)
+            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec, kept[4])
         assert largest <= max(64 << 20, 16 * n * d * 4)
