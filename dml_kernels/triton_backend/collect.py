@@ -162,7 +162,7 @@ class Gradients:
         if of_bank:
             a, b, strides, flags, side = b, a, strides[::-1], flags[::-1], side[::-1]
         d = a.t.size(1)
-        block_d = min(configs.NEAR.block_d, max(16, 1 << (d - 1).bit_length()))
+        block_d = min(configs.NEAR.block_d if configs.aligned(d) else 32, max(16, 1 << (d - 1).bit_length()))
         arguments = {
             "a_ptr": a.t, "b_ptr": b.t, "ra_ptr": a.r, "rb_ptr": b.r, "ds_ptr": block.near, "flag_ptr": block.flags,
             "lift_ptr": self.lift, "out_ptr": out, "A": a.t.size(0), "B": b.t.size(0),
