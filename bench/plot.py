@@ -38,9 +38,9 @@ TEXT_WIDTH = 0.16  # of an axis: the text after a bar
 
 
 def draw(records: Sequence[Record], machine: str, out: Path) -> list[Path]:
-    """One picture for each loss and one for the ops; the paths written."""
+    """One picture for each loss and one for the ops, where more than the floor was measured; the paths written."""
     saved = []
-    for suite in dict.fromkeys(r.group.suite for r in records):
+    for suite in dict.fromkeys(r.group.suite for r in records if r.kind != "floor"):
         own = [r for r in records if r.group.suite == suite]
         path = out / f"{suite}.png"
         (_draw_ops if suite == OPS else _draw_loss)(own, suite, machine, path)
