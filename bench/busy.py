@@ -30,7 +30,8 @@ class Usage(NamedTuple):
         second = os.sysconf("SC_CLK_TCK")
         times = os.times()
         idle = ticks[3] + ticks[4]
-        return Usage(sum(ticks) / second, (sum(ticks) - idle) / second, times.user + times.system)
+        own = sum(times[:4])  # with the children that have ended, such as those that measure memory
+        return Usage(sum(ticks) / second, (sum(ticks) - idle) / second, own)
 
 
 def share_of_others(before: Usage | None, after: Usage | None) -> float | None:
