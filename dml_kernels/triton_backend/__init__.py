@@ -6,7 +6,7 @@
 | ``policies.py`` | device functions: logits other than linear |
 | ``row_kernels.py`` | norms, normalisation, projection of gradients |
 | ``forward.py``, ``backward.py``, ``near.py`` | kernels of masked_logsumexp; near pairs' gradients |
-| ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings |
+| ``owned.py`` | kernels of its backward in the owned form, for narrow embeddings, and from what the forward kept |
 | ``distance.py`` | kernels of normalized_distance |
 | ``hinge_kernels.py`` | kernels of masked_hinge_sum |
 | ``argmax_kernels.py``, ``noise.py`` | kernels of masked_argmax; its draws' bits |
