@@ -85,13 +85,12 @@ def positive_pair_sum(
         raise ValueError(f"kind {kind!r} takes {KINDS[kind]} params; got {len(numbers)}")
     contract.check_integer("ignore_index", ignore_index)
     spec = PairSpec(kind, numbers, base, unit, float(eps), ignore_index, dtype)
-    if v is not None and v is u:
-        v = v.view_as(v)
+    v = contract.apart(v, u)
     if chosen == backends.REFERENCE:
         same, _ = by_class.members(y, c, exclude, ignore_index)
         s = reference.scores(x, w, base, unit, eps)
         return TermSums(*by_class.positive_pair_sum(s, same, u, v, lambda s, u, v: term(s, u, v, spec)))
-    return TermSums(*_pairs.positive_pair_sum(Pairs(x, _apart(w, x), y, c, exclude, u, v), spec))
+    return TermSums(*_pairs.positive_pair_sum(Pairs(x, contract.apart(w, x), y, c, exclude, u, v), spec))
 
 
 def triplet_sum(
@@ -141,12 +140,7 @@ def triplet_sum(
         s, between = (reference.scores(t, w, base, unit, eps) for t in (x, w))
         return TermSums(*by_class.triplet_sum(s, same, different, margin, smooth, between if swap else None))
     spec = TripletSpec(margin, bool(smooth), bool(swap), base, unit, float(eps), ignore_index, dtype)
-    return TermSums(*_triplets.triplet_sum(Points(x, _apart(w, x), y, c, exclude), spec))
-
-
-def _apart(w: Tensor, x: Tensor) -> Tensor:
-    # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
-    return w.view_as(w) if w is x else w
+    return TermSums(*_triplets.triplet_sum(Points(x, contract.apart(w, x), y, c, exclude), spec))
 
 
 def _checked(
@@ -155,12 +149,10 @@ def _checked(
 ) -> tuple[str, bool, Tensor, torch.dtype, str]:  # fmt: skip
     contract.check_pair(x, w)
     n, m = x.size(0), w.size(0)
-    contract.check_vector("y", y, n, x, integer=True)
-    contract.check_vector("c", c, m, x, integer=True)
-    contract.check_vector("exclude", exclude, n, x, integer=True)
+    contract.check_members(x, m, y, c, exclude)
     base, unit = contract.split_metric(metric, normalize)
     contract.check_eps(eps)
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose(op, x.device, dtype, argument=backend, size=(n, m, x.size(1)))
-    c = torch.arange(m, device=x.device) if c is None else c.view_as(c) if c is y else c
+    c = torch.arange(m, device=x.device) if c is None else contract.apart(c, y)
     return base, unit, c, dtype, chosen

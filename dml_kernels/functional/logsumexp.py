@@ -99,15 +99,13 @@ def masked_logsumexp(
     contract.check_pair(x, w)
     policy, params, m = contract.check_policy(policy, policy_params, w)
     n = x.size(0)
-    contract.check_vector("y", y, n, x, integer=True)
-    contract.check_vector("c", c, m, x, integer=True)
-    contract.check_vector("exclude", exclude, n, x, integer=True)
+    contract.check_members(x, m, y, c, exclude)
     contract.check_vector("col_scale", col_scale, m, x, integer=False)
     contract.check_vector("col_bias", col_bias, m, x, integer=False)
     contract.check_integer("ignore_index", ignore_index)
     base, unit = contract.split_metric(metric, normalize)
     eps = contract.check_eps(eps)
-    logit = [*_factor_and_offset("same", same), *_factor_and_offset("different", different)]
+    logit = [*contract.check_line("same", same), *contract.check_line("different", different)]
     scale_tensor = None
     if isinstance(scale, Tensor):
         scale_tensor = scale
@@ -119,9 +117,7 @@ def masked_logsumexp(
     chosen = backends.choose(
         "masked_logsumexp", x.device, dtype, policy, backend, (n, *w.shape), w.size(0) // max(m, 1)
     )
-    # The batch as its own bank: Dynamo wants each argument to be a tensor of its own.
-    w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
-    bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)
+    bank = Bank(x, contract.apart(w, x), y, contract.apart(c, y), exclude, scale_tensor, col_scale, col_bias)
     if chosen == backends.REFERENCE:
         out = _reference_lse(bank, base, unit, logit, ignore_index, eps, policy, params)
     else:
@@ -131,14 +127,6 @@ def masked_logsumexp(
         spec = Spec(base, unit, logit, eps, ignore_index, dtype, sums, keep, policy, params, chosen)
         out = _lse.masked_logsumexp(bank, spec)
     return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
-
-
-def _factor_and_offset(name: str, pair: tuple[float, float]) -> list[float]:
-    if not isinstance(pair, Sequence):
-        raise TypeError(f"{name} must be a pair (factor, offset); got {pair!r}")
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a pair (factor, offset); got {pair!r}")
-    return [contract.check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
 
 
 def _reference_lse(

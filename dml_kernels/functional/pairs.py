@@ -105,7 +105,8 @@ def masked_hinge_sum(
     t_same, t_different = (None if s is None else t for s, t in ((same, t_same), (different, t_different)))
     for t in (t_same, t_different):
         contract.check_vector("threshold", t, n, x, integer=False, scalar=True)
-    numbers = [*_factor_and_offset("same", same), *_factor_and_offset("different", different)]
+    lines = (("same", same), ("different", different))
+    numbers = [number for name, line in lines for number in contract.check_line(name, line, optional=True)]
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose("masked_hinge_sum", x.device, dtype, argument=backend, size=(n, m, x.size(1)))
     if chosen == backends.REFERENCE:
@@ -114,9 +115,7 @@ def masked_hinge_sum(
             t_same=t_same, t_different=t_different, relative=relative, exclude=exclude, ignore_index=ignore_index,
             eps=eps,
         ))  # fmt: skip
-    # Dynamo wants each argument to be a tensor of its own.
-    w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
-    t_different = t_different.view_as(t_different) if t_different is not None and t_different is t_same else t_different
+    w, c, t_different = contract.apart(w, x), contract.apart(c, y), contract.apart(t_different, t_same)
     inputs = _hinge.Hinged(x, w, y, c, exclude, t_same, t_different)
     spec = _hinge.HingeSpec(base, unit, numbers, bool(relative), eps, ignore_index, dtype, chosen)
     return MaskedHingeSum(*_hinge.masked_hinge_sum(inputs, spec))
@@ -194,8 +193,7 @@ def masked_argmax(
                 log_weight=log_weight, cutoffs=cutoffs, exclude=exclude, ignore_index=ignore_index, eps=eps,
             ))  # fmt: skip
     else:
-        w, c = (w.view_as(w) if w is x else w), (c.view_as(c) if c is not None and c is y else c)
-        inputs = _argmax.Search(x, w, y, c, exclude, low, high)
+        inputs = _argmax.Search(x, contract.apart(w, x), y, contract.apart(c, y), exclude, low, high)
         noise, seed = noise_seed is not None, noise_seed or 0
         spec = _argmax.ArgmaxSpec(
             base, unit, wanted, largest, noise, seed, log_weight, cutoffs, eps, ignore_index, dtype, chosen
@@ -236,7 +234,7 @@ def pair_scores(
     for name, index in (("rows", rows), ("cols", cols)):
         contract.check_vector(name, index, rows.numel(), x, integer=True)
     base, unit = contract.split_metric(metric, normalize)
-    w = w.view_as(w) if w is x else w
+    w = contract.apart(w, x)
     return _pairs.pair_scores(x, w, rows, cols, base, unit, contract.check_eps(eps), contract.product_dtype(x, w))
 
 
@@ -246,23 +244,9 @@ def _check(
 ) -> tuple[str, bool, float]:  # fmt: skip
     """What both functions share; the metric as backends know it, and eps."""
     contract.check_pair(x, w)
-    n, m = x.size(0), w.size(0)
-    contract.check_vector("y", y, n, x, integer=True)
-    contract.check_vector("c", c, m, x, integer=True)
-    contract.check_vector("exclude", exclude, n, x, integer=True)
+    contract.check_members(x, w.size(0), y, c, exclude)
     contract.check_integer("ignore_index", ignore_index)
     return *contract.split_metric(metric, normalize and metric != "dot"), contract.check_eps(eps)
-
-
-def _factor_and_offset(name: str, pair: tuple[float, float] | None) -> list[float]:
-    """The numbers of a set; a set that is left out has terms relu(0)."""
-    if pair is None:
-        return [0.0, 0.0]
-    if not isinstance(pair, Sequence):
-        raise TypeError(f"{name} must be a pair (factor, offset) or None; got {pair!r}")
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be a pair (factor, offset) or None; got {pair!r}")
-    return [contract.check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
 
 
 def _thresholds(threshold: Threshold) -> tuple[Tensor | None, Tensor | None]:

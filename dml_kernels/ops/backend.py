@@ -87,7 +87,7 @@ def keeps_mean(bank: Bank, spec: Spec) -> bool:
     vectors where the scores are cosines: d different_i / d x_i but for the scale. A function of shapes and dtypes.
     """
     backend = BACKENDS[spec.backend]
-    return spec.keep and hasattr(backend, "keeps_mean") and backend.keeps_mean(bank, spec)
+    return hasattr(backend, "keeps_mean") and backend.keeps_mean(bank, spec)
 
 
 def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str = "linear") -> list[Verdict]:

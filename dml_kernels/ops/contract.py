@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -135,6 +135,21 @@ def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, intege
         raise ValueError(f"{name} is on {t.device} and x on {like.device}; use {name}.to({str(like.device)!r})")
 
 
+def check_members(x: Tensor, m: int, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> None:
+    """What says which of m columns a row is compared with: y (N,), c (m,) and exclude (N,), int64."""
+    check_vector("y", y, x.size(0), x, integer=True)
+    check_vector("c", c, m, x, integer=True)
+    check_vector("exclude", exclude, x.size(0), x, integer=True)
+
+
+_Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
+
+
+def apart(t: _Tensor, other: Tensor | None) -> _Tensor:
+    """t, as a tensor of its own where it is the other (the batch as its own bank): Dynamo wants that."""
+    return t.view_as(t) if t is not None and t is other else t
+
+
 def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
     """An integer tensor as int64 on the device of ``like``; any integer dtype and CPU values are accepted."""
     if not isinstance(values, Tensor):
@@ -167,6 +182,18 @@ def check_number(name: str, value: float) -> float:
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite; got {number}")
     return number
+
+
+def check_line(name: str, pair: Sequence[float] | None, *, optional: bool = False) -> list[float]:
+    """A set's (factor, offset); where it may be left out None stands for (0, 0): terms that are 0."""
+    wanted = "a pair (factor, offset)" + " or None" * optional
+    if pair is None and optional:
+        return [0.0, 0.0]
+    if not isinstance(pair, Sequence):
+        raise TypeError(f"{name} must be {wanted}; got {pair!r}")
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be {wanted}; got {pair!r}")
+    return [check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
 
 
 def check_integer(name: str, value: int) -> int:

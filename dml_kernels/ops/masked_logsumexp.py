@@ -44,7 +44,7 @@ def _fwd(*args: Any) -> TensorTuple:
     check_values(bank, spec.ignore_index, spec.centres)
     with without_autocast(bank.x.device.type):
         out = backend.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
-    return tuple(out) if backend.keeps_mean(bank, spec) else (*out, out[0].new_empty(0, 0))
+    return tuple(out) if len(out) == 5 else (*out, out[0].new_empty(0, 0))
 
 
 def _fwd_fake(*args: Any) -> TensorTuple:
@@ -60,7 +60,7 @@ def _fwd_fake(*args: Any) -> TensorTuple:
 def _bwd(*args: Any) -> TensorTuple:
     grads, lse, mean, needs = args[:4], args[4:6], args[6], args[7]
     bank, spec = _split(args[8:])
-    kept = {"mean": mean} if mean is not None and backend.keeps_mean(bank, spec) else {}
+    kept = {} if mean is None or mean.numel() == 0 else {"mean": mean}
     with without_autocast(bank.x.device.type):
         out = backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec, **kept)
     return filled(out, bank.x)

@@ -95,7 +95,9 @@ def keeps_mean(bank: Bank, spec: Spec) -> bool:
     A bank with labels of its own may hold many positives of a row, a second sum to accumulate; plain sums have a
     gradient that no softmax weighs; and column scales have no bound that a weight in fp16 could be lifted to.
     """
-    if spec.sums or bank.c is not None or spec.metric != "dot" or spec.policy != "linear" or bank.x.size(0) == 0:
+    if not spec.keep or bank.x.size(0) == 0 or spec.metric != "dot" or spec.policy != "linear":
+        return False
+    if spec.sums or bank.c is not None:
         return False
     if spec.dtype == torch.float16 and bank.col_scale is not None:
         return False
@@ -125,7 +127,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     with on_device(bank.x):
         x, w = operands(bank, spec)
         m = w.t.size(0)
-        keep = spec.keep and keeps_mean(bank, spec)
+        keep = keeps_mean(bank, spec)
         tile = _pick("kept" if keep else "forward", bank, spec)
         n_tiles, splits, span = configs.ranges(tile, n, m, bank.x.device, slices(x) if keep else None)
         kept = bank.x.new_empty((splits, *x.t.shape), dtype=acc) if keep else None
@@ -172,14 +174,14 @@ def _mean(kept: Tensor, parts: Tensor, y: Tensor, spec: Spec) -> Tensor:
     mean = kept.new_empty(n, d)
     arguments = {
         "part_ptr": parts, "sums_ptr": kept, "y_ptr": y, "mean_ptr": mean, "N": n, "splits": splits,
-        "ignore_index": spec.ignore_index, "LIFT": weight_lift(spec), **row_tile(d, kept.dtype),
+        "ignore_index": spec.ignore_index, "LIFT": weight_lift(spec), **whole_rows(d, kept.dtype),
     }  # fmt: skip
     launch(forward.merge_means_kernel, (cdiv(n, configs.ROWS.block_n),), arguments, num_warps=configs.ROWS.num_warps,
            num_stages=configs.ROWS.num_stages)  # fmt: skip
     return mean
 
 
-def row_tile(d: int, acc: torch.dtype) -> dict[str, Any]:
+def whole_rows(d: int, acc: torch.dtype) -> dict[str, Any]:
     """The arguments by which a kernel over rows takes all of D in one block."""
     block_d = max(16, 1 << (d - 1).bit_length())
     return {"D": d, "BLOCK_N": configs.ROWS.block_n, "BLOCK_D": block_d, "ACC": ACCUMULATE[acc]}
@@ -313,7 +315,7 @@ class Backward:
             "stride_xn": self.x.t.stride(0), "stride_xd": self.x.t.stride(1), "stride_wm": self.w.t.stride(0),
             "stride_wd": self.w.t.stride(1), **{name: self.logit[name] for name in taken},
             **{name: self.rows[name] for name in rows}, "mean_ptr": mean, "out_ptr": out, "t_rows_ptr": self.of_scale,
-            "N": n, "NORMALIZE": self.spec.normalize, **row_tile(d, self.acc),
+            "N": n, "NORMALIZE": self.spec.normalize, **whole_rows(d, self.acc),
         }  # fmt: skip
         launch(owned.owned_means_kernel, (cdiv(n, configs.ROWS.block_n),), arguments,
                num_warps=configs.ROWS.num_warps, num_stages=configs.ROWS.num_stages)  # fmt: skip

@@ -142,9 +142,9 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
                         logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
-                    if logsumexp.keeps_mean(bank, spec):
-                        *_, mean = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
-                        logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), needs, bank, spec, mean)
+                    kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))[4:]
+                    if kept:
+                        logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), needs, bank, spec, *kept)
         if not some and case.policy == "linear":
             matrices.normalized_distance_fwd(x, w, base, normalize, 1e-12, dtype)
             matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
