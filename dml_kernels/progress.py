@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from .optional import import_optional
+
 __all__ = ["Progress", "reporter"]
 
 # Called with the number of units just finished (queries, examples, ...); True shows a tqdm bar; None or False nothing.
@@ -17,11 +19,8 @@ def reporter(progress: Progress, total: int, what: str, unit: str) -> Iterator[C
     if callable(progress):
         yield progress
     elif progress:
-        try:
-            from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ImportError("progress=True shows a tqdm bar: pip install tqdm, or pass a function") from error
-        with tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=total > 100_000) as bar:
+        bar_of = import_optional("tqdm", "the bar of progress=True (pass a function to do without)").tqdm
+        with bar_of(total=total, desc=what, unit=f" {unit}", unit_scale=total > 100_000) as bar:
             yield bar.update
     else:
         yield lambda _: None

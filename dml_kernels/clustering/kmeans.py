@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..optional import import_optional
+
 __all__ = ["KMeans", "load_faiss", "segment_sums"]
 
 # Distances under this fraction of the coordinates' size are rounding: the vectors are equal.
@@ -28,14 +30,7 @@ ROWS = 2048
 
 def load_faiss() -> Any:
     """The faiss module, imported when it is first needed; ImportError tells how to install it."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            f"clustering needs faiss, which cannot be imported ({error}): pip install faiss-cpu, "
-            "or pip install 'dml_kernels[demo]'"
-        ) from error
-    return faiss
+    return import_optional("faiss", "clustering")
 
 
 def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import use_backend
 from ..ops import backend as backend_choice
+from ..optional import how_to_install
 from . import judging, report
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_json
 from .data import ImageSet, hold_out, load_sample, split_classes
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: the demo needs {', '.join(missing)}: pip install 'dml_kernels[demo]'", file=sys.stderr)
+        print(f"error: the demo needs {', '.join(missing)}: {how_to_install(*missing)}", file=sys.stderr)
         return 1
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..clustering.kmeans import load_faiss
+from ..optional import import_optional
 from ..progress import Progress, reporter
 from . import streaming
-from .extras import load_sklearn_metrics
 
 __all__ = ["ClusteringResult", "cluster_agreement"]
 
@@ -77,7 +77,7 @@ def cluster_agreement(
     wanted = int(wanted)
     if min(count, training_rows) < wanted:
         raise ValueError(f"training_rows={training_rows} is fewer than the {wanted} clusters")
-    scores, faiss = load_sklearn_metrics(), load_faiss()
+    scores, faiss = import_optional("sklearn.metrics", "cluster_agreement"), load_faiss()
     embeddings = embeddings.detach()
 
     generator = torch.Generator().manual_seed(seed)

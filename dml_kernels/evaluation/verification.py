@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..optional import import_optional
 from ..progress import Progress, reporter
 from . import streaming
-from .extras import load_sklearn_metrics
 from .pairs import check_pairs, pair_scores
 from .streaming import Problem
 
@@ -264,7 +264,7 @@ def _summary(
     mated, other = int(counts[same].sum()), int(counts[~same].sum())
     if not mated or not other:
         raise ValueError(f"both kinds of pair are needed; got {mated} of one class and {other} of two")
-    metrics = load_sklearn_metrics()
+    metrics = import_optional("sklearn.metrics", "verification")
     fpr, tpr, thresholds = metrics.roc_curve(same, scores, sample_weight=weights, drop_intermediate=False)
 
     tar, threshold, slack = {}, {}, {}

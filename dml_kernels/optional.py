@@ -1,0 +1,32 @@
+"""Packages that some parts need and the library does not: imported when first needed, or an error that says the fix."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["how_to_install", "import_optional"]
+
+# What a package is called where it is installed from, if not as its module.
+PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn"}
+
+
+def how_to_install(*modules: str) -> str:
+    """How to get these modules, for messages.
+
+    The packages' own names, or the extra out of a checkout. Never this package's bare name: no index holds it, and
+    whoever registered it there could run their code on every machine that follows the message.
+    """
+    names = " ".join(PACKAGES.get(module, module) for module in modules)
+    return f"pip install {names} (in a checkout of this repository, pip install --no-build-isolation -e '.[demo]')"
+
+
+def import_optional(module: str, purpose: str) -> Any:
+    """The module by its full name; ImportError says that ``purpose`` needs it, and how to install it."""
+    top = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {top}, which cannot be imported ({error}): {how_to_install(top)}"
+        ) from error
