@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # An installer, then this package's name, not as a path, a module of it or what `python -m` runs.
 ENDS = r"[\s'\"`](?<!-m )dml[-_.]kernels\b(?![/.\w])"
 INSTALL = re.compile(r"(?:pip3?|uv|conda|pipx)\s+(?:install|add)\b[^\n]*" + ENDS, re.I)
-    r"(?:pip3?|uv|conda|pipx)\s+(?:install|add)\b[^\n]*[\s'\"`](?<!-m )dml[-_.]kernels\b(?![/.\w])", re.I
-)
 JOINED = re.compile(r"\\\n|[\"']\s*\n\s*f?[\"']")  # lines that a shell or Python makes one
 TEXTS = {".py", ".md", ".toml", ".txt", ".cfg", ".in", ".sh", ".cpp", ".h", ".cu", ""}
 
