@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .foreign import of_pml, pml_name
+
 ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
 
 
@@ -190,28 +192,27 @@ class MultipleReducers(Reducer):
         return chosen.reduce(name, part)
 
 
-_PLAIN = {
-    kind.__name__: kind for kind in (MeanReducer, SumReducer, AvgNonZeroReducer, DivisorReducer, DoNothingReducer)
-}
+_PLAIN = {kind.__name__: kind for kind in (MeanReducer, SumReducer, DivisorReducer, DoNothingReducer)}
 
 
 def accept(reducer: Any, default: Reducer) -> Reducer:
-    """A reducer for a loss: ours, or pytorch-metric-learning's of the same name and settings; None for ``default``.
+    """A reducer for a loss: ours, or one of pytorch-metric-learning's own classes, turned into ours; None: ``default``.
 
     Raises:
-        TypeError, ValueError: one that needs every term; the message names those that do not.
+        TypeError, ValueError: one that needs every term, or any other class; the message names those that do not.
     """
     if reducer is None:
         return default
     if isinstance(reducer, Reducer):
         return reducer
-    name = type(reducer).__name__
+    name = pml_name(reducer, "reducers")
     if name in _PLAIN:
         return _PLAIN[name]()
-    if name == "ThresholdReducer":
-        return ThresholdReducer(reducer.low, reducer.high)
+    if name in ("ThresholdReducer", "AvgNonZeroReducer"):
+        non_zero = name == "AvgNonZeroReducer" and (reducer.low, reducer.high) == (0, None)
+        return AvgNonZeroReducer() if non_zero else ThresholdReducer(reducer.low, reducer.high)
     if name == "PerAnchorReducer":
-        if getattr(reducer.aggregation_func, "__name__", "") != "aggregation_func":
+        if not of_pml(reducer.aggregation_func, "reducers.per_anchor_reducer", "aggregation_func"):
             raise ValueError("PerAnchorReducer takes the mean of each anchor's pairs; another aggregation_func needs "
                              "every pair, and pairs are not kept")  # fmt: skip
         return PerAnchorReducer(reducer.reducer)
@@ -219,4 +220,9 @@ def accept(reducer: Any, default: Reducer) -> Reducer:
         return ClassWeightedReducer(reducer.weights)
     if name == "MultipleReducers":
         return MultipleReducers(dict(reducer.reducers.items()), reducer.default_reducer)
-    raise TypeError(f"reducer must be one of dml_kernels.reducers ({', '.join(_PLAIN)}, ...); got {name}")
+    kind = type(reducer)
+    raise TypeError(
+        f"reducer must be one of dml_kernels.reducers ({', '.join(_PLAIN)}, AvgNonZeroReducer, ...) or of "
+        f"pytorch_metric_learning.reducers; got {kind.__module__}.{kind.__qualname__}. A class of your own derives "
+        "from dml_kernels.reducers.Reducer and defines reduce(name, part)"
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import distances, functional, reducers
+from .foreign import pml_name
 from .ops.contract import accumulate_dtype, check_integer, check_matrix, check_number
 from .reducers import Terms
 
@@ -156,21 +157,29 @@ _KNOWN: dict[str, Callable[[Any], Regularizer]] = {
     "RegularFaceRegularizer": lambda theirs: RegularFaceRegularizer(reducer=theirs.reducer),
     "SparseCentersRegularizer": _sparse_centers,
 }
+# The distance of those that use one.
+_DISTANCE: dict[str, type[distances.Distance]] = {
+    "CenterInvariantRegularizer": distances.LpDistance,
+    "RegularFaceRegularizer": distances.CosineSimilarity,
+    "SparseCentersRegularizer": distances.CosineSimilarity,
+}
 
 
 def accept(regularizer: Any) -> Any:
-    """A regulariser for a loss: ours, pytorch-metric-learning's of the same name turned into ours, or any callable.
+    """A regulariser for a loss: ours, one of pytorch-metric-learning's own classes turned into ours, or any callable.
 
     Raises:
-        TypeError: something that cannot be called. ValueError: theirs with another distance than its default.
+        TypeError: something that cannot be called. ValueError: one of pytorch-metric-learning's own with another
+            distance than its default.
     """
     if regularizer is None or isinstance(regularizer, Regularizer):
         return regularizer
-    name = type(regularizer).__name__
-    if name in _KNOWN and type(regularizer).__module__.startswith("pytorch_metric_learning."):
-        if name in ("RegularFaceRegularizer", "SparseCentersRegularizer"):
-            distances.accept(regularizer.distance, distances.CosineSimilarity(), (distances.CosineSimilarity,), name)
+    name = pml_name(regularizer, "regularizers")
+    if name in _KNOWN:
+        if name in _DISTANCE:
+            kind = _DISTANCE[name]
+            distances.accept(regularizer.distance, kind(), (kind,), name)
         return _KNOWN[name](regularizer)
     if not callable(regularizer):
-        raise TypeError(f"a regulariser must be callable on rows (M, D); got {name}")
+        raise TypeError(f"a regulariser must be callable on rows (M, D); got {type(regularizer).__name__}")
     return regularizer

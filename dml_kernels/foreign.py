@@ -1,0 +1,20 @@
+"""Objects of pytorch-metric-learning, told by their class: its name alone says nothing of what an object computes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def of_pml(thing: Any, part: str, name: str) -> bool:
+    """Whether ``thing`` is what ``pytorch_metric_learning.{part}`` calls ``name``. Never imports that package."""
+    return getattr(sys.modules.get(f"pytorch_metric_learning.{part}"), name, None) is thing
+
+
+def pml_name(instance: Any, part: str) -> str | None:
+    """The name of the instance's class if that is, exactly, one of ``pytorch_metric_learning.{part}``; else None.
+
+    A subclass, or another class of that name, may compute anything.
+    """
+    kind = type(instance)
+    return kind.__name__ if of_pml(kind, part, kind.__name__) else None
