@@ -78,7 +78,7 @@ def cross_batch(n: int, m: int, d: int) -> dict:
     def problem(n, m):
         memory = CrossBatchMemory(REGISTRY["ContrastiveLoss"].loss(), d, m)
         for _ in range(m // n):
-            memory._enqueue(torch.randn(n, d), torch.randint(0, m // 8, (n,)))
+            memory.add_to_memory(torch.randn(n, d), torch.randint(0, m // 8, (n,)))
         return memory, torch.randn(n, d, requires_grad=True), torch.randint(0, m // 8, (n,))
 
     def run(memory, x, y):

@@ -8,6 +8,7 @@ references.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -27,11 +28,19 @@ class CrossBatchMemory(torch.nn.Module):
     The memory is streamed like any reference set: nothing of size batch x memory is built, unless ``indices_tuple``
     asks for a list of all pairs. What is not filled yet has the label -100 and is in no pair.
 
-    Differences from theirs: the ring's position is part of the state dict; the memory keeps its dtype, whatever the
-    batch's (half-precision batches beside a float32 memory are fine, a float64 batch needs ``memory.double()``); a
-    row's own copy is left out of NCALoss, too. The memory changes in place with each call: call ``backward`` before the
-    next forward. Under DistributedDataParallel every rank has a memory of its own batches: wrap the network, not this
-    module, or rank 0's buffers are copied over the others' before each step.
+    Differences from pytorch-metric-learning's: the memory keeps its dtype, whatever the batch's (half-precision batches
+    beside a float32 memory are fine, a float64 batch needs ``memory.double()``); a row's own copy is left out of
+    NCALoss, too. The memory changes in place, unless an earlier call's graph still waits for its ``backward``: that
+    graph then keeps the memory as it was, (M, D) for each call that waits. (Compiled by inductor, the ``backward`` of a
+    call before the last is an error.)
+
+    The state dict has pytorch-metric-learning's two keys, and either library loads the other's. It holds the memory
+    oldest row first, so that the ring's position, which pytorch-metric-learning does not save, follows from it: rows
+    behind the last that is neither zero nor labelled -100 were never written. There a loaded memory counts as empty
+    until ``queue_idx`` or ``has_been_filled`` is set; here it goes on.
+
+    Under DistributedDataParallel every rank has a memory of its own batches: wrap the network, not this module, or rank
+    0's buffers are copied over the others' before each step.
 
     Args:
         loss: of this package: one that takes ``ref_emb``. embedding_size: D. memory_size: M.
@@ -39,8 +48,9 @@ class CrossBatchMemory(torch.nn.Module):
             returns the pairs or triplets to compare.
 
     Attributes:
-        embedding_memory: (M, D). label_memory: (M,) int64. queue_idx: () int64, the next place. has_been_filled: ()
-        bool.
+        embedding_memory: (M, D). label_memory: (M,) int64. queue_idx: int, the next place. has_been_filled: bool: until
+            then the places before ``queue_idx`` alone are compared with. Both may be assigned; on a GPU reading them
+            waits for it. curr_batch_idx: (N,) int64, the places of the rows stored last.
 
     Raises:
         TypeError: a loss that is not one of this package's pair losses. ValueError: sizes that are not positive.
@@ -48,8 +58,9 @@ class CrossBatchMemory(torch.nn.Module):
 
     embedding_memory: Tensor
     label_memory: Tensor
-    queue_idx: Tensor
-    has_been_filled: Tensor
+    curr_batch_idx: Tensor
+    _queue_idx: Tensor
+    _has_been_filled: Tensor
 
     def __init__(self, loss: MetricLoss, embedding_size: int, memory_size: int = 1024, miner: Any = None):
         super().__init__()
@@ -64,16 +75,53 @@ class CrossBatchMemory(torch.nn.Module):
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size))
         self.register_buffer("label_memory", torch.full((memory_size,), IGNORED))
-        self.register_buffer("queue_idx", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("has_been_filled", torch.zeros((), dtype=torch.bool))
+        # As tensors, so that a compiled step need not be compiled anew for each position.
+        self.register_buffer("_queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("_has_been_filled", torch.zeros((), dtype=torch.bool), persistent=False)
+        self.curr_batch_idx = torch.empty(0, dtype=torch.int64)
+        self._shown: weakref.ref[Tensor] | None = None
+
+    @staticmethod
+    def supported_losses() -> list[str]:
+        """The names of the losses that take a memory."""
+        from . import family
+
+        known = {name: entry.loss for name, entry in family("pairs").items()}
+        return sorted(name for name, loss in known.items() if getattr(loss, "takes_references", False))
+
+    @classmethod
+    def check_loss_support(cls, loss_name: str) -> None:
+        """Raises ValueError for a name that is not among :meth:`supported_losses`."""
+        if loss_name not in cls.supported_losses():
+            raise ValueError(f"CrossBatchMemory takes {', '.join(cls.supported_losses())}; got {loss_name}")
+
+    @property
+    def queue_idx(self) -> int:
+        """The next place to be written."""
+        return int(self._queue_idx)
+
+    @queue_idx.setter
+    def queue_idx(self, value: int) -> None:
+        if not 0 <= int(value) < self.memory_size:
+            raise ValueError(f"queue_idx must be in [0, {self.memory_size}); got {value}")
+        self._queue_idx.fill_(int(value))
+
+    @property
+    def has_been_filled(self) -> bool:
+        """Whether every place has been written."""
+        return bool(self._has_been_filled)
+
+    @has_been_filled.setter
+    def has_been_filled(self, value: bool) -> None:
+        self._has_been_filled.fill_(bool(value))
 
     @torch.no_grad()
     def reset_queue(self) -> None:
         """Empty the memory."""
+        self._unshare()
         self.embedding_memory.zero_()
         self.label_memory.fill_(IGNORED)
-        self.queue_idx.zero_()
-        self.has_been_filled.zero_()
+        self.queue_idx, self.has_been_filled = 0, False
 
     def forward(
         self,
@@ -100,7 +148,8 @@ class CrossBatchMemory(torch.nn.Module):
         labels = check_labels(labels, embeddings)
         places: Tensor | None = None
         if enqueue_mask is None:
-            places = self._enqueue(embeddings, labels)
+            self.add_to_memory(embeddings, labels)
+            places = self.curr_batch_idx
         else:
             if indices_tuple is not None:
                 raise ValueError("indices_tuple and enqueue_mask exclude each other; give one of them")
@@ -108,44 +157,70 @@ class CrossBatchMemory(torch.nn.Module):
                 got = f"{enqueue_mask.dtype} {tuple(enqueue_mask.shape)}"
                 raise ValueError(f"enqueue_mask must be bool of shape {tuple(labels.shape)}; got {got}")
             mask = enqueue_mask.to(embeddings.device)
-            self._enqueue(embeddings[mask], labels[mask])
+            self.add_to_memory(embeddings[mask], labels[mask])
             embeddings, labels = embeddings[~mask], labels[~mask]
-        tuples = self._tuples(embeddings, labels, indices_tuple, places)
-        batch = self.loss.batch(embeddings, labels, tuples, self.embedding_memory, self.label_memory, exclude=places)
-        return self.loss.reduced(batch)
+        tuples: tuple[Tensor, ...] | None = None
+        if self.miner is not None or indices_tuple is not None:
+            filled = self.memory_size if self.has_been_filled else self.queue_idx
+            used = self.embedding_memory[:filled], self.label_memory[:filled]
+            tuples = self.create_indices_tuple(embeddings, labels, *used, indices_tuple, places is not None)
+        # A tensor object of its own: it lives as long as a graph that reads the memory.
+        memory = self.embedding_memory.detach()
+        if not torch.compiler.is_compiling():
+            self._shown = weakref.ref(memory)
+        written = self._has_been_filled | (torch.arange(self.memory_size, device=memory.device) < self._queue_idx)
+        memory_labels = torch.where(written, self.label_memory, IGNORED)
+        return self.loss.reduced(self.loss.batch(embeddings, labels, tuples, memory, memory_labels, exclude=places))
 
     @torch.no_grad()
-    def _enqueue(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Where the rows went, (N,)."""
+    def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
+        """Store rows (N, D) and their labels (N,) in the next N places, which become ``curr_batch_idx``.
+
+        ``batch_size`` is N, as pytorch-metric-learning passes it.
+
+        Raises:
+            ValueError: more rows than the memory holds, or another number than ``batch_size``.
+        """
         n = embeddings.size(0)
         if n > self.memory_size:
             raise ValueError(f"{n} rows do not fit a memory of {self.memory_size}; use memory_size={n} or more")
-        places = (self.queue_idx + torch.arange(n, device=self.queue_idx.device)) % self.memory_size
+        if batch_size is not None and batch_size != n:
+            raise ValueError(f"batch_size must be the number of embeddings, {n}; got {batch_size}")
+        self._unshare()
+        places = (self._queue_idx + torch.arange(n, device=self._queue_idx.device)) % self.memory_size
         self.embedding_memory.index_copy_(0, places, embeddings.detach().to(self.embedding_memory))
-        self.label_memory.index_copy_(0, places, labels.to(self.label_memory.device))
-        end = self.queue_idx + n
-        self.has_been_filled.logical_or_(end >= self.memory_size)
-        self.queue_idx.copy_(end % self.memory_size)
-        return places
+        self.label_memory.index_copy_(0, places, labels.to(self.label_memory))
+        end = self._queue_idx + n
+        self._has_been_filled.logical_or_(end >= self.memory_size)
+        self._queue_idx.copy_(end % self.memory_size)
+        self.curr_batch_idx = places
 
-    def _tuples(
-        self, embeddings: Tensor, labels: Tensor, given: Any, places: Tensor | None
-    ) -> tuple[Tensor, ...] | None:
-        """The miner's tuple less own copies, joined by the given one; None for all pairs."""
-        given = check_tuples(given, embeddings)
-        if self.miner is None and given is None:
-            return None
-        filled = self.memory_size if self.has_been_filled else int(self.queue_idx)
-        memory, memory_labels = self.embedding_memory[:filled], self.label_memory[:filled]
+    def _unshare(self) -> None:
+        """Leave the memory as it is to a graph that still reads it; what is written from here on goes into a copy."""
+        if not torch.compiler.is_compiling() and self._shown is not None and self._shown() is not None:
+            self.embedding_memory = self.embedding_memory.clone()
+
+    def create_indices_tuple(
+        self, embeddings: Tensor, labels: Tensor, E_mem: Tensor, L_mem: Tensor, input_indices_tuple: Any,
+        do_remove_self_comparisons: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The pairs or triplets to compare: the miner's, or all pairs, joined by the given ones.
+
+        Args:
+            embeddings: (N, D) with labels (N,), int64. E_mem, L_mem: the filled part of the memory.
+            input_indices_tuple: pairs or triplets to add, or None.
+            do_remove_self_comparisons: leave out the copies at ``curr_batch_idx``.
+        """
+        given = check_tuples(input_indices_tuple, embeddings)
         if self.miner is not None:
-            found = check_tuples(self.miner(embeddings, labels, memory, memory_labels), embeddings)
+            found = check_tuples(self.miner(embeddings, labels, E_mem, L_mem), embeddings)
             assert found is not None
         else:
-            match = labels[:, None] == memory_labels
-            used = (labels != IGNORED)[:, None] & (memory_labels != IGNORED)
+            match = labels[:, None] == L_mem
+            used = (labels != IGNORED)[:, None] & (L_mem != IGNORED)
             found = (*(match & used).nonzero(as_tuple=True), *(~match & used).nonzero(as_tuple=True))
-        if places is not None:
-            keep = found[1] != places[found[0]]
+        if do_remove_self_comparisons:
+            keep = found[1] != self.curr_batch_idx[found[0]]
             own = 3 if len(found) == 3 else 2
             found = (*(t[keep] for t in found[:own]), *found[own:])
         if given is None:
@@ -155,6 +230,41 @@ class CrossBatchMemory(torch.nn.Module):
         elif len(found) == 3:
             given = as_triplets(given)
         return tuple(torch.cat(both) for both in zip(found, given))
+
+    # --- checkpoints
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shown": None}  # a weak reference is no state
+
+    def _in_order(self, start: Tensor) -> Tensor:
+        """The places of the ring from ``start`` on, (M,)."""
+        return (start + torch.arange(self.memory_size, device=start.device)) % self.memory_size
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Oldest row first. The ring's position is metadata: it makes a resumed run the same in every bit."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        order = self._in_order(torch.where(self._has_been_filled, self._queue_idx, 0))
+        for name in ("embedding_memory", "label_memory"):
+            destination[prefix + name] = destination[prefix + name][order]
+        position = self._queue_idx.clone(), self._has_been_filled.clone()
+        getattr(destination, "_metadata", {}).get(prefix[:-1], {})["position"] = position
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        """Also what pytorch-metric-learning saved, and version 0.1: its ring as it stood, beside its position."""
+        old = [state_dict.pop(prefix + name, None) for name in ("queue_idx", "has_been_filled")]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        device = self.label_memory.device
+        written = (self.embedding_memory != 0).any(1) & (self.label_memory != IGNORED)
+        count = torch.where(written, torch.arange(1, self.memory_size + 1, device=device), 0).max()
+        position = count % self.memory_size, count == self.memory_size
+        if None not in old:
+            position = old[0], old[1]
+        elif "position" in local_metadata:
+            position = local_metadata["position"]
+            order = self._in_order(-torch.where(position[1], position[0], 0).to(device))
+            self.embedding_memory, self.label_memory = self.embedding_memory[order], self.label_memory[order]
+        self._queue_idx, self._has_been_filled = (t.to(device, copy=True) for t in position)
 
     def extra_repr(self) -> str:
         """What ``print(memory)`` shows."""
