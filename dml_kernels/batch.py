@@ -68,11 +68,14 @@ def make_batch(
 ) -> Batch:  # fmt: skip
     """The arguments of a loss's or miner's call, checked. ``exclude`` marks own copies among the references.
 
+    References that are the embeddings, the same tensor, are the batch itself: each row's own copy is left out.
+
     Raises:
         ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
     """
+    own_batch = ref_emb is None or ref_emb is embeddings
     w = embeddings if ref_emb is None else ref_emb
-    if ref_emb is None:
+    if own_batch:
         check_matrix("embeddings", embeddings)  # of no rows, too: a loss is then 0
     else:
         check_pair(embeddings, w, ("embeddings", "ref_emb"))
@@ -83,10 +86,12 @@ def make_batch(
     if (ref_emb is None) != (ref_labels is None) and not (ref_labels is None and tuples is not None):
         missing = "ref_labels" if ref_labels is None else "ref_emb"
         raise ValueError(f"ref_emb and ref_labels come together; {missing} is missing")
-    if ref_emb is None:
-        own = torch.arange(embeddings.size(0), device=embeddings.device)
-        return Batch(embeddings, y, w, y, own, tuples)
-    c = None if ref_labels is None else check_labels(ref_labels, w, "ref_labels")
+    if (own_batch and ref_labels is labels) or ref_emb is None:
+        c = y
+    else:
+        c = None if ref_labels is None else check_labels(ref_labels, w, "ref_labels")
+    if own_batch:
+        exclude = torch.arange(embeddings.size(0), device=embeddings.device)
     return Batch(embeddings, y, w, c, exclude, tuples)
 
 

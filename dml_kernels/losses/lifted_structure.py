@@ -49,7 +49,11 @@ class LiftedStructureLoss(MetricLoss):
         """One term for each positive pair."""
         pairs = compared(batch, self.distance)
         own = self._negatives(pairs)
-        of_positive = own if batch.w is batch.x else self._negatives(compared(_turned(batch), self.distance))
+        of_positive = (
+            own
+            if batch.w is batch.x and batch.c is batch.y
+            else self._negatives(compared(_turned(batch), self.distance))
+        )
         near = self.distance.threshold(self.pos_margin)
         found = pairs.positive_sum("lifted", own, of_positive, params=(1.0, -near))
         some = (own > -torch.inf).any()
@@ -69,7 +73,7 @@ def _turned(batch: Batch) -> Batch:
     if tuples is not None:
         a1, p, a2, n = (tuples[0], tuples[1], tuples[0], tuples[2]) if len(tuples) == 3 else tuples
         tuples = (p, a1, n, a2)
-    return Batch(batch.w, batch.c, batch.x, batch.y, None, tuples)
+    return Batch(batch.w, batch.c, batch.x, batch.y, batch.exclude if batch.w is batch.x else None, tuples)
 
 
 def lifted_structure_reference(

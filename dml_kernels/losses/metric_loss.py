@@ -71,7 +71,9 @@ class MetricLoss(torch.nn.Module):
             labels: (N,) integers, on any device; needed unless ``indices_tuple`` is given.
             indices_tuple: a miner's triplets (a, p, n) or pairs (a1, p, a2, n): indices of rows; p and n index
                 ``ref_emb`` where that is given.
-            ref_emb: (M, D) to compare with in place of the batch; ref_labels: (M,) its labels.
+            ref_emb: (M, D) to compare with in place of the batch; ref_labels: (M,) its labels. The embeddings
+                themselves, the same tensor, are the batch: each row's own copy is left out. Any other tensor, a
+                detached or cloned one too, is compared in full: row i with reference i, the second view of example i.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.

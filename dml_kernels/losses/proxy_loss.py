@@ -189,11 +189,11 @@ class ProxyLoss(MetricLoss):
                 choose no pairs, but weigh each row by how often they name it, over the largest count.
 
         Raises:
-            ValueError, TypeError: ``ref_emb`` or ``ref_labels``, as the proxies are the references; labels missing or
-                out of range; a wrong shape or dtype.
+            ValueError, TypeError: ``ref_emb`` or ``ref_labels`` (other than the batch's own), as the proxies are the
+                references; labels missing or out of range; a wrong shape or dtype.
         """
-        for name, value in (("ref_emb", ref_emb), ("ref_labels", ref_labels)):
-            if value is not None:
+        for name, value, own in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
+            if value is not None and value is not own:
                 raise ValueError(f"{type(self).__name__} does not take {name}: the proxies are its references")
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels, one for each embedding")

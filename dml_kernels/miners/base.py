@@ -43,6 +43,8 @@ class Miner(torch.nn.Module):
     ) -> tuple[Tensor, ...]:
         """Index tuples of embeddings (N, D) with labels (N,), against references (M, D) where given.
 
+        References that are the embeddings, the same tensor, are the batch itself: no row meets its own copy.
+
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
         """
