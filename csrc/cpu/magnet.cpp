@@ -87,8 +87,9 @@ class Magnet {
       g[i] = incoming[i] * A(weight());
       grad_scale += double(g[i]) * own_[i];
     }
-    const bool wants_variance = targets.variance.data || (targets.x.data && !args_.variance);
-    std::vector<A> grad_rows(targets.x.data ? n_ * d_ : 0), row_scale(wants_variance ? n_ : 0);
+    // The batch's own variance is in every gradient; a given one in its own alone.
+    const bool through_variance = targets.variance.data || !args_.variance;
+    std::vector<A> grad_rows(targets.x.data ? n_ * d_ : 0), row_scale(through_variance ? n_ : 0);
     std::vector<A> grad_bank(targets.centers.data || !given() ? bank_.rows * d_ : 0);
     if (bank_.rows > 0) {
       const auto values = [](std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };

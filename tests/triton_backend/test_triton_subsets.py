@@ -1,0 +1,20 @@
+"""Gradients of the Triton kernels, interpreted, for any subset of inputs that need one, in both forms."""
+
+from __future__ import annotations
+
+import pytest
+import subset_helpers
+
+from dml_kernels.triton_backend import configs
+
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
+
+NAMES = ("normalize", "normalized_distance", "masked_hinge_sum", "masked_logsumexp")
+CASES = {name: case for name, case in subset_helpers.ops().items() if case.op in NAMES}
+
+
+@pytest.mark.parametrize("form", ["chunk", "owned"])
+@pytest.mark.parametrize("name", CASES)
+def test_any_subset(name, form):
+    with configs.take_form(form):
+        subset_helpers.assert_any_subset_gives_the_same(CASES[name], "triton")
