@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..progress import Progress, reporter
+from ..saved_state import check_count, check_like
 from .kmeans import load_faiss
 from .reclustering import Embeddings, Reclustering, Source
 
@@ -283,40 +284,56 @@ class ClusterIndex:
 
         An error leaves the index as it was.
         """
-        missing = self.state_dict().keys() - state.keys()
+        own = self.state_dict()
+        missing = own.keys() - state.keys()
         if missing or state["format"] != STATE_FORMAT:
             raise ValueError(
                 f"not a state of this version's ClusterIndex: format {state.get('format')}, missing {missing}"
             )
         if state["labels"] != self._labels_digest:
             raise ValueError("the state is of other labels: make the index with the labels it was saved with, in order")
-        if not torch.equal(state["cluster_classes"], self.cluster_classes) or state["normalize"] != self.normalize:
+        state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+        classes = state["cluster_classes"]
+        integers = isinstance(classes, Tensor) and classes.dtype == torch.int64
+        if not integers or not torch.equal(classes, self.cluster_classes) or state["normalize"] != self.normalize:
             raise ValueError(
-                f"the state has {len(state['cluster_classes'])} clusters and normalize={state['normalize']}, the index "
-                f"{len(self)} and {self.normalize}: make it with the settings it was saved with"
+                f"the state has {len(classes) if integers else 'no'} clusters and normalize={state['normalize']}, the "
+                f"index {len(self)} and {self.normalize}: make it with the settings it was saved with"
             )
-        clusters, centers = state["clusters"].cpu().clone(), state["centers"]
-        self._check_clusters(clusters, centers, state["sizes"], state["scatter"])
-        self.clusters, self._centers = clusters, None if centers is None else centers.cpu().clone()
-        self.sizes, self._scatter = state["sizes"].cpu().clone(), state["scatter"].cpu().clone()
+        self._check_state(state, own)
+        self.clusters, self.sizes, self._scatter = (state[name].clone() for name in ("clusters", "sizes", "scatter"))
+        self._centers = None if state["centers"] is None else state["centers"].clone()
         # Slices cut otherwise: begin with the first.
-        self._next_slice = int(state["next_slice"]) if state["slices"] == len(self._slices) else 0
+        self._next_slice = state["next_slice"] if state["slices"] == len(self._slices) else 0
         self._asked_at, self._refreshed_at = state["asked_at"], state["refreshed_at"]
-        self.refreshes, self.seconds = int(state["refreshes"]), float(state["seconds"])
+        self.refreshes, self.seconds = state["refreshes"], state["seconds"]
 
-    def _check_clusters(self, clusters: Tensor, centers: Tensor | None, sizes: Tensor, scatter: Tensor) -> None:
-        """That a saved assignment is one of these labels: each example in a cluster of its class, or all in none."""
-        count, bad = len(self), clusters.shape != self.clusters.shape
-        if centers is None:
-            bad = bad or bool((clusters != -1).any())
-        elif not bad:
-            mine = clusters[self._order]
-            places = torch.arange(len(self._class_sizes)).repeat_interleave(self._class_sizes)
-            bad = bool(((mine < self._first_cluster[places]) | (mine >= self._first_cluster[places + 1])).any())
-            bad = bad or not torch.equal(torch.bincount(mine, minlength=count), sizes.cpu())
-            bad = bad or centers.dim() != 2 or len(centers) != count or not bool(centers.isfinite().all())
-        if bad or scatter.shape != (count,):
-            raise ValueError("the state is damaged: its clusters, sizes and centers do not belong together")
+    def _check_state(self, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raise ValueError unless each example is in a cluster of its class, or all are in none, and the rest fits."""
+        count, clusters, centers = len(self), state["clusters"], state["centers"]
+        times = {name: state[name] for name in ("asked_at", "refreshed_at")}
+        if isinstance(centers, Tensor) and centers.dim() == 2:
+            own = {**own, "centers": torch.empty(count, centers.shape[1])}  # of any D
+        try:
+            check_like("state", state, {**own, **times})
+            if centers is None:
+                bad = bool((clusters != -1).any())
+            else:
+                mine = clusters[self._order]
+                places = torch.arange(len(self._class_sizes)).repeat_interleave(self._class_sizes)
+                bad = bool(((mine < self._first_cluster[places]) | (mine >= self._first_cluster[places + 1])).any())
+                bad = bad or not torch.equal(torch.bincount(mine, minlength=count), state["sizes"])
+            if bad or bool((state["scatter"] < 0).any()):
+                raise ValueError("an example is in a cluster of another class, or a size or scatter is wrong")
+            check_count("slices", state["slices"], 1, 1 << 62)
+            check_count("next_slice", state["next_slice"], 0, state["slices"] - 1)
+            check_count("refreshes", state["refreshes"], 0 if centers is None else 1, 1 << 62)
+            for name, step in times.items():
+                if step is not None and not (isinstance(step, (int, float)) and math.isfinite(step)):
+                    raise ValueError(f"{name} must be a finite number or None; got {step!r}")
+        except ValueError as error:
+            parts = "its clusters, sizes and centers do not belong together"
+            raise ValueError(f"the state is damaged, or {parts}: {error}") from error
 
     def _check_id(self, cluster: int) -> int:
         if not 0 <= cluster < len(self):

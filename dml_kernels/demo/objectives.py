@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..clustering import ClusterIndex, RefreshReport
 from ..samplers import MagnetBatchSampler
+from ..saved_state import check_keys, check_like
 
 __all__ = ["Magnet", "MagnetRecipe", "Objective", "ProxyNCA", "ProxyNCARecipe", "Recipe"]
 
@@ -116,7 +117,7 @@ class Objective(ABC):
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Take up what `state` gave. Raises ValueError, TypeError or RuntimeError for what it cannot have given."""
 
 
 class ProxyNCA(Objective):
@@ -145,6 +146,7 @@ class ProxyNCA(Objective):
         return {"shuffle": self.shuffle.get_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_like("objective", state, self.state())
         self.shuffle.set_state(state["shuffle"])
 
 
@@ -169,6 +171,7 @@ class Magnet(Objective):
             batches=len(labels) // recipe.batch_size,
             seed=recipe.seed,
         )
+        self._embedding_size = recipe.embedding_size
         self._step: tuple[Tensor, Tensor] | None = None
 
     def begin_epoch(self, embed: Callable[[Tensor], Tensor]) -> RefreshReport | None:
@@ -192,5 +195,13 @@ class Magnet(Objective):
         return {"index": self.index.state_dict(), "sampler": self.sampler.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        check_keys("objective", state, ("index", "sampler"))
+        for name, part in state.items():
+            check_keys(name, part)
         self.index.load_state_dict(state["index"])
         self.sampler.load_state_dict(state["sampler"])
+        centers = state["index"]["centers"]
+        if centers is not None and centers.shape[1] != self._embedding_size:
+            raise ValueError(f"the clusters' centers have {centers.shape[1]} coordinates, not {self._embedding_size}")
+        if state["sampler"]["position"] not in (0, len(self.sampler)):
+            raise ValueError("the sampler's state is not one between two epochs")

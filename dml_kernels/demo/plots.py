@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from .checkpoint import atomic
 from .data import ImageSet
 from .step_cost import StepCost
 
@@ -275,7 +276,9 @@ def _bars(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and forget it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
+    """Write a figure as PNG, whole or not at all, and forget it."""
+    try:
+        with atomic(path) as file:
+            figure.savefig(file, format="png")
+    finally:
+        plt.close(figure)

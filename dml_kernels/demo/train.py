@@ -32,7 +32,7 @@ from .. import use_backend
 from ..ops import backend as backend_choice
 from ..optional import how_to_install
 from . import judging, report
-from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_json
+from .checkpoint import START_ANEW, CheckpointError, load_checkpoint, save_checkpoint, write_json
 from .data import ImageSet, hold_out, load_sample, split_classes
 from .model import embed
 from .objectives import Magnet, Recipe
@@ -173,7 +173,11 @@ class Run:
         there = [trainer for trainer in trainers if self._checkpoint(trainer.recipe).exists()]
         for trainer in there or trainers:
             state = load_checkpoint(self._checkpoint(trainer.recipe))
-            trainer.load_state(state)
+            try:
+                trainer.load_state(state)
+            except CheckpointError as error:
+                path = self._checkpoint(trainer.recipe)
+                raise CheckpointError(f"{path} cannot be resumed from ({error}): {START_ANEW}") from error
             title = trainer.recipe.title
             self.saved_epochs[title] = trainer.epoch
             self.console.print(f"Resumed {title} after epoch {trainer.epoch} of {trainer.recipe.epochs}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..clustering import RefreshReport
+from ..saved_state import check_count, check_like
 from .checkpoint import CheckpointError
 from .model import EmbeddingNet, embed
 from .objectives import Recipe
@@ -77,13 +78,20 @@ class Trainer:
             if on_step:
                 on_step(epoch_losses[-1])
         # No checkpoint is ever made of weights that cannot be trained further.
-        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.state_dict().values()):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self._trained()):
             raise FloatingPointError(f"weights are NaN or infinite after epoch {self.epoch + 1}: lower --lr")
         self.step_losses += epoch_losses
         self.epoch += 1
         self.seconds += time.perf_counter() - start
         self.refresh_seconds += refresh_seconds
         return sum(epoch_losses) / len(epoch_losses)
+
+    def _trained(self) -> Iterator[Tensor]:
+        """All tensors that the steps change."""
+        yield from self.model.state_dict().values()
+        yield from self.objective.module.state_dict().values()
+        for moments in self.optimiser.state.values():
+            yield from moments.values()
 
     def _set_learning_rates(self, step: int) -> None:
         rate = self.recipe.lr * 0.5 * (1 + math.cos(math.pi * step / (self.recipe.epochs * self.steps_per_epoch)))
@@ -100,26 +108,63 @@ class Trainer:
             "model": self.model.state_dict(),
             "loss": self.objective.module.state_dict(),
             "objective": self.objective.state(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimiser.state_dict()["state"],  # its settings are the recipe's
             "rng": torch.get_rng_state(),
             "step_losses": self.step_losses,
             "seconds": [self.seconds, self.refresh_seconds],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises CheckpointError where it is of another recipe, naming what differs."""
-        wanted = {"loss": self.recipe.key, **asdict(self.recipe)}
-        stored = {"loss": state["loss_name"], **state["recipe"]}
-        differing = [name for name in wanted if wanted[name] != stored.get(name)]
-        if differing:
-            raise CheckpointError(
-                "the checkpoint is of another recipe: "
-                + ", ".join(f"{name} {stored.get(name)} there, {wanted[name]} asked for" for name in differing)
-            )
+        """Go on from `state`.
+
+        Raises CheckpointError, in one line that names what is wrong, where it is of another recipe or no trainer can
+        have made it.
+        """
+        try:
+            self._check_state(state)
+            self.objective.load_state(state["objective"])
+            torch.set_rng_state(state["rng"])
+        except (ValueError, TypeError, RuntimeError) as error:  # the last two from generators whose state is none
+            raise CheckpointError(str(error).partition("\n")[0]) from error
         self.model.load_state_dict(state["model"])
         self.objective.module.load_state_dict(state["loss"])
-        self.objective.load_state(state["objective"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"])
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state["optimiser"]})
         self.epoch, self.step_losses = state["epoch"], list(state["step_losses"])
         self.seconds, self.refresh_seconds = state["seconds"]
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless a trainer of this recipe and data can have had this state after some epoch."""
+        wanted = {"loss": self.recipe.key, **asdict(self.recipe)}
+        recipe = state.get("recipe")
+        stored = {"loss": state.get("loss_name"), **(recipe if isinstance(recipe, dict) else {})}
+        pairs = {name: (stored.get(name), value) for name, value in wanted.items()}
+        differing = [name for name, (there, value) in pairs.items() if type(there) is not type(value) or there != value]
+        if differing:
+            raise ValueError(
+                "the checkpoint is of another recipe: "
+                + ", ".join(f"{name} {stored.get(name)} there, {wanted[name]} asked for" for name in differing)
+                + "; go on with the options it was made with"
+            )
+        epoch = check_count("epoch", state.get("epoch"), 0, self.recipe.epochs)
+        steps = epoch * self.steps_per_epoch
+        weights = [weight for group in self.optimiser.param_groups for weight in group["params"]]
+        one = {place: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w} for place, w in enumerate(weights)}
+        unread = ("recipe", "objective")  # compared above; checked by the objective
+        like = {**self.state(), "optimiser": one if epoch else {}, **{key: state.get(key) for key in unread}}
+        check_like("checkpoint", state, like)
+        for moments in state["optimiser"].values():
+            if moments["step"] != steps or bool((moments["exp_avg_sq"] < 0).any()):
+                raise ValueError(f"the optimiser's state is not that of {steps} steps of Adam")
+        for name, tensor in state["model"].items():
+            if name.endswith("running_var") and bool((tensor < 0).any()):
+                raise ValueError(f"checkpoint.model.{name} is negative: it is a variance")
+            if name.startswith("pixel_") and not torch.equal(tensor, like["model"][name]):
+                raise ValueError(f"the checkpoint is of other drawings: {name} is {float(tensor):.6g}")
+        _check_numbers("step_losses", state["step_losses"], steps)
+        _check_numbers("seconds", state["seconds"], 2)
+        check_count("threads", state["threads"], 1, 1 << 31)
+
+
+def _check_numbers(what: str, found: list[Any], count: int) -> None:
+    if len(found) != count or not all(isinstance(value, float) and math.isfinite(value) for value in found):
+        raise ValueError(f"{what} must be a list of {count} finite numbers; it has {len(found)} entries")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..clustering import ClusterIndex
+from ..saved_state import check_count, check_like
 
 __all__ = ["MagnetBatchSampler"]
 
@@ -189,23 +190,42 @@ class MagnetBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`: the next iteration continues its epoch, or begins one where that was complete.
 
-        Raises ValueError, with nothing changed, where the state is of another M, D, epoch or number of clusters.
+        Raises ValueError, with nothing changed, where the state is of another M, D, epoch or number of clusters, or is
+        none that a sampler can have had.
         """
-        shape = [self.clusters_per_batch, self.examples_per_cluster, self._batches, len(self.index)]
+        own = self.state_dict()
         if state.get("format") != STATE_FORMAT:
             raise ValueError(f"not a state of this version's MagnetBatchSampler: format {state.get('format')!r}")
-        if list(state["shape"]) != shape:
+        if not isinstance(state.get("shape"), (list, tuple)) or list(state["shape"]) != own["shape"]:
             raise ValueError(
                 "the state has [clusters per batch, examples per cluster, batches, clusters of the index] "
-                f"{list(state['shape'])}, the sampler {shape}: make it as it was when the state was saved"
+                f"{state.get('shape')}, the sampler {own['shape']}: make it as it was when the state was saved"
             )
+        state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+        check_like("the sampler's state", {**state, "shape": own["shape"]}, own)
+        self._check_batches(state["outstanding"], check_count("position", state["position"], 0, self._batches))
+        if bool((state["losses"] < 0).any()) or bool((state["counts"] < 0).any()):
+            raise ValueError("the state's losses and counts must be at least 0")
         generator = np.random.default_rng()
-        generator.bit_generator.state = json.loads(state["generator"])
-        self._losses, self._counts = state["losses"].cpu().clone(), state["counts"].cpu().clone()
-        self._generator, self._position = generator, int(state["position"])
+        try:
+            generator.bit_generator.state = json.loads(state["generator"])
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"the state's generator is not one of NumPy's PCG64 ({error!r})") from error
+        self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
+        self._generator, self._position = generator, state["position"]
         self._replay = deque(list(batch) for batch in state["outstanding"])
         self._history.clear()
         self._resumed = True
+
+    def _check_batches(self, batches: list[Any], position: int) -> None:
+        """Raise ValueError unless these can be the batches that come after so many."""
+        if len(batches) > self._batches - position:
+            raise ValueError(f"the state holds {len(batches)} batches after {position} of an epoch of {self._batches}")
+        for batch in batches:
+            if not isinstance(batch, list) or not batch:
+                raise ValueError(f"a batch of the state must be a list of indices; got {batch!r}")
+            for row in batch:
+                check_count("an index in a batch of the state", row, 0, len(self.index.clusters) - 1)
 
     def _draw(self) -> list[int]:
         """One batch, of the clusters and losses as they are now."""
