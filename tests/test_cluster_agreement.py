@@ -10,6 +10,7 @@ import pytest
 import torch
 from evaluation_helpers import clustered
 
+from dml_kernels.clustering import kmeans
 from dml_kernels.evaluation import cluster_agreement, clustering
 
 pytest.importorskip("faiss")
@@ -47,6 +48,27 @@ def test_every_example_is_assigned_to_the_nearest_mean():
     means = torch.stack([embeddings[found.assignments == c].mean(0) for c in range(5)])
     assert torch.equal(torch.cdist(embeddings, means).argmin(1), found.assignments)
     assert found.nmi > 0.8
+
+
+@pytest.mark.parametrize(("classes", "width", "spread"), [(5, 8, 0.05), (10, 16, 0.02), (40, 32, 0.02)])
+def test_classes_far_apart_are_found_whatever_the_seed(classes, width, spread):
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(10 * classes) % classes
+        centers = torch.nn.functional.normalize(torch.randn(classes, width, generator=generator), dim=1)
+        embeddings = centers[labels] + spread * torch.randn(len(labels), width, generator=generator)
+        assert bool((torch.cdist(embeddings, centers).argmin(1) == labels).all())
+        found = cluster_agreement(embeddings, labels, normalize=False, seed=seed)
+        assert (found.nmi, found.ami) == (pytest.approx(1, abs=1e-9), pytest.approx(1, abs=1e-9))
+
+
+@pytest.mark.parametrize("greedy", [kmeans.GREEDY, 0])
+def test_a_start_of_kmeans_holds_every_different_row_before_any_twice(monkeypatch, greedy):
+    monkeypatch.setattr(kmeans, "GREEDY", greedy)
+    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [5.0, 5.0]])[torch.arange(40) % 4]
+    for seed in range(20):
+        assert len(rows[kmeans.far_apart(rows, 4, seed)].unique(dim=0)) == 4
+    assert kmeans.far_apart(rows, 40, 0).shape == (40,)  # more than there are different rows
 
 
 def test_far_from_the_origin_nothing_is_lost():

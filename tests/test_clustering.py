@@ -158,6 +158,16 @@ def test_equal_embeddings_leave_clusters_empty_and_well_defined_until_they_diffe
     assert_consistent(index, labels, embeddings)
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_in_a_class_above_a_block_an_empty_cluster_has_the_mean_of_the_whole_class(offset):
+    x = torch.full((400, 2), offset)
+    x[::7] += torch.tensor([3.0, 1.0])
+    labels = torch.zeros(400, dtype=torch.int64)
+    index = ClusterIndex(labels, clusters_per_class=4, block_examples=64)
+    assert index.refresh(x).empty == 2  # the sample of 64 has its own share of the two vectors
+    assert_consistent(index, labels, x)
+
+
 def test_two_different_vectors_fill_two_of_three_clusters():
     x = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.7]).repeat(3)[:, None] * torch.ones(1, 5)
     index = ClusterIndex(torch.arange(3).repeat_interleave(5))

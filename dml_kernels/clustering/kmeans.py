@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from ..optional import import_optional
 
-__all__ = ["KMeans", "load_faiss", "segment_sums"]
+__all__ = ["KMeans", "far_apart", "load_faiss", "segment_sums"]
 
 # Distances under this fraction of the coordinates' size are rounding: the vectors are equal.
 ROUNDING = 1e-6
 # Rows whose double precision copy is made at a time.
 ROWS = 2048
+# Distances up to which k-means++ is greedy: some minutes' worth.
+GREEDY = 1 << 27
 
 
 def load_faiss() -> Any:
@@ -40,6 +43,33 @@ def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
         part = slice(start, start + ROWS)
         sums.index_add_(0, owner[part], values[part].double())
     return sums
+
+
+def far_apart(x: Tensor, count: int, seed: int) -> Tensor:
+    """Rows of x (n, D) fp32 to start k-means from, (count,) int64, by greedy k-means++; count <= n.
+
+    Each is drawn in proportion to the squared distance from those there are (Arthur and Vassilvitskii 2007, k-means++),
+    the best of several draws: the one that leaves the least distance in all. A single draw in proportion misses some of
+    many groups even where they are far apart, since the near examples of the groups found outnumber the others. It is
+    a single one where several would take many minutes. O(n D count log count) time, O(n log count) memory.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = 4 + int(math.log(count)) if len(x) * count <= GREEDY else 1
+    lengths = torch.linalg.vecdot(x, x)
+
+    def squared_distances(rows: Tensor) -> Tensor:
+        return torch.addmm(lengths, x[rows], x.T, alpha=-2).add_(lengths[rows, None]).clamp_(min=0)
+
+    chosen = torch.randint(len(x), (count,), generator=generator)
+    left = squared_distances(chosen[:1])[0]
+    for place in range(1, count):
+        mass = left.cumsum(0, dtype=torch.float64)
+        aims = mass[-1] * torch.rand(draws, dtype=torch.float64, generator=generator)
+        drawn = torch.searchsorted(mass, aims, right=True).clamp_(max=len(x) - 1)
+        after = torch.minimum(squared_distances(drawn), left)
+        best = int(after.sum(1, dtype=torch.float64).argmin())
+        chosen[place], left = drawn[best], after[best]
+    return chosen
 
 
 class KMeans:

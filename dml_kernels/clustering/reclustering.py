@@ -72,7 +72,7 @@ class Reclustering:
                 self.clusters[part] = nearest + offset
                 advance(len(part))
         places = slice(offset, offset + len(centroids))
-        self.sizes[places], self.scatter[places], means = moments.result()
+        self.sizes[places], self.scatter[places], means = moments.result(counts)
         self.centers[places] = (shift.repeat_interleave(counts, dim=0).double() + means).float()
 
     def _sample(self, rows: Tensor, place: int) -> Tensor:
@@ -175,12 +175,18 @@ class Moments:
         self._sum += segment_sums(apart, nearest, total)
         self._squares += segment_sums(torch.linalg.vecdot(apart, apart)[:, None], nearest, total)[:, 0]
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sizes (K,), sums of squared distances to the means (K,) fp64, means (K, D) fp64; an empty one's mean is 0."""
+    def result(self, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sizes (K,), sums of squared distances to the means (K,) fp64, means (K, D) fp64.
+
+        clusters (classes,): how many of the K each class has; an empty one's mean is that of all its class's rows.
+        """
         members = self._count.clamp(min=1)
         scatter = self._squares - self._sum.square().sum(1) / members
         means = self._centroids + self._sum / members[:, None]
-        return self._count, scatter.clamp(min=0), torch.where(self._count[:, None] > 0, means, 0.0)
+        owner = torch.arange(len(clusters)).repeat_interleave(clusters)
+        rows = torch.zeros(len(clusters), dtype=torch.int64).index_add_(0, owner, self._count)
+        of_class = segment_sums(means * self._count[:, None], owner, len(clusters)) / rows[:, None]
+        return self._count, scatter.clamp(min=0), torch.where(self._count[:, None] > 0, means, of_class[owner])
 
 
 def center(x: Tensor, sizes: Tensor) -> Tensor:
