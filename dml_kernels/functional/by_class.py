@@ -58,7 +58,8 @@ def positive_pair_sum(
 
     Args:
         x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
-        y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index.
+        y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
+            must be bank rows, or ``ignore_index``.
         u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
             gradient. -inf stands for no negatives: a softplus of 0, and where neither has any, a logarithm of 0.
         kind, params: the term and its numbers.
@@ -73,7 +74,8 @@ def positive_pair_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    base, unit, c, dtype, chosen = _checked("positive_pair_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    base, unit, dtype, chosen = _checked("positive_pair_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    y, c, ignore_index = _labelled(x, w, y, c, exclude, ignore_index)
     contract.check_vector("u", u, x.size(0), x, integer=False)
     contract.check_vector("v", v, w.size(0), x, integer=False)
     if kind not in KINDS:
@@ -83,7 +85,6 @@ def positive_pair_sum(
     numbers = [contract.check_number(f"params[{i}]", value) for i, value in enumerate(params)]
     if len(numbers) != KINDS[kind]:
         raise ValueError(f"kind {kind!r} takes {KINDS[kind]} params; got {len(numbers)}")
-    contract.check_integer("ignore_index", ignore_index)
     spec = PairSpec(kind, numbers, base, unit, float(eps), ignore_index, dtype)
     v = contract.apart(v, u)
     if chosen == backends.REFERENCE:
@@ -119,10 +120,12 @@ def triplet_sum(
 
     Args:
         x: (N, D) anchors. w: (M, D) bank, float32 allowed beside half-precision rows.
-        y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index.
+        y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
+            must be bank rows, or ``ignore_index``.
         margin: how much closer, as a score, a positive must be. smooth, swap: the variants above.
         metric, normalize: the score. exclude: (N,) int64 bank index that is in no triplet of the anchor, -1 for none.
-        ignore_index: anchors and bank entries with this label are in no triplet. eps: guards the division by the norm.
+        ignore_index: anchors with this label, and bank entries whose ``c`` is it, are in no triplet.
+        eps: guards the division by the norm.
         backend: overrides the choice of backend for this call.
 
     Returns:
@@ -132,9 +135,9 @@ def triplet_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    base, unit, c, dtype, chosen = _checked("triplet_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    base, unit, dtype, chosen = _checked("triplet_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    y, c, ignore_index = _labelled(x, w, y, c, exclude, ignore_index)
     margin = contract.check_number("margin", margin)
-    contract.check_integer("ignore_index", ignore_index)
     if chosen == backends.REFERENCE:
         same, different = by_class.members(y, c, exclude, ignore_index)
         s, between = (reference.scores(t, w, base, unit, eps) for t in (x, w))
@@ -146,7 +149,7 @@ def triplet_sum(
 def _checked(
     op: str, x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, metric: str, normalize: bool,
     eps: float, backend: str | None,
-) -> tuple[str, bool, Tensor, torch.dtype, str]:  # fmt: skip
+) -> tuple[str, bool, torch.dtype, str]:  # fmt: skip
     contract.check_pair(x, w)
     n, m = x.size(0), w.size(0)
     contract.check_members(x, m, y, c, exclude)
@@ -154,5 +157,16 @@ def _checked(
     contract.check_eps(eps)
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose(op, x.device, dtype, argument=backend, size=(n, m, x.size(1)))
-    c = torch.arange(m, device=x.device) if c is None else contract.apart(c, y)
-    return base, unit, c, dtype, chosen
+    return base, unit, dtype, chosen
+
+
+def _labelled(
+    x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, int]:
+    """Labels of rows and bank, and what marks the ignored ones; without ``c`` that is no bank entry's own index."""
+    contract.check_integer("ignore_index", ignore_index)
+    if c is not None:
+        return y, contract.apart(c, y), ignore_index
+    if contract.values_can_be_read(y):
+        contract.check_values(contract.Bank(x, w, y, None, exclude, None, None, None), ignore_index)
+    return torch.where(y == ignore_index, -1, y), torch.arange(w.size(0), device=x.device), -1

@@ -50,10 +50,10 @@ def _check_map(label_to_proxy: Tensor, num_proxies: int) -> None:
                 raise ValueError(f"label_to_proxy must be in [0, {num_proxies}), the rows of proxies; got {value}")
 
 
-def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int) -> Tensor:
-    """Each row's proxy index; ignored rows keep ``ignore_index``."""
+def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
+    """Each row's proxy, and what marks ignored rows there: ``ignore_index`` is a label, and may be a proxy's index."""
     if label_to_proxy is None:
-        return labels
+        return labels, ignore_index
     keep = labels != ignore_index
     classes = label_to_proxy.numel()
     if values_can_be_read(labels):
@@ -61,7 +61,7 @@ def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int
         if bad.numel():
             raise ValueError(f"labels must be in [0, {classes}), the size of label_to_proxy; got {bad[0].item()}")
     mapped = label_to_proxy.to(labels.device)[torch.where(keep, labels, 0).clamp(0, classes - 1)]
-    return torch.where(keep, mapped, ignore_index)
+    return torch.where(keep, mapped, -1), -1
 
 
 def _check_options(label_smoothing: float, exclude_positive: bool, reduction: str) -> None:
@@ -120,7 +120,8 @@ def proxy_nca_loss(
     if label_to_proxy is not None:
         _check_map(label_to_proxy, proxies.size(0))
     check_class_weight(class_weight, proxies.size(0) if label_to_proxy is None else label_to_proxy.numel())
-    y = _map_labels(labels, label_to_proxy, ignore_index)
+    check_integer("ignore_index", ignore_index)
+    y, ignored = _map_labels(labels, label_to_proxy, ignore_index)
     weight = None if class_weight is None else row_weight(class_weight, labels, embeddings)
     dtype = product_dtype(embeddings, proxies)
     size = (embeddings.size(0), proxies.size(0), embeddings.size(1))
@@ -136,12 +137,12 @@ def proxy_nca_loss(
     if (metric, normalize) != ("sqeuclidean", True):
         rows, mass = _composed_rows(
             embeddings, proxies, y, weight, exclude_positive, label_smoothing, metric=metric, normalize=normalize,
-            scale=softmax_scale, ignore_index=ignore_index, eps=eps, backend=backend,
+            scale=softmax_scale, ignore_index=ignored, eps=eps, backend=backend,
         )  # fmt: skip
         return reduce_rows(rows, mass, reduction)
     spec = ProxySpec(
         check_number("softmax_scale", factor), exclude_positive, float(label_smoothing), check_eps(eps),
-        check_integer("ignore_index", ignore_index), reduction, dtype, chosen,
+        ignored, reduction, dtype, chosen,
     )  # fmt: skip
     # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
     proxies = proxies.view_as(proxies) if proxies is embeddings else proxies
@@ -293,9 +294,9 @@ class ProxyNCALoss(ProxyLoss):
         labels = check_labels(labels, embeddings)
         if how not in ("mean", "sample", "nearest"):
             raise ValueError(f"how must be mean, sample or nearest; got {how!r}")
-        y = _map_labels(labels, self.label_to_proxy, self.ignore_index).to(self.proxies.device)
-        keep = (y != self.ignore_index).nonzero().squeeze(1)
-        y = y[keep]
+        y, ignored = _map_labels(labels, self.label_to_proxy, self.ignore_index)
+        keep = (y != ignored).nonzero().squeeze(1).to(self.proxies.device)
+        y = y.to(self.proxies.device)[keep]
         if y.numel() and (int(y.min()) < 0 or int(y.max()) >= self.proxies.size(0)):
             raise ValueError(f"labels must be in [0, {self.num_classes}); got {int(y.min())} to {int(y.max())}")
         unit = functional.normalize(embeddings.to(self.proxies)[keep])
