@@ -13,23 +13,27 @@ using namespace dml::cpu;
 
 Tensor normalize_forward(Tensor x, double eps) {
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  normalize_fwd(matrix(x, "x"), eps, target(out, x.numel(), "out"));
+  normalize_fwd(matrix(x, "x"), eps, target_like(out, x, "out"));
   return out;
 }
 
 Tensor normalize_backward(Tensor grad, Tensor x, double eps) {
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  normalize_bwd(matrix(grad, "grad"), matrix(x, "x"), eps, target(out, x.numel(), "out"));
+  const Source rows = matrix(x, "x"), incoming = matrix(grad, "grad");
+  STD_TORCH_CHECK(incoming.rows == rows.rows && incoming.cols == rows.cols,
+                  "dml_kernels: grad must have the shape of x");
+  Tensor out = torch::stable::new_empty(x, {rows.rows, rows.cols});
+  normalize_bwd(incoming, rows, eps, target_like(out, x, "out"));
   return out;
 }
 
 void distance_forward(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool normalize, double eps) {
   const std::int64_t n = x.size(0), m = w.size(0);
   if (n == 0) return;
-  STD_TORCH_CHECK(out.numel() == n * m && out.is_contiguous(), "dml_kernels: out must be (", n, ", ", m, ")");
+  STD_TORCH_CHECK(has_shape(out, {n, m}) && out.is_contiguous() && out.is_cpu(), "dml_kernels: out must be (", n, ", ",
+                  m, ")");
   with_product_type(out.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::bank);
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::bank);
     distance_fwd<P>(problem, static_cast<P*>(out.mutable_data_ptr()));
   });
 }
@@ -40,8 +44,8 @@ void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tens
   STD_TORCH_CHECK(g.rows == x.size(0) && g.cols == w.size(0), "dml_kernels: grad must be (N, M)");
   with_product_type(grad.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::bank);
-    distance_bwd<P>(problem, g, target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"));
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::bank);
+    distance_bwd<P>(problem, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"));
   });
 }
 
@@ -56,9 +60,10 @@ bool all_within(Tensor values, std::int64_t low, std::int64_t high, std::int64_t
 }
 
 Policy policy(std::int64_t kind, std::int64_t centres, double number, const Tensor& w) {
-  const Policy found{Policy::Kind(kind), centres, number};
+  const Policy found{choice<Policy::Kind>(kind, 4, "policy"), centres, number};
   STD_TORCH_CHECK(centres >= 1 && w.size(0) % centres == 0 && (found.pools() || centres == 1),
                   "dml_kernels: w must have whole classes of ", centres, " centres");
+  STD_TORCH_CHECK(found.kind != Policy::Kind::softmax_pool || number > 0, "dml_kernels: gamma must be positive");
   return found;
 }
 
@@ -92,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side, centres);
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
     masked_logsumexp_fwd<P>(problem, label, args, out);
   });
   return {same, different, sum_same, sum_different};
@@ -116,12 +121,12 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                  optional(grad_sum_different, "grad_sum_different"),
                  vector(same, n, "same"),
                  vector(different, n, "different")};
-  const LseTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
-                           target(grad_scale, n, "grad_scale"), target(grad_col_scale, m, "grad_col_scale"),
-                           target(grad_col_bias, m, "grad_col_bias")};
+  const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
+                           target(grad_scale, {n}, "grad_scale"), target(grad_col_scale, {m}, "grad_col_scale"),
+                           target(grad_col_bias, {m}, "grad_col_bias")};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side, centres);
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
     masked_logsumexp_bwd<P>(problem, label, args, in, targets);
   });
 }
@@ -130,8 +135,11 @@ ProxyArgs proxy_args(const Tensor& x, const Tensor& w, const Tensor& y, const Op
                      const OptionalTensor& weight, double factor, bool exclude_positive, double label_smoothing,
                      double eps, std::int64_t ignore_index, std::int64_t reduction) {
   const std::int64_t n = x.size(0);
-  return {matrix(x, "x"),
-          matrix(w, "w"),
+  const Source rows = matrix(x, "x"), proxies = matrix(w, "w");
+  STD_TORCH_CHECK(rows.cols == proxies.cols && rows.cols > 0 && proxies.rows > 0,
+                  "dml_kernels: x and w must have the same embedding size, and w at least one row");
+  return {rows,
+          proxies,
           integers(y, n, "y"),
           ignore_index,
           vector(scale, n, "scale"),
@@ -140,7 +148,7 @@ ProxyArgs proxy_args(const Tensor& x, const Tensor& w, const Tensor& y, const Op
           label_smoothing,
           eps,
           exclude_positive,
-          Reduction(reduction)};
+          choice<Reduction>(reduction, 3, "reduction")};
 }
 
 std::tuple<Tensor, Tensor, Tensor> proxy_nca_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor scale,
@@ -165,8 +173,8 @@ void proxy_nca_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor 
   const std::int64_t n = x.size(0);
   const ProxyArgs args =
       proxy_args(x, w, y, scale, weight, factor, exclude_positive, label_smoothing, eps, ignore_index, reduction);
-  const ProxyTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
-                             target(grad_scale, n, "grad_scale")};
+  const ProxyTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
+                             target(grad_scale, {n}, "grad_scale")};
   const Vector incoming = vector(grad, n, "grad"), own = vector(same, n, "same"),
                others = vector(different, n, "different");
   with_product_type(kind.scalar_type(),
@@ -176,9 +184,11 @@ void proxy_nca_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor 
 MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,
                        const OptionalTensor& variance, double alpha, bool normalize, double min_variance, double eps,
                        std::int64_t ignore_index, std::int64_t reduction) {
-  STD_TORCH_CHECK(!centers || centers->size(0) == classes.size(0), "dml_kernels: a centre for each cluster");
-  return {matrix(x, "x"),
-          centers ? matrix(*centers, "centers") : Source{},
+  const Source rows = matrix(x, "x"), bank = centers ? matrix(*centers, "centers") : Source{};
+  STD_TORCH_CHECK(!centers || (bank.rows == classes.size(0) && bank.cols == rows.cols),
+                  "dml_kernels: a centre for each cluster, as wide as x");
+  return {rows,
+          bank,
           integers(clusters, x.size(0), "clusters"),
           integers(classes, classes.size(0), "classes"),
           classes.size(0),
@@ -188,7 +198,7 @@ MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& cl
           min_variance,
           eps,
           normalize,
-          Reduction(reduction)};
+          choice<Reduction>(reduction, 3, "reduction")};
 }
 
 std::tuple<Tensor, Tensor, Tensor> magnet_forward(Tensor kind, Tensor x, Tensor clusters, Tensor classes,
@@ -213,9 +223,10 @@ void magnet_backward(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, T
   const std::int64_t n = x.size(0);
   const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
                                       ignore_index, reduction);
-  const MagnetTargets targets{target(grad_x, x.numel(), "grad_x"),
-                              target(grad_centers, centers ? centers->numel() : 0, "grad_centers"),
-                              target(grad_variance, 1, "grad_variance")};
+  const MagnetTargets targets{
+      target_like(grad_x, x, "grad_x"),
+      centers ? target_like(grad_centers, *centers, "grad_centers") : target(grad_centers, {0}, "grad_centers"),
+      target(grad_variance, {}, "grad_variance")};
   const Vector incoming = vector(grad, n, "grad"), lse = vector(different, n, "different");
   with_product_type(kind.scalar_type(), [&](auto zero) { magnet_bwd<decltype(zero)>(args, incoming, lse, targets); });
 }

@@ -33,7 +33,7 @@ Tensor normalize_bwd(Tensor grad, Tensor x, double eps) {
 void distance_fwd(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool normalize, double eps) {
   if (x.size(0) == 0) return;
   const Launch launch(x);
-  const Target to = target(out, x.size(0) * w.size(0), "out");
+  const Target to = target(out, {x.size(0), w.size(0)}, "out");
   check(distance_forward(comparison(x, w, metric, normalize, eps), to, launch.stream), "normalized_distance");
 }
 
@@ -45,7 +45,7 @@ void distance_bwd(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tensor w,
   STD_TORCH_CHECK(g.rows == problem.x.rows && g.cols == problem.w.rows, "dml_kernels: grad must be (N, M)");
   STD_TORCH_CHECK((g.dtype == Dtype::f64) == problem.wide, "dml_kernels: fp64 with another dtype");
   const Scratch scratch(x, backward_bytes(problem));
-  check(distance_backward(problem, g, target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
+  check(distance_backward(problem, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
                           scratch.data(), launch.stream),
         "normalized_distance");
 }
@@ -110,9 +110,9 @@ void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_s
                        sums(same, n, problem.wide, "same"),
                        sums(different, n, problem.wide, "different"),
                        {}};
-  const LseTargets targets{target(grad_x, x.numel(), "grad_x"), target(grad_w, w.numel(), "grad_w"),
-                           target(grad_scale, n, "grad_scale"), target(grad_col_scale, m, "grad_col_scale"),
-                           target(grad_col_bias, m, "grad_col_bias")};
+  const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
+                           target(grad_scale, {n}, "grad_scale"), target(grad_col_scale, {m}, "grad_col_scale"),
+                           target(grad_col_bias, {m}, "grad_col_bias")};
   const Scratch scratch(x, backward_bytes(problem));
   check(lse_backward(problem, labels(x, w, y, c, exclude, ignore_index), args, grads, targets, scratch.data(),
                      launch.stream),
@@ -138,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, O
                    different.mutable_data_ptr(),
                    logits,
                    logits ? logits + n * (problem.wide ? 8 : 4) : nullptr,
-                   {true, exclude_positive, label_smoothing, vector(weight, n, "weight"), Reduction(reduction),
-                    value.mutable_data_ptr()}};
+                   {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
+                    choice<Reduction>(reduction, 3, "reduction"), value.mutable_data_ptr()}};
   const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
   check(lse_forward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, out, scratch.data(),
                     launch.stream),
@@ -155,17 +155,17 @@ void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad,
   const std::int64_t n = x.size(0);
   const Comparison problem = comparison(x, w, squared, true, eps);
   const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
-  const LseGrads grads{
-      vector(grad, n, "grad"),
-      {},
-      {},
-      {},
-      sums(same, n, problem.wide, "same"),
-      sums(different, n, problem.wide, "different"),
-      {true, exclude_positive, label_smoothing, vector(weight, n, "weight"), Reduction(reduction), nullptr}};
-  const LseTargets targets{target(grad_x, x.numel(), "grad_x"),
-                           target(grad_w, w.numel(), "grad_w"),
-                           target(grad_scale, n, "grad_scale"),
+  const LseGrads grads{vector(grad, n, "grad"),
+                       {},
+                       {},
+                       {},
+                       sums(same, n, problem.wide, "same"),
+                       sums(different, n, problem.wide, "different"),
+                       {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
+                        choice<Reduction>(reduction, 3, "reduction"), nullptr}};
+  const LseTargets targets{target_like(grad_x, x, "grad_x"),
+                           target_like(grad_w, w, "grad_w"),
+                           target(grad_scale, {n}, "grad_scale"),
                            {},
                            {}};
   const Scratch scratch(x, backward_bytes(problem));
@@ -198,7 +198,7 @@ MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& cl
           eps,
           normalize,
           wide,
-          Reduction(reduction)};
+          choice<Reduction>(reduction, 3, "reduction")};
 }
 
 std::tuple<Tensor, Tensor, Tensor> magnet_fwd(Tensor x, Tensor clusters, Tensor classes, OptionalTensor centers,
@@ -228,9 +228,10 @@ void magnet_bwd(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, Tensor
   const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
                                       ignore_index, reduction);
   check(magnet_refusal(n, classes.size(0), x.size(1), centers.has_value(), args.wide), "magnet_loss");
-  const MagnetTargets targets{target(grad_x, x.numel(), "grad_x"),
-                              target(grad_centers, centers ? centers->numel() : 0, "grad_centers"),
-                              target(grad_variance, 1, "grad_variance")};
+  const MagnetTargets targets{
+      target_like(grad_x, x, "grad_x"),
+      centers ? target_like(grad_centers, *centers, "grad_centers") : target(grad_centers, {0}, "grad_centers"),
+      target(grad_variance, {}, "grad_variance")};
   const Scratch scratch(x, magnet_backward_bytes(args));
   check(magnet_backward(args, vector(grad, n, "grad"), sums(different, n, args.wide, "different"), targets,
                         scratch.data(), launch.stream),

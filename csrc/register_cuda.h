@@ -8,6 +8,7 @@
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device_index, void** stream);
 #endif
 
+#include <initializer_list>
 #include <optional>
 
 #include "cuda/ops.h"
@@ -40,6 +41,22 @@ struct Launch {
 
 inline void check(Failure failure, const char* op) {
   STD_TORCH_CHECK(!failure, "dml_kernels: ", op, " on the GPU: ", failure);
+}
+
+// The number of one of `count` choices (a metric, a reduction) as its enumerator.
+template <class Choice>
+Choice choice(std::int64_t code, std::int64_t count, const char* name) {
+  STD_TORCH_CHECK(code >= 0 && code < count, "dml_kernels: ", name, " must be a code from 0 to ", count - 1, "; got ",
+                  code);
+  return Choice(code);
+}
+
+inline bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> shape) {
+  if (t.dim() != std::int64_t(shape.size())) return false;
+  std::int64_t dimension = 0;
+  for (const std::int64_t size : shape)
+    if (t.size(dimension++) != size) return false;
+  return true;
 }
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {
@@ -96,17 +113,22 @@ inline const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, con
   return t ? integers(*t, n, name) : nullptr;
 }
 
-// Contiguous; or empty where no gradient is wanted.
-inline Target target(const Tensor& t, std::int64_t size, const char* name) {
+// Contiguous and of this shape; or empty where no gradient is wanted.
+inline Target target(const Tensor& t, std::initializer_list<std::int64_t> shape, const char* name) {
   if (t.numel() == 0) return {nullptr, Dtype::f32};
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && on_device(t), "dml_kernels: ", name,
+  STD_TORCH_CHECK(has_shape(t, shape) && t.is_contiguous() && on_device(t), "dml_kernels: ", name,
                   " has the wrong shape or device");
   return {t.mutable_data_ptr(), dtype_of(t, name)};
 }
 
+// A gradient's target, like the tensor that it belongs to.
+inline Target target_like(const Tensor& t, const Tensor& like, const char* name) {
+  return target(t, {like.size(0), like.size(1)}, name);
+}
+
 // Contiguous of the accumulation type.
 inline const void* sums(const Tensor& t, std::int64_t n, bool wide, const char* name) {
-  STD_TORCH_CHECK(t.numel() == n && t.is_contiguous() && on_device(t) &&
+  STD_TORCH_CHECK(has_shape(t, {n}) && t.is_contiguous() && on_device(t) &&
                       t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                   "dml_kernels: ", name, " must be ", n, " contiguous values of the accumulation type");
   return t.const_data_ptr();
@@ -117,7 +139,8 @@ inline Comparison comparison(const Tensor& x, const Tensor& w, std::int64_t metr
   const Matrix rows = matrix(x, "x"), bank = matrix(w, "w");
   STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
   STD_TORCH_CHECK((rows.dtype == Dtype::f64) == (bank.dtype == Dtype::f64), "dml_kernels: fp64 with another dtype");
-  return {rows, bank, Metric(metric), normalize, rows.dtype == Dtype::f64, eps};
+  STD_TORCH_CHECK(bank.rows > 0, "dml_kernels: w has no rows");
+  return {rows, bank, choice<Metric>(metric, 3, "metric"), normalize, rows.dtype == Dtype::f64, eps};
 }
 
 inline ScalarType accumulation(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }

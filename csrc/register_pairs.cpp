@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, 
                      count_different.mutable_data_ptr<std::int64_t>()};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
     masked_hinge_sum_fwd<P>(problem, label, args, out);
   });
   return {same, different, count_same, count_different};
@@ -49,10 +49,10 @@ void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slop
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
   const HingeSlopes slopes{vector(slope_same, n, "slope_same"), vector(slope_different, n, "slope_different"),
                            vector(slope_own, n, "slope_own")};
-  const Target to_x = target(grad_x, x.numel(), "grad_x"), to_w = target(grad_w, w.numel(), "grad_w");
+  const Target to_x = target_like(grad_x, x, "grad_x"), to_w = target_like(grad_w, w, "grad_w");
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
     masked_hinge_sum_bwd<P>(problem, label, args, slopes, to_x, to_w);
   });
 }
@@ -79,14 +79,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
                         largest_different,
                         noise,
                         std::uint64_t(seed),
-                        LogWeight(log_weight),
+                        choice<LogWeight>(log_weight, 2, "log_weight"),
                         cutoff,
                         nonzero_loss_cutoff};
   const ArgmaxOut out_s{integers_of(index_s), score_s.mutable_data_ptr(), integers_of(count_s)};
   const ArgmaxOut out_d{integers_of(index_d), score_d.mutable_data_ptr(), integers_of(count_d)};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem(matrix(x, "x"), matrix(w, "w"), Metric(metric), normalize, eps, Cut::longer_side);
+    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
     masked_argmax<P>(problem, label, args, out_s, out_d);
   });
   return {index_s, score_s, count_s, index_d, score_d, count_d};

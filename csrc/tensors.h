@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "cpu/ops.h"
@@ -13,15 +14,33 @@ namespace dml::cpu {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline Source matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_cpu(), "dml_kernels: ", name, " must be a matrix on the CPU");
-  return {t.const_data_ptr(), t.scalar_type(), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+// The number of one of `count` choices (a metric, a policy, a reduction) as its enumerator.
+template <class Choice>
+Choice choice(std::int64_t code, std::int64_t count, const char* name) {
+  STD_TORCH_CHECK(code >= 0 && code < count, "dml_kernels: ", name, " must be a code from 0 to ", count - 1, "; got ",
+                  code);
+  return Choice(code);
 }
 
+// The tensor's dtype, which the kernels must be able to read and write.
+inline ScalarType floating(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+                  "dml_kernels: ", name, " must be float32, float64 or bfloat16");
+  return dtype;
+}
+
+inline Source matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_cpu(), "dml_kernels: ", name, " must be a matrix on the CPU");
+  return {t.const_data_ptr(), floating(t, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+// (n,), or () for one value that serves all.
 inline Vector vector(const Tensor& t, std::int64_t n, const char* name) {
-  if (t.dim() == 0) return {t.const_data_ptr(), t.scalar_type(), 0};
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n && t.is_cpu(), "dml_kernels: ", name, " must have ", n, " elements");
-  return {t.const_data_ptr(), t.scalar_type(), t.stride(0)};
+  const bool scalar = t.dim() == 0;
+  STD_TORCH_CHECK((scalar || (t.dim() == 1 && t.size(0) == n)) && t.is_cpu(), "dml_kernels: ", name, " must have ", n,
+                  " elements");
+  return {t.const_data_ptr(), floating(t, name), scalar ? 0 : t.stride(0)};
 }
 
 inline Vector vector(const OptionalTensor& t, std::int64_t n, const char* name) {
@@ -43,11 +62,35 @@ inline Labels labels(std::int64_t n, std::int64_t m, const Tensor& y, const Opti
   return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
 }
 
-// Contiguous, of the same shape as `like`; or empty where no gradient is wanted.
-inline Target target(const Tensor& t, std::int64_t size, const char* name) {
-  if (t.numel() == 0) return {nullptr, t.scalar_type()};
-  STD_TORCH_CHECK(t.numel() == size && t.is_contiguous() && t.is_cpu(), "dml_kernels: ", name, " has the wrong shape");
-  return {t.mutable_data_ptr(), t.scalar_type()};
+inline bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> shape) {
+  if (t.dim() != std::int64_t(shape.size())) return false;
+  std::int64_t dimension = 0;
+  for (const std::int64_t size : shape)
+    if (t.size(dimension++) != size) return false;
+  return true;
+}
+
+// Contiguous and of this shape; or empty where no gradient is wanted.
+inline Target target(const Tensor& t, std::initializer_list<std::int64_t> shape, const char* name) {
+  if (t.numel() == 0) return {nullptr, ScalarType::Float};
+  STD_TORCH_CHECK(has_shape(t, shape) && t.is_contiguous() && t.is_cpu(), "dml_kernels: ", name,
+                  " has the wrong shape");
+  return {t.mutable_data_ptr(), floating(t, name)};
+}
+
+// A gradient's target, like the tensor that it belongs to.
+inline Target target_like(const Tensor& t, const Tensor& like, const char* name) {
+  return target(t, {like.size(0), like.size(1)}, name);
+}
+
+// Rows x against the bank w, in product type P.
+template <class P>
+Problem<P> problem_of(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps, Cut cut,
+                      std::int64_t centres = 1) {
+  const Source rows = matrix(x, "x"), bank = matrix(w, "w");
+  STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
+  STD_TORCH_CHECK(bank.rows > 0, "dml_kernels: w has no rows");
+  return {rows, bank, choice<Metric>(metric, 3, "metric"), normalize, eps, cut, centres};
 }
 
 template <class Function>

@@ -3,9 +3,16 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace dml::cpu {
 namespace {
+
+const char* name_of(Isa isa) {
+  constexpr const char* names[] = {"default", "avx2", "avx512"};
+  return names[static_cast<int>(isa)];
+}
 
 Isa best() {
 #if defined(__x86_64__)
@@ -21,11 +28,10 @@ Isa best() {
 
 Isa choose() {
   const char* asked = std::getenv("DML_CPU_ISA");
-  if (!asked) return best();
-  const Isa cap = !std::strcmp(asked, "default") ? Isa::baseline
-                  : !std::strcmp(asked, "avx2")  ? Isa::avx2
-                                                 : Isa::avx512;
-  return std::min(best(), cap);
+  if (!asked || !*asked) return best();
+  for (const Isa cap : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (!std::strcmp(asked, name_of(cap))) return std::min(best(), cap);
+  throw std::invalid_argument(std::string("DML_CPU_ISA must be default, avx2 or avx512; got '") + asked + "'");
 }
 
 }  // namespace
@@ -35,10 +41,7 @@ Isa chosen_isa() {
   return chosen;
 }
 
-const char* isa() {
-  constexpr const char* names[] = {"default", "avx2", "avx512"};
-  return names[static_cast<int>(chosen_isa())];
-}
+const char* isa() { return name_of(chosen_isa()); }
 
 const char* products() {
   return "PyTorch's own CPU matrix product (MKL, oneDNN, OpenBLAS or whatever that build of torch has), "

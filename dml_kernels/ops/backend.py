@@ -18,6 +18,7 @@ import torch
 from .. import torch_backend, triton_backend
 from . import cpu_backend, cuda_backend
 from .contract import Bank, Spec
+from .library import Choices
 
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax",
@@ -25,7 +26,9 @@ OPS = (
 )  # fmt: skip
 REFERENCE = "reference"
 # In order of preference: the first that can run an op runs it.
-BACKENDS: dict[str, Any] = {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
+BACKENDS: dict[str, Any] = Choices(
+    "backend", {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
+)
 
 # N M D up to which a GPU waits for launches rather than computes: there the C++ kernels, a launch each way, come before
 # Triton's. A model, to be replaced by a measurement: counted in instructions, their step takes some 30 us at this size,

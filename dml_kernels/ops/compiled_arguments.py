@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .contract import Spec
+from .library import Choices
 
-METRIC_CODES = {"dot": 0, "sqeuclidean": 1, "euclidean": 2}
-REDUCTION_CODES = {"none": 0, "sum": 1, "mean": 2}
+METRIC_CODES = Choices("metric", {"dot": 0, "sqeuclidean": 1, "euclidean": 2})
+REDUCTION_CODES = Choices("reduction", {"none": 0, "sum": 1, "mean": 2})
 
 
 def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> tuple[Any, ...]:

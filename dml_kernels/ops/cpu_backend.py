@@ -8,11 +8,11 @@ from torch import Tensor
 from ..torch_backend import scale_grad
 from .compiled_arguments import METRIC_CODES, clustered, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
 from .contract import Bank, Spec, accumulate_dtype
-from .library import EXTENSION, gradients_like
+from .library import EXTENSION, Choices, gradients_like
 
 name = "cpu"
-POLICY_CODES = {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3}
-LOG_WEIGHT_CODES = {"uniform": 0, "distance": 1}
+POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
+LOG_WEIGHT_CODES = Choices("log_weight", {"uniform": 0, "distance": 1})
 PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 OPS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,24 @@ def gradients_like(tensors: Iterable[Tensor | None], needs: Iterable[bool], like
     )
 
 
-def filled(gradients: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An op returns tensors: an empty one, of its own, stands for each gradient that nobody wants."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+def filled(gradients: Iterable[Tensor | None], like: Tensor, number: int) -> tuple[Tensor, ...]:
+    """An op returns tensors: an empty one, of its own, stands for each gradient that nobody wants.
+
+    Raises:
+        ValueError: not so many as the op's schema says; the dispatcher would end the process.
+    """
+    out = tuple(like.new_empty(0) if g is None else g for g in gradients)
+    if len(out) != number:
+        raise ValueError(f"needs must say of {number} tensors whether their gradients are wanted; got {len(out)}")
+    return out
+
+
+class Choices(dict[str, Any]):
+    """A table by name, where a name that is not in it is an error that lists those that are."""
+
+    def __init__(self, what: str, table: Mapping[str, Any]):
+        super().__init__(table)
+        self.what = what
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.what} must be one of {', '.join(self)}; got {key!r}")

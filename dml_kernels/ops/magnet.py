@@ -74,9 +74,8 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     grad, different, needs = args[:3]
     inputs, spec = _split(args[3:])
     with without_autocast(inputs.x.device.type):
-        return filled(
-            fused_or_composed("magnet", spec.backend).magnet_bwd(grad, different, needs, inputs, spec), inputs.x
-        )
+        found = fused_or_composed("magnet", spec.backend).magnet_bwd(grad, different, needs, inputs, spec)
+        return filled(found, inputs.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:

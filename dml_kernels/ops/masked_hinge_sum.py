@@ -141,7 +141,7 @@ def _bwd(*args: Any) -> TensorTuple:
             g_x, g_w = backend.BACKENDS[spec.backend].masked_hinge_sum_bwd(slopes, needs[:2], lines, spec)
     thresholds = (inputs.t_same, inputs.t_different)
     g_t = [_threshold_grad(*v) for v in zip(grads, counts, thresholds, needs[2:], strict=True)]
-    return filled((g_x, g_w, *g_t), inputs.x)
+    return filled((g_x, g_w, *g_t), inputs.x, 4)
 
 
 def _bwd_fake(*args: Any) -> TensorTuple:

@@ -63,7 +63,7 @@ def _bwd(*args: Any) -> TensorTuple:
     kept = {} if mean is None or mean.numel() == 0 else {"mean": mean}
     with without_autocast(bank.x.device.type):
         out = backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec, **kept)
-    return filled(out, bank.x)
+    return filled(out, bank.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(*args: Any) -> TensorTuple:
@@ -78,7 +78,7 @@ def _dbl(*args: Any) -> TensorTuple:
     with without_autocast(bank.x.device.type):
         # One implementation for all backends: a chunk loop in plain PyTorch, bounded like theirs.
         out = backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
-    return filled(out, bank.x)
+    return filled(out, bank.x, 6 + len(DIFFERENTIABLE))
 
 
 def _dbl_fake(*args: Any) -> TensorTuple:

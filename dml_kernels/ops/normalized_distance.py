@@ -19,7 +19,7 @@ def _fwd(x, w, metric, normalize, eps, dtype, name):
 def _bwd(grad, x, w, needs, metric, normalize, eps, dtype, name):
     with without_autocast(x.device.type):
         out = backend.BACKENDS[name].normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
-    return filled(out, x)
+    return filled(out, x, 2)
 
 
 def _bwd_fake(grad, x, w, needs, metric, normalize, eps, dtype, name):

@@ -75,7 +75,8 @@ def _bwd(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:
     with without_autocast(x.device.type):
         a = _slope(grad.to(s.dtype), s, spec[0])
         sides = ((x, w, rows, cols), (w, x, cols, rows))
-        return filled((_collect(*side, a, spec) if need else None for side, need in zip(sides, needs)), x)
+        found = (_collect(*side, a, spec) if need else None for side, need in zip(sides, needs, strict=True))
+        return filled(found, x, 2)
 
 
 def _bwd_fake(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:

@@ -53,7 +53,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     grad, needs = args[:2]
     pairs, spec = _split(args[2:])
     with without_autocast(pairs.x.device.type):
-        return filled(positives.bwd(grad, needs, pairs, spec), pairs.x)
+        return filled(positives.bwd(grad, needs, pairs, spec), pairs.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:

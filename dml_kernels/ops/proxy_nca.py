@@ -88,7 +88,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec = _split(args[4:])
     with without_autocast(inputs.x.device.type):
         found = fused_or_composed("proxy_nca", spec.backend).proxy_nca_bwd(grad, same, different, needs, inputs, spec)
-        return filled(found, inputs.x)
+        return filled(found, inputs.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:

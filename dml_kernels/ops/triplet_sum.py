@@ -45,7 +45,7 @@ def _bwd(*args: Any) -> tuple[Tensor, ...]:
     grad, needs = args[:2]
     points, spec = _split(args[2:])
     with without_autocast(points.x.device.type):
-        return filled(triplets.bwd(grad, needs, points, spec), points.x)
+        return filled(triplets.bwd(grad, needs, points, spec), points.x, 2)
 
 
 def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
