@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -13,3 +14,16 @@ def log1pexp(x: Tensor) -> Tensor:
     the result: ``torch.logaddexp(-inf, -inf)`` and -inf - -inf have NaN gradients even behind a ``torch.where``.
     """
     return softplus(x, threshold=40 if x.element_size() == 8 else 20)
+
+
+def logaddexp(u: Tensor, v: Tensor, empty: float) -> Tensor:
+    """log(exp(u) + exp(v)), broadcast, and ``empty`` where both are -inf; right to the second derivative.
+
+    ``torch.logaddexp`` has NaN for second derivatives where one operand is -inf, and a maximum taken by autograd has 0
+    where both are equal: here it is a constant.
+    """
+    peak = torch.maximum(u, v).detach()
+    none = peak == -torch.inf
+    peak = torch.where(none, 0, peak)
+    total = torch.exp(u - peak) + torch.exp(v - peak)
+    return torch.where(none, empty, peak + torch.log(torch.where(none, 1, total)))

@@ -39,3 +39,18 @@ def test_log1pexp_of_minus_infinity_is_0_with_zero_derivatives():
 
 def test_log1pexp_of_nan_is_nan():
     assert logspace.log1pexp(torch.tensor(math.nan)).isnan()
+
+
+def test_logaddexp_derivatives_where_operands_are_equal_or_minus_infinity():
+    u, v = randn(4, seed=1), randn(4, seed=2)
+    v[0] = u[0]
+    call = lambda u, v: logspace.logaddexp(u, v, 0.0)  # noqa: E731
+    torch.testing.assert_close(call(u, v), torch.logaddexp(u, v))
+    assert gradcheck(call, (u.requires_grad_(), v.requires_grad_()))
+    assert gradgradcheck(call, (u, v))
+    u, v = (torch.tensor(t, requires_grad=True) for t in ([-math.inf, 2.0, -math.inf], [3.0, -math.inf, -math.inf]))
+    out = logspace.logaddexp(u, v, 7.0)
+    assert out.tolist() == [3, 2, 7]
+    first = torch.autograd.grad(out.sum(), (u, v), create_graph=True)
+    assert [t.tolist() for t in first] == [[0, 1, 0], [1, 0, 0]]
+    assert all((t == 0).all() for t in torch.autograd.grad(first[0].sum() - first[1].sum(), (u, v)))

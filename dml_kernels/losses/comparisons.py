@@ -20,6 +20,7 @@ from ..batch import IGNORE_INDEX, Batch
 from ..class_ranges import ClassRanges
 from ..distances import Distance
 from ..functional import MaskedHingeSum, MaskedLogSumExp
+from ..logspace import logaddexp
 from ..ops import segments
 from ..ops.contract import accumulate_dtype
 from ..reducers import PAIR, TRIPLET, Terms
@@ -290,10 +291,7 @@ def positive_term(kind: str, s: Tensor, u: Tensor, v: Tensor | None, params: Seq
         raise ValueError(f"kind must be softplus or lifted; got {kind!r}")
     k, o = params
     assert v is not None
-    high, low = torch.maximum(u, v), torch.minimum(u, v)
-    none = high == -torch.inf
-    gap = torch.where(none, 0, low) - torch.where(none, 0, high)
-    return torch.relu(torch.where(none, 0, high + torch.log1p(torch.exp(gap))) - k * s - o).square() / 2
+    return torch.relu(logaddexp(u, v, empty=0.0) - k * s - o).square() / 2
 
 
 def _first_of_equal(rows: Tensor, cols: Tensor, m: int) -> Tensor:

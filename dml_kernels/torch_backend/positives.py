@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..class_ranges import ClassRanges
-from ..logspace import log1pexp
+from ..logspace import log1pexp, logaddexp
 from . import by_class, tiles
 from .tiles import Gradients, Scores, Side
 
@@ -52,12 +52,10 @@ class Slopes(NamedTuple):
 
 
 def term(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Tensor:
-    """f(s, u, v), broadcast; differentiable by autograd where u or v is -inf, too."""
+    """f(s, u, v), broadcast; differentiable twice by autograd where u or v is -inf, too."""
     if spec.kind == "softplus":
         return log1pexp(u - spec.params[0] * s)
-    none = (u == -math.inf) & (v == -math.inf)
-    joint = torch.where(none, 0, torch.logaddexp(torch.where(none, 0, u), torch.where(none, 0, v)))
-    return torch.relu(joint - spec.params[0] * s - spec.params[1]).square() / 2
+    return torch.relu(logaddexp(u, v, empty=0.0) - spec.params[0] * s - spec.params[1]).square() / 2
 
 
 def slopes(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Slopes:
