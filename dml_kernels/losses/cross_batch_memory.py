@@ -39,8 +39,9 @@ class CrossBatchMemory(torch.nn.Module):
     behind the last that is neither zero nor labelled -100 were never written. There a loaded memory counts as empty
     until ``queue_idx`` or ``has_been_filled`` is set; here it goes on.
 
-    Under DistributedDataParallel every rank has a memory of its own batches: wrap the network, not this module, or rank
-    0's buffers are copied over the others' before each step.
+    Over several processes: :class:`dml_kernels.distributed.DistributedLossWrapper` around the memory. Without it every
+    process has a memory of its own batches, and must not be given to DistributedDataParallel, which copies rank 0's
+    buffers over the others' before each step.
 
     Args:
         loss: of this package: one that takes ``ref_emb``. embedding_size: D. memory_size: M.

@@ -1,0 +1,188 @@
+"""The arguments of a loss's call, of all ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from ..batch import check_tuples
+from ..ops.contract import FLOATS, as_int64, check_matrix
+from .collectives import Group, Rows, exchange, world_size
+
+GRADIENTS = ("mean", "sum")
+
+
+class Gathered(NamedTuple):
+    """The arguments of a loss's call over the batches of all ranks, rank after rank: ``loss(*gathered)``."""
+
+    embeddings: Tensor
+    labels: Tensor | None
+    indices_tuple: tuple[Tensor, ...] | None
+    ref_emb: Tensor | None
+    ref_labels: Tensor | None
+
+
+def gather(
+    embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None, ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None, *, group: Group = None, gradient: str = "mean",
+) -> Gathered:  # fmt: skip
+    """The batches of all ranks as one, on every rank; what its gradient is says :mod:`dml_kernels.distributed`.
+
+    Args:
+        embeddings: (N_r, D), N_r the rank's own number, 0 too. labels: (N_r,) or (N_r, K) integers, or None.
+        indices_tuple: a miner's pairs or triplets of the rank's own rows; they become rows of the whole batch.
+        ref_emb: (M_r, D), with ref_labels (M_r,); ``embeddings`` itself stays the batch itself.
+        group: a process group; None: all ranks.
+        gradient: how gradients are put together over the ranks afterwards: ``mean``, as by DistributedDataParallel,
+            or ``sum``.
+
+    Raises:
+        ValueError: an index outside the rank's rows; arguments that differ in more than length between the ranks.
+    """
+    check_gradient(gradient)
+    ranks = world_size(group)
+    if ranks == 1:
+        return Gathered(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    batch = Parts(embeddings, labels, ref_emb, ref_labels, group)
+    tuples = check_tuples(indices_tuple, embeddings)
+    batch.check_kind(tuples)
+    if tuples is not None:
+        tuples = batch.joined(batch.shifted(tuples))
+    found = batch.gathered()
+    if gradient == "sum":
+        scaled = [divide_gradient(t, ranks) for t in (found.embeddings, found.ref_emb)]
+        refs = scaled[0] if found.ref_emb is found.embeddings else scaled[1]
+        found = found._replace(embeddings=scaled[0], ref_emb=refs)
+    return found._replace(indices_tuple=tuples)
+
+
+def check_gradient(gradient: str) -> None:
+    """Refuses a way to put gradients together that is not known."""
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
+
+
+def divide_gradient(t: Any, ranks: int) -> Any:
+    """``t``, whose gradient is divided from here on; None for None."""
+    if t is None or not t.requires_grad:
+        return t
+    t = t.view_as(t)
+    t.register_hook(lambda grad: grad / ranks)
+    return t
+
+
+class Parts:
+    """This rank's arguments, checked, and who else has how many rows.
+
+    Args:
+        places: the indices of positives and negatives are places of something else, so many, that all ranks share.
+    """
+
+    def __init__(
+        self, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None,
+        group: Group, places: int | None = None,
+    ):  # fmt: skip
+        self.embeddings, self.labels = _checked("embeddings", embeddings, "labels", labels)
+        self.same_emb, self.same_labels = ref_emb is embeddings, ref_labels is labels
+        self.ref_emb, self.ref_labels = None, None
+        if ref_emb is not None:
+            self.ref_emb, self.ref_labels = _checked("ref_emb", ref_emb, "ref_labels", ref_labels)
+        elif ref_labels is not None:
+            raise ValueError("ref_emb and ref_labels come together; ref_emb is missing")
+        self.group, self.places = group, places
+        known = {**_signature("embeddings", self.embeddings, self.labels), **self._references()}
+        lengths = self.embeddings.size(0), 0 if self.ref_emb is None else self.ref_emb.size(0)
+        by_rank = exchange([*known.values(), *lengths], self.embeddings.device, group)
+        check_alike(known, by_rank)
+        self.rows, self.ref_rows = (self._rows(by_rank, column) for column in (-2, -1))
+
+    def _references(self) -> dict[str, int]:
+        kind = 0 if self.ref_emb is None else 1 + self.same_emb + 2 * self.same_labels
+        return {"ref_emb": kind, **_signature("ref_emb", self.ref_emb, self.ref_labels)}
+
+    def _rows(self, by_rank: list[list[int]], column: int) -> Rows:
+        return Rows(tuple(numbers[column] for numbers in by_rank), distributed.get_rank(self.group), self.group)
+
+    def gathered(self) -> Gathered:
+        """All ranks' embeddings, labels and references, without tuples."""
+        x, y = self.rows.gather(self.embeddings), None if self.labels is None else self.rows.gather(self.labels)
+        if self.ref_emb is None:
+            return Gathered(x, y, None, None, None)
+        w = x if self.same_emb else self.ref_rows.gather(self.ref_emb)
+        if self.same_labels or self.ref_labels is None:
+            return Gathered(x, y, None, w, y if self.same_labels else None)
+        return Gathered(x, y, None, w, self.ref_rows.gather(self.ref_labels))
+
+    def shifted(self, tuples: tuple[Tensor, ...], *, anchors: bool = True) -> tuple[Tensor, ...]:
+        """Indices of this rank's rows as rows of the whole batch; ``anchors=False``: all but the anchors."""
+        rows = self.rows.start if anchors else 0, self.rows.sizes[self.rows.rank]
+        refs = self.rows if self.ref_emb is None else self.ref_rows
+        others = (refs.start, refs.sizes[refs.rank]) if self.places is None else (0, self.places)
+        kinds = (rows, others, others) if len(tuples) == 3 else (rows, others, rows, others)
+        for t, (_, limit) in zip(tuples, kinds, strict=True):
+            if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < limit:
+                raise ValueError(
+                    f"indices_tuple must hold this rank's own rows, in [0, {limit}); got {int(t.min())} to "
+                    f"{int(t.max())}. A DistributedMinerWrapper's tuple, of rows of the whole batch, is known by its "
+                    "type: pass it on as it is"
+                )
+        return tuple(t + start for t, (start, _) in zip(tuples, kinds, strict=True))
+
+    def check_kind(self, tuples: tuple[Tensor, ...] | None, marked: bool = False) -> None:
+        """Refuses tuples of different kinds on the ranks."""
+        kind = 0 if tuples is None else len(tuples) + 10 * marked
+        check_alike({"the kind of indices_tuple": kind}, exchange([kind], self.embeddings.device, self.group))
+
+    def joined(self, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tuples of all ranks as one."""
+        groups = [tuples] if len(tuples) == 3 else [tuples[:2], tuples[2:]]
+        lengths = exchange([group[0].numel() for group in groups], self.embeddings.device, self.group)
+        whole = [self._rows(lengths, i).gather(torch.stack(group, 1)) for i, group in enumerate(groups)]
+        return tuple(column for listed in whole for column in listed.unbind(1))
+
+    def references(self, found: Gathered) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the rank's own rows are compared with, its labels, and the place of each row's own copy, if any."""
+        if self.ref_emb is None:
+            return found.embeddings, found.labels, self.rows.own(self.embeddings.device)
+        assert found.ref_emb is not None
+        return found.ref_emb, found.ref_labels, self.rows.own(self.embeddings.device) if self.same_emb else None
+
+    def mask(self, mask: Tensor | None) -> Tensor | None:
+        """All ranks' masks (N_r,)."""
+        given = int(mask is not None)
+        check_alike({"whether enqueue_mask is given": given}, exchange([given], self.embeddings.device, self.group))
+        if mask is None:
+            return None
+        if mask.dtype != torch.bool or mask.shape != self.embeddings.shape[:1]:
+            wanted = f"bool of shape ({self.embeddings.size(0)},)"
+            raise ValueError(f"enqueue_mask must be {wanted}; got {mask.dtype} {tuple(mask.shape)}")
+        return self.rows.gather(mask.to(self.embeddings.device, torch.int64)).bool()
+
+
+def _checked(name: str, x: Tensor, labels_name: str, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    check_matrix(name, x)
+    if labels is None:
+        return x, None
+    y = as_int64(labels_name, labels, x)
+    if y.dim() not in (1, 2) or y.size(0) != x.size(0):
+        raise ValueError(f"{labels_name} must have shape ({x.size(0)},), one for each embedding; got {tuple(y.shape)}")
+    return x, y
+
+
+def _signature(name: str, x: Tensor | None, y: Tensor | None) -> dict[str, int]:
+    """What must be the same on all ranks for collectives to fit together, as numbers."""
+    width = -1 if y is None else y.size(1) if y.dim() == 2 else 0
+    facts = (0, 0, 0) if x is None else (x.size(1), FLOATS.index(x.dtype), x.requires_grad and torch.is_grad_enabled())
+    names = (f"{name}.size(1)", f"{name}.dtype", f"{name}.requires_grad", f"labels of {name}")
+    return dict(zip(names, (*map(int, facts), width), strict=True))
+
+
+def check_alike(known: dict[str, int], by_rank: list[list[int]]) -> None:
+    """Refuses, on every rank, what differs between the ranks; otherwise they would wait for each other."""
+    for i, name in enumerate(known):
+        values = [numbers[i] for numbers in by_rank]
+        if len(set(values)) > 1:
+            low, high = values.index(min(values)), values.index(max(values))
+            raise ValueError(f"{name} must be the same on every rank; ranks {low} and {high} differ")

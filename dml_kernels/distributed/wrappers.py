@@ -1,0 +1,189 @@
+"""A loss, and its miner, over the batches of all ranks, by the names of pytorch-metric-learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..batch import check_tuples, make_batch
+from ..losses.magnet import MagnetLoss
+from ..losses.metric_loss import MetricLoss
+from ..miners.base import Miner
+from .collectives import Group, world_size
+from .gathering import Gathered, Parts, check_gradient, divide_gradient
+
+
+class GlobalTuple(tuple[Tensor, ...]):
+    """Pairs or triplets that DistributedMinerWrapper found: rows of the whole batch, the same list on every rank.
+
+    With ``efficient`` this rank's alone: anchors are its own rows, positives and negatives rows of the whole batch.
+    """
+
+    efficient: bool
+
+    def __new__(cls, tensors: Iterable[Tensor], efficient: bool = False) -> GlobalTuple:
+        """The tensors, marked."""
+        self = super().__new__(cls, tensors)
+        self.efficient = efficient
+        return self
+
+
+class DistributedLossWrapper(torch.nn.Module):
+    """A loss of the batches of all ranks; values and gradients are those of one process with all of them.
+
+    The value is the loss, the same on every rank. Gradients: :mod:`dml_kernels.distributed`. On one rank, or without a
+    process group, the loss is called as it is.
+
+    Args:
+        loss: of this package or pytorch-metric-learning's; a CrossBatchMemory too: then each rank's memory holds the
+            same rows, of all ranks. Wrap MagnetLoss by hand: ``loss(*gather(embeddings, clusters)[:2], classes)``.
+        efficient: compare the rank's own rows with all ranks' in place of all with all: a Rth of the work and of the
+            memory. The value is the rank's own, and the gradient that of the mean over the ranks: one process's if the
+            loss is a mean over anchors and batches are of one length, and something near it otherwise. For losses that
+            take ``ref_emb``. (In pytorch-metric-learning other ranks' rows then get no gradient; here they do.)
+        group: a process group; None: all ranks.
+        gradient: how gradients are put together over the ranks afterwards, those of the network and of the loss:
+            ``mean``, as by DistributedDataParallel, or ``sum``.
+
+    Raises:
+        TypeError: something that has not the call of a loss, DistributedDataParallel, or a loss that ``efficient`` is
+            not for. ValueError: ``efficient`` with a CrossBatchMemory; an unknown ``gradient``.
+    """
+
+    def __init__(self, loss: torch.nn.Module, efficient: bool = False, *, group: Group = None, gradient: str = "mean"):
+        super().__init__()
+        _check_module("loss", loss)
+        check_gradient(gradient)
+        if isinstance(loss, MagnetLoss):
+            raise TypeError(
+                "MagnetLoss takes clusters, not labels; use loss(*dml_kernels.distributed.gather(embeddings, "
+                "clusters)[:2], classes)"
+            )
+        self.has_memory = any(c.__name__ == "CrossBatchMemory" for c in type(loss).__mro__)  # theirs too
+        if self.has_memory and efficient:
+            raise ValueError("CrossBatchMemory compares with its memory already; use efficient=False")
+        if efficient and isinstance(loss, MetricLoss) and not loss.takes_references:
+            raise TypeError(f"efficient=True compares with references, and {type(loss).__name__} takes none; use "
+                            "efficient=False")  # fmt: skip
+        self.loss, self.efficient, self.group, self.gradient = loss, efficient, group, gradient
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None,
+        ref_emb: Tensor | None = None, ref_labels: Tensor | None = None, enqueue_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The loss of the batches of all ranks.
+
+        Args:
+            embeddings, labels, ref_emb, ref_labels: the rank's own.
+            indices_tuple: what a DistributedMinerWrapper returned, or another miner's tuple of the rank's own rows.
+            enqueue_mask: for a CrossBatchMemory, the rank's own.
+
+        Raises:
+            ValueError: arguments that do not fit together, or differ in more than length between the ranks.
+        """
+        if not self.has_memory and enqueue_mask is not None:
+            raise ValueError("enqueue_mask is for a CrossBatchMemory")
+        if self.has_memory and not (ref_emb is None and ref_labels is None):
+            raise ValueError("a CrossBatchMemory is its own references; it takes no ref_emb and no ref_labels")
+        rest = (enqueue_mask,) if self.has_memory else (ref_emb, ref_labels)
+        ranks = world_size(self.group)
+        if ranks == 1:
+            return self.loss(embeddings, labels, indices_tuple, *rest)
+        places = int(cast(Any, self.loss).memory_size) if self.has_memory else None
+        parts = Parts(embeddings, labels, ref_emb, ref_labels, self.group, places)
+        found = parts.gathered()
+        tuples = self._tuples(parts, indices_tuple)
+        if self.efficient:
+            value = self._of_own_rows(parts, found, tuples)
+        else:
+            if self.has_memory:
+                rest = (parts.mask(enqueue_mask),)
+            else:
+                rest = found.ref_emb, found.ref_labels
+            value = self.loss(found.embeddings, found.labels, tuples, *rest)
+        for t in (found.embeddings, found.ref_emb):  # so that the backward reaches every collective on every rank
+            if t is not None:
+                value = value + t[:0].sum().to(value.dtype)
+        return divide_gradient(value, ranks) if self.gradient == "sum" else value
+
+    def _tuples(self, parts: Parts, given: Any) -> tuple[Tensor, ...] | None:
+        """Of the whole batch; with ``efficient`` of the rank's own rows against it."""
+        marked = isinstance(given, GlobalTuple)
+        if marked and given.efficient != self.efficient:
+            raise ValueError(f"indices_tuple is of a miner with efficient={given.efficient}; use the same for both")
+        tuples = check_tuples(given, parts.embeddings)
+        parts.check_kind(tuples, marked)
+        if tuples is None or marked:
+            return tuples
+        if self.efficient:
+            return parts.shifted(tuples, anchors=False)
+        return parts.joined(parts.shifted(tuples))
+
+    def _of_own_rows(self, parts: Parts, found: Gathered, tuples: tuple[Tensor, ...] | None) -> Tensor:
+        x, y = parts.embeddings, parts.labels
+        w, c, own = parts.references(found)
+        if isinstance(self.loss, MetricLoss):
+            return self.loss.reduced(self.loss.batch(x, y, tuples, w, c, exclude=own))
+        if tuples is None:
+            if y is None or c is None:
+                raise ValueError("labels are needed where no indices_tuple says which pairs to compare")
+            same = torch.eq(y[:, None], c)
+            a2, n = (~same).nonzero(as_tuple=True)
+            tuples = _without(own, (*same.nonzero(as_tuple=True), a2, n))
+        return self.loss(x, y, tuples, w, c)
+
+
+class DistributedMinerWrapper(torch.nn.Module):
+    """A miner over the batches of all ranks, for a DistributedLossWrapper with the same ``efficient``.
+
+    A miner that draws at random draws on each rank for itself; the gradient is then that of the ranks' mean.
+
+    Args:
+        miner: of this package or pytorch-metric-learning's.
+        efficient: mine for the rank's own rows, among all ranks'.
+        group: a process group; None: all ranks.
+    """
+
+    def __init__(self, miner: torch.nn.Module, efficient: bool = False, *, group: Group = None):
+        super().__init__()
+        _check_module("miner", miner)
+        self.miner, self.efficient, self.group = miner, efficient, group
+
+    @torch.no_grad()
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """A GlobalTuple; on one rank the miner's own."""
+        if world_size(self.group) == 1:
+            return self.miner(embeddings, labels, ref_emb, ref_labels)
+        parts = Parts(embeddings, labels, ref_emb, ref_labels, self.group)
+        found = parts.gathered()
+        if not self.efficient:
+            return GlobalTuple(self.miner(found.embeddings, found.labels, found.ref_emb, found.ref_labels), False)
+        x, y = parts.embeddings, parts.labels
+        w, c, own = parts.references(found)
+        if isinstance(self.miner, Miner):
+            return GlobalTuple(self.miner.mine(make_batch(x, y, None, w, c, exclude=own)), True)
+        return GlobalTuple(_without(own, self.miner(x, y, w, c)), True)
+
+
+def _without(own: Tensor | None, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Less the positives that are the anchor's own copy."""
+    if own is None:
+        return tuples
+    a, p, *rest = tuples
+    keep = own[a] != p
+    return (a[keep], p[keep], rest[0][keep]) if len(rest) == 1 else (a[keep], p[keep], *rest)
+
+
+def _check_module(name: str, module: Any) -> None:
+    if isinstance(module, DistributedDataParallel):
+        raise TypeError(f"wrap the other way round: DistributedDataParallel(Distributed{name.title()}Wrapper({name}))")
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"{name} must be a {name} of dml_kernels or pytorch-metric-learning; got {type(module).__name__}"
+        )
