@@ -13,14 +13,41 @@ from torch import Tensor
 
 from . import functional
 from .foreign import pml_name
-from .ops.contract import check_number
+from .ops.contract import accumulate_dtype, check_number, check_pair, product_dtype
 
 # What pytorch-metric-learning's distances are set up by.
 SETTINGS = ("normalize_embeddings", "p", "power", "is_inverted")
 
 
+# Unit vectors made at a time, in elements: 16 MB in fp32.
+UNIT_ELEMENTS = 1 << 22
+
+
+def cosines(x: Tensor, w: Tensor) -> Tensor:
+    """All N x M cosines as ``torch.nn.functional.normalize`` and a matrix product give them: normalise, then multiply.
+
+    :func:`functional.normalized_distance` multiplies first, which rounds differently: a cosine near 0 then has other
+    last digits than in code that compares with ``F.normalize(x) @ F.normalize(w).T``. Without gradient the copies of
+    ``w`` stay within some tiles of 16 MB.
+    """
+    check_pair(x, w, ("embeddings", "ref_emb"))
+    dtype = product_dtype(x, w)
+
+    def unit(rows: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(rows.to(accumulate_dtype(dtype)), dim=1).to(dtype)
+
+    u = unit(x)
+    parts = [u @ unit(part).t() for part in w.split(max(1, UNIT_ELEMENTS // w.size(1)))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 class Distance(torch.nn.Module):
     """One metric of the ops: ``distance(x, w)`` is the (N, M) matrix, a loss takes only ``metric`` and ``normalize``.
+
+    The methods are those of pytorch-metric-learning's distances, so that its losses, miners and trainers take this one.
+
+    Args:
+        normalize_embeddings, p, power: the attributes. collect_stats: must be False or None: nothing is recorded.
 
     Attributes:
         metric: ``cosine``, ``dot``, ``euclidean`` or ``sqeuclidean``, as :func:`functional.normalized_distance` has it;
@@ -39,6 +66,15 @@ class Distance(torch.nn.Module):
     power: float = 1
     is_inverted: bool = False
 
+    def __init__(self, normalize_embeddings: bool | None = None, p: float = 2, power: float = 1,
+                 collect_stats: bool | None = None):  # fmt: skip
+        super().__init__()
+        if collect_stats:
+            raise ValueError(f"{type(self).__name__} records nothing; use collect_stats=False")
+        if normalize_embeddings is not None:
+            self.normalize_embeddings = normalize_embeddings
+        self.p, self.power = p, power
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:
             settings = {key: getattr(self, key) for key in SETTINGS} | {name: value}
@@ -52,7 +88,39 @@ class Distance(torch.nn.Module):
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
         """All N x M values, for who wants the matrix; no loss here builds it."""
         ref_emb = query_emb if ref_emb is None else ref_emb
+        if self.metric == "cosine":
+            return cosines(query_emb, ref_emb)
         return functional.normalized_distance(query_emb, ref_emb, self.metric, normalize=self.normalize_embeddings)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """(N,) values of row against row; as in pytorch-metric-learning of the vectors as they are, to the power 1."""
+        if self.is_inverted:
+            return torch.linalg.vecdot(query_emb, ref_emb)
+        return torch.nn.functional.pairwise_distance(query_emb, ref_emb, p=self.p)
+
+    def smallest_dist(self, *args: Any, **kwargs: Any) -> Any:
+        """``torch.min`` of distances, ``torch.max`` of similarities: the closest."""
+        return (torch.max if self.is_inverted else torch.min)(*args, **kwargs)
+
+    def largest_dist(self, *args: Any, **kwargs: Any) -> Any:
+        """``torch.max`` of distances, ``torch.min`` of similarities: the furthest."""
+        return (torch.min if self.is_inverted else torch.max)(*args, **kwargs)
+
+    def margin(self, x: Any, y: Any) -> Any:
+        """How much further x is than y: x - y, for a similarity y - x."""
+        return y - x if self.is_inverted else x - y
+
+    def normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        """Unit vectors along ``dim``."""
+        return torch.nn.functional.normalize(embeddings, p=self.p, dim=dim, **kwargs)
+
+    def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        """Unit vectors if this distance compares those, else the vectors."""
+        return self.normalize(embeddings, dim, **kwargs) if self.normalize_embeddings else embeddings
+
+    def get_norm(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
+        """Norms along ``dim``."""
+        return torch.linalg.vector_norm(embeddings, ord=self.p, dim=dim, **kwargs)
 
     def threshold(self, value: float) -> float:
         """The score at which this distance, or similarity, has the value."""
@@ -74,10 +142,6 @@ class LpDistance(Distance):
 
     metric = "euclidean"
 
-    def __init__(self, normalize_embeddings: bool = True, p: float = 2, power: float = 1):
-        super().__init__()
-        self.normalize_embeddings, self.p, self.power = normalize_embeddings, p, power
-
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
         """By the power."""
         if p != 2 or power not in (1, 2) or is_inverted:
@@ -97,10 +161,6 @@ class DotProductSimilarity(Distance):
     metric = "cosine"
     is_inverted = True
 
-    def __init__(self, normalize_embeddings: bool = True):
-        super().__init__()
-        self.normalize_embeddings = normalize_embeddings
-
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
         """By whether vectors are normalised."""
         if (p, power, is_inverted) != (2, 1, True):
@@ -115,9 +175,6 @@ class CosineSimilarity(DotProductSimilarity):
     Raises:
         ValueError: ``normalize_embeddings=False``: that is DotProductSimilarity; another power than 1.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
         """Cosine."""

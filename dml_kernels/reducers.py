@@ -3,6 +3,9 @@
 A loss hands over sums, never its terms: the N x M pairs or N x M x K triplets of a batch are not listed. So a reducer
 can be whatever follows from the sum, the number and the number of non-zero terms of each anchor; what needs the terms
 themselves is refused, with the reducer that comes nearest.
+
+pytorch-metric-learning's losses list their terms, and call ``reducer(loss_dict, embeddings, labels)``: these reducers
+take that call as well, and then see every term.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .foreign import of_pml, pml_name
+from .ops.contract import accumulate_dtype
 
 ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
 
@@ -52,16 +56,56 @@ class Terms(NamedTuple):
 
 
 class Reducer(torch.nn.Module):
-    """Adds up its parts: each Terms to a number, or what is final as it is."""
+    """Adds up its parts: each Terms to a number, or what is final as it is.
 
-    def forward(self, parts: Mapping[str, Terms]) -> Tensor:
-        """The loss, a scalar connected to the graph."""
-        values = [part.total if part.kind == REDUCED else self.reduce(name, part) for name, part in parts.items()]
+    Args:
+        collect_stats: must be False or None: nothing is recorded.
+    """
+
+    needs_labels = False
+
+    def __init__(self, *, collect_stats: bool | None = None):
+        super().__init__()
+        if collect_stats:
+            raise ValueError(f"{type(self).__name__} records nothing; use collect_stats=False")
+
+    def forward(
+        self, parts: Mapping[str, Any], embeddings: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar connected to the graph.
+
+        Args:
+            parts: :class:`Terms` by name, as losses here hand them over; or what a loss of pytorch-metric-learning
+                does, a dict of ``losses``, ``indices``, ``reduction_type`` and, for some, ``divisor``.
+            embeddings, labels: needed beside such a dict.
+        """
+        values = []
+        for name, part in parts.items():
+            if not isinstance(part, Terms):
+                values.append(self.reduce_listed(name, part, embeddings, labels))
+            else:
+                values.append(part.total if part.kind == REDUCED else self.reduce(name, part))
         return torch.stack(values).sum() if len(values) > 1 else values[0]
 
     def reduce(self, name: str, part: Terms) -> Tensor:
         """One part to a number; ``name`` is for messages."""
         raise NotImplementedError
+
+    def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
+        """One part of a loss of pytorch-metric-learning to a number: each term that it lists is an element."""
+        if not isinstance(part, Mapping) or embeddings is None:
+            raise TypeError(f"{name} must be Terms, or come from pytorch-metric-learning's loss_dict with embeddings "
+                            f"beside it; got {type(part).__name__}")  # fmt: skip
+        values, indices = part["losses"], part["indices"]
+        if not isinstance(values, Tensor):  # 0: there was nothing to compare
+            return (embeddings * 0).sum() + values
+        values = values.to(accumulate_dtype(values.dtype))
+        if part["reduction_type"] == "already_reduced":
+            return values.sum()
+        anchors = indices if isinstance(indices, Tensor) else indices[0]
+        own = labels[anchors.to(labels.device)].to(values.device) if self.needs_labels and labels is not None else None
+        divisor = torch.as_tensor(part["divisor"]) if "divisor" in part else None
+        return self.reduce(name, Terms.elements(values, own, divisor=divisor))
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
@@ -92,8 +136,8 @@ class ThresholdReducer(Reducer):
         ValueError: at a loss of pairs or triplets, other thresholds than ``low=0`` (AvgNonZeroReducer).
     """
 
-    def __init__(self, low: float | None = None, high: float | None = None):
-        super().__init__()
+    def __init__(self, low: float | None = None, high: float | None = None, **options: Any):
+        super().__init__(**options)
         if low is None and high is None:
             raise ValueError("ThresholdReducer needs low or high")
         self.low, self.high = low, high
@@ -118,8 +162,8 @@ class ThresholdReducer(Reducer):
 class AvgNonZeroReducer(ThresholdReducer):
     """The mean over the terms above 0."""
 
-    def __init__(self) -> None:
-        super().__init__(low=0)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(low=0, **options)
 
 
 class DivisorReducer(Reducer):
@@ -135,9 +179,24 @@ class DivisorReducer(Reducer):
 class PerAnchorReducer(Reducer):
     """First the mean of each anchor's pairs (0 without any), then ``reducer`` over the anchors (default: the mean)."""
 
-    def __init__(self, reducer: Any = None):
-        super().__init__()
+    def __init__(self, reducer: Any = None, **options: Any):
+        super().__init__(**options)
         self.reducer = accept(reducer, MeanReducer())
+
+    def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
+        """Listed pairs are added up by anchor first."""
+        kind = part["reduction_type"] if isinstance(part, Mapping) and isinstance(part["losses"], Tensor) else ""
+        if not kind.endswith(PAIR) and kind != TRIPLET:
+            return self.reducer.reduce_listed(name, part, embeddings, labels)
+        assert embeddings is not None
+        values, anchors = part["losses"], part["indices"][0]
+        values = values.to(accumulate_dtype(values.dtype))
+        total, number, active = (
+            values.new_zeros(embeddings.size(0)).index_add(0, anchors, terms)
+            for terms in (values, torch.ones_like(values), (values.detach() > 0).to(values))
+        )
+        own = None if labels is None else labels.to(values.device)
+        return self.reduce(name, Terms(total, number, active, TRIPLET if kind == TRIPLET else PAIR, own))
 
     def reduce(self, name: str, part: Terms) -> Tensor:
         """Mean of each anchor, then over anchors."""
@@ -156,9 +215,10 @@ class ClassWeightedReducer(Reducer):
     """
 
     weights: Tensor
+    needs_labels = True
 
-    def __init__(self, weights: Tensor):
-        super().__init__()
+    def __init__(self, weights: Tensor, **options: Any):
+        super().__init__(**options)
         self.register_buffer("weights", torch.as_tensor(weights), persistent=False)
 
     def reduce(self, name: str, part: Terms) -> Tensor:
@@ -170,9 +230,9 @@ class ClassWeightedReducer(Reducer):
 
 
 class DoNothingReducer(Reducer):
-    """Hands back the parts as they are, a dict of :class:`Terms`."""
+    """Hands back the parts as they are, from a loss here a dict of :class:`Terms`."""
 
-    def forward(self, parts: Mapping[str, Terms]) -> Mapping[str, Terms]:  # type: ignore[override]
+    def forward(self, parts: Mapping[str, Any], *_: Any) -> Mapping[str, Any]:  # type: ignore[override]
         """The parts."""
         return parts
 
@@ -180,16 +240,23 @@ class DoNothingReducer(Reducer):
 class MultipleReducers(Reducer):
     """A reducer for each part of a loss, by its name; ``default_reducer`` (default: the mean) for the others."""
 
-    def __init__(self, reducers: Mapping[str, Any], default_reducer: Any = None):
-        super().__init__()
+    def __init__(self, reducers: Mapping[str, Any], default_reducer: Any = None, **options: Any):
+        super().__init__(**options)
         self.reducers = torch.nn.ModuleDict({name: accept(r, MeanReducer()) for name, r in reducers.items()})
         self.default_reducer = accept(default_reducer, MeanReducer())
 
     def reduce(self, name: str, part: Terms) -> Tensor:
         """By the part's own reducer."""
+        return self._of(name).reduce(name, part)
+
+    def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
+        """By the part's own reducer."""
+        return self._of(name).reduce_listed(name, part, embeddings, labels)
+
+    def _of(self, name: str) -> Reducer:
         chosen = self.reducers[name] if name in self.reducers else self.default_reducer  # noqa: SIM401 (no get)
         assert isinstance(chosen, Reducer)
-        return chosen.reduce(name, part)
+        return chosen
 
 
 _PLAIN = {kind.__name__: kind for kind in (MeanReducer, SumReducer, DivisorReducer, DoNothingReducer)}

@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import Unpack as Unpack  # comes with PyTorch; typing has it from Python 3.11
 
 from .. import functional, logspace
+from ..distances import cosines
 from ..ops.contract import accumulate_dtype, check_integer, check_number, check_pair, product_dtype
 from .base import (
     as_int64,
@@ -85,15 +86,18 @@ class Logits(NamedTuple):
 
     def __call__(self, embeddings: Tensor, bank: Tensor) -> Tensor:
         """The N x M matrix of logits without a margin, for who wants it; no loss builds it."""
-        if self.by_lengths:
-            return functional.normalized_distance(embeddings, bank, "dot") * self.scale
-        s = functional.normalized_distance(embeddings, bank, self.metric)
+        if self.metric == "cosine":
+            s = cosines(embeddings, bank)
+        else:
+            s = functional.normalized_distance(embeddings, bank, self.metric)
         if self.metric.endswith("euclidean"):
             s = -s
         if self.centres > 1:
             s = s.unflatten(1, (-1, self.centres))
             s = s.amax(2) if self.policy == "max_pool" else ((s / self.policy_params[1]).softmax(2) * s).sum(2)
         scale = self.scale_of(embeddings, s.dtype)
+        if self.by_lengths:
+            s = s * torch.linalg.vector_norm(bank, dim=1, dtype=accumulate_dtype(s.dtype))
         return s * (scale[:, None] if isinstance(scale, Tensor) and scale.dim() else scale)
 
 
