@@ -242,7 +242,7 @@ def test_minus_1_is_refused_or_ignored(name, pml):
 def test_what_means_nothing_here_is_refused(name):
     loss = getattr(losses, name)(num_classes=C, embedding_size=D)
     x, y = batch(dtype=torch.float32)
-    for extra in ({"ref_emb": x}, {"ref_labels": y}):
+    for extra in ({"ref_emb": x.clone()}, {"ref_labels": y.clone()}):  # the batch itself is no other set
         with pytest.raises(ValueError, match=next(iter(extra))):
             loss(x, y, **extra)
     with pytest.raises(ValueError, match="needs labels"):
