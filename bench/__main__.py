@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dml_kernels.cli.arguments import Parser, folder
+
 from . import bars, conftest, machine, report
 from .harness import Runner
 from .options import add_options, read_options
@@ -27,6 +29,10 @@ timed; a wrong one is not timed. Times are medians of interleaved rounds; "x flo
 of the ratio within a round.
 """
 EPILOG = """\
+examples:
+  python -m bench --quick
+  python -m bench --suites ProxyNCALoss,ArcFaceLoss --sizes 512x100kx128 --dtypes fp32,bf16
+
 status: 0; 1 when a loss or op of ours is wrong or raises, or, with --check, when a binding bar is missed;
 2 when --check has no bar to measure, or other processes kept the machine too busy to measure one.
 The same suites under pytest-benchmark's own options: pytest bench/ --help
@@ -74,16 +80,11 @@ class Bar:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m bench", description=DESCRIPTION, epilog=EPILOG)
     add_options(parser.add_argument)
     parser.add_argument("--check", action="store_true", help="exit with status 1 when a binding bar is missed")
     parser.add_argument(
-        "--out", type=Path, default=RUNS, metavar="DIR", help="default runs/bench; a folder per run in it"
+        "--out", type=folder, default=RUNS, metavar="DIR", help="default runs/bench; a folder per run in it"
     )
     parser.add_argument("--no-plot", action="store_true", help="skip the plots")
     found = parser.parse_args(argv)

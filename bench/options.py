@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dml_kernels.cli.arguments import integer, number, threads
+
 from . import problem
 from .harness import SIZES_OF, SUITES, Options
 from .problem import DTYPES, Size
@@ -25,9 +27,11 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--dtypes", metavar="TYPE,...", help=f"of {', '.join(DTYPES)}; default {','.join(DEFAULTS.dtypes)}")
     add("--suites", metavar="NAME,...", help=f"of {', '.join(SUITES)}; default all")
     add("--only", metavar="TEXT,...", help="only contenders with one of these in their name, and the floor")
-    add("--rounds", type=int, metavar="K", help=f"interleaved; default {DEFAULTS.rounds}, 3 with --quick")
-    add("--budget", type=float, default=DEFAULTS.budget, metavar="SECONDS", help=budget_help)
-    add("--threads", type=int, default=0, metavar="T", help="default: PyTorch's own number")
+    add(
+        "--rounds", type=integer(1, 10_000), metavar="K", help=f"interleaved; default {DEFAULTS.rounds}, 3 with --quick"
+    )
+    add("--budget", type=number(0, 86_400, above=True), default=DEFAULTS.budget, metavar="SECONDS", help=budget_help)
+    add("--threads", type=threads(), default=0, metavar="T", help="default: PyTorch's own number")
     add("--memory", choices=MEMORY, default=DEFAULTS.memory, help=memory_help)
     add("--quick", action="store_true", help=f"a try of the whole path at small sizes: {quick}")
 

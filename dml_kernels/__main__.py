@@ -7,6 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from dml_kernels.cli.arguments import Parser
+from dml_kernels.cli.process import exit_status, steady_output, stoppable
+
 # name: (module whose main(argv) runs it, help)
 COMMANDS = {
     "info": ("dml_kernels.cli.info", "what was built, what is missing, which backend runs what, and why"),
@@ -18,18 +21,39 @@ COMMANDS = {
 }
 
 
+EXAMPLES = """
+examples:
+  python -m dml_kernels info
+  python -m dml_kernels train --quick --out runs/try
+  python -m dml_kernels bench --quick
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    with steady_output():
+        try:
+            with stoppable():
+                return _run(argv)
+        except KeyboardInterrupt as interrupt:
+            print("Interrupted.", file=sys.stderr)
+            return exit_status(interrupt)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="python -m dml_kernels",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Losses for deep metric learning that never build the similarity matrix.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<6} {text}" for name, (_, text) in COMMANDS.items())
-        + "\n\n`python -m dml_kernels COMMAND --help` shows a command's own options.",
+        + f"\n{EXAMPLES}\n`python -m dml_kernels COMMAND --help` shows a command's own options.",
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
-    args = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(arguments)
     try:
         command = importlib.import_module(COMMANDS[args.command][0])
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,4 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return subprocess.run([sys.executable, "-m", "bench", *(argv or ())], cwd=REPOSITORY).returncode
+    # By the import path: in the repository's folder --out would be taken from there.
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "bench", *(argv or ())]
+    status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    return status if status >= 0 else 128 - status  # as a shell says that a signal ended it

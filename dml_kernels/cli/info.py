@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import dml_kernels
 from dml_kernels import build_info, profiling, triton_backend
 from dml_kernels.cli import tables
+from dml_kernels.cli.arguments import Parser
 from dml_kernels.ops import backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -90,7 +90,11 @@ def _choices() -> list[tuple[str, str, str, str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; 1 when the extension is there but cannot be loaded, or is required and missing."""
-    parser = argparse.ArgumentParser(prog="python -m dml_kernels info", description=__doc__)
+    parser = Parser(
+        prog="python -m dml_kernels info",
+        description="Says what was built, what is missing, and which backend runs what, on which dtypes, and why.",
+        epilog="example, in a build job: python -m dml_kernels info --require-compiled",
+    )
     parser.add_argument(
         "--require-compiled",
         action="store_true",

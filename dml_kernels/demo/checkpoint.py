@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +94,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint (its SHA-256 is not the one it was written with): {START_ANEW}"
         )
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle: the error says enough
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # the file says what is unpickled, and so what is raised
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): {START_ANEW}") from error

@@ -133,12 +133,13 @@ def _print_faces(console: Console, faces: Sequence[str], unseen: Sequence[Judged
     last = unseen[-1]
     order = sorted(range(len(faces)), key=lambda face: last.face_recall[face])
     names = [one.name.split(",")[0] for one in unseen]
+    marks = "#." if console.options.ascii_only else "█·"
     _print_table(
         console,
         "Recall@1 by the face of the query, hardest first",
         ["face", *names, f"({names[-1]})"],
         [
-            [faces[face], *(f"{one.face_recall[face]:.3f}" for one in unseen), _bar(last.face_recall[face])]
+            [faces[face], *(f"{one.face_recall[face]:.3f}" for one in unseen), _bar(last.face_recall[face], *marks)]
             for face in order
         ],
     )
@@ -172,9 +173,9 @@ def _print_cost(console: Console, cost: StepCost) -> None:
     )
 
 
-def _bar(fraction: float, width: int = 20) -> str:
+def _bar(fraction: float, full: str, empty: str, width: int = 20) -> str:
     filled = int(fraction * width)  # full only where every query is right
-    return "█" * filled + "·" * (width - filled)
+    return full * filled + empty * (width - filled)
 
 
 def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.nn import functional as torch_functional
 
 from .. import functional, profiling
+from ..cli.arguments import Parser, integer, number, threads
 from ..ops import backend as backend_choice
 
-__all__ = ["ComparisonError", "StepCost", "VariantCost", "measure", "plain_proxy_nca"]
+__all__ = ["ComparisonError", "StepCost", "VariantCost", "measure", "plain_bytes", "plain_proxy_nca"]
 
 # fp32 sums of 100,000 terms in two orders; observed differences are listed by the demo beside these.
 LOSS_TOLERANCE = 1e-5
@@ -153,6 +154,11 @@ def measure(
     )
 
 
+def plain_bytes(classes: int, batch: int = 512, dim: int = 128) -> int:
+    """About what plain PyTorch needs for its step: seven matrices of batch by classes, proxies and gradients."""
+    return 4 * classes * (7 * batch + 3 * dim)
+
+
 def steps_of(rounds: int) -> int:
     """How often `measure` calls its progress."""
     return 1 + len(VARIANTS) + len(VARIANTS) * (rounds + 1)
@@ -181,17 +187,19 @@ def _peak_of(variant: str, options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison as JSON, or the peak of one variant in bytes."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dml_kernels.demo.step_cost",
-        description="Time and peak memory of one Proxy-NCA step, fused and in plain PyTorch; prints JSON.",
+        description="Time (s) and peak memory (bytes) of one Proxy-NCA step, fused and in plain PyTorch; prints JSON.",
     )
-    parser.add_argument("--batch", type=int, default=512, help="embeddings, N (default %(default)s)")
-    parser.add_argument("--classes", type=int, default=100_000, help="proxies, M (default %(default)s)")
-    parser.add_argument("--dim", type=int, default=128, help="dimensions, D (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved timed rounds (default %(default)s)")
-    parser.add_argument("--softmax-scale", type=float, default=1.0, help="default %(default)s")
+    size = integer(1, 1 << 30)
+    scale = number(0, 1e4, above=True)
+    parser.add_argument("--batch", type=size, default=512, metavar="N", help="embeddings (default %(default)s)")
+    parser.add_argument("--classes", type=size, default=100_000, metavar="M", help="proxies (default %(default)s)")
+    parser.add_argument("--dim", type=size, default=128, metavar="D", help="dimensions (default %(default)s)")
+    parser.add_argument("--rounds", type=size, default=5, help="interleaved timed rounds (default %(default)s)")
+    parser.add_argument("--softmax-scale", type=scale, default=1.0, metavar="S", help="default %(default)s")
     parser.add_argument("--exclude-positive", action="store_true", help="the 2017 paper's sum")
-    parser.add_argument("--threads", type=int, default=0, help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--threads", type=threads(), metavar="T", help="of PyTorch (default: its own choice)")
     parser.add_argument(
         "--peak-of",
         choices=tuple(VARIANTS),

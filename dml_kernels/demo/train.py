@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,24 @@ import torch
 from torch import Tensor
 
 from .. import use_backend
+from ..cli.arguments import OptionError
+from ..cli.process import exit_status
 from ..ops import backend as backend_choice
 from ..optional import how_to_install
 from . import judging, report
-from .checkpoint import START_ANEW, CheckpointError, load_checkpoint, save_checkpoint, write_json
-from .data import ImageSet, hold_out, load_sample, split_classes
+from .checkpoint import (
+    START_ANEW,
+    CheckpointError,
+    load_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    write_json,
+)
+from .data import CorruptSampleError, HanSample, ImageSet, hold_out, load_sample, split_classes
+from .lock import FolderInUseError, hold
 from .model import embed
 from .objectives import Magnet, Recipe
-from .options import parse, recipes_of
+from .options import fit, parse, recipes_of
 from .step_cost import ComparisonError, StepCost, measure, steps_of
 from .trainer import Trainer
 
@@ -47,30 +57,46 @@ __all__ = ["main"]
 
 EXTRAS = ("rich", "matplotlib", "sklearn", "faiss")
 COST_ROUNDS = 3
-INTERRUPTED = 130  # the shell's status for Ctrl-C
+FAILED, REFUSED = 1, 2  # statuses: in the course of the work, before any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo; returns the exit status (see `train --help`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parse(arguments)
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: the demo needs {', '.join(missing)}: {how_to_install(*missing)}", file=sys.stderr)
-        return 1
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    run = Run(options, arguments)
-    try:
-        with use_backend(options.backend) if options.backend else contextlib.nullcontext():
-            run.everything()
-    except KeyboardInterrupt:
-        run.say_how_to_resume()
-        return INTERRUPTED
-    except (CheckpointError, ComparisonError, FloatingPointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _refuse(f"the demo needs {', '.join(missing)}: {how_to_install(*missing)}")
+    with contextlib.ExitStack() as stack:
+        try:
+            sample = load_sample()
+            fit(options, *sample.images.shape[:2])
+        except (OptionError, CorruptSampleError, FileNotFoundError) as error:
+            return _refuse(str(error))
+        try:
+            stack.enter_context(hold(options.out))
+        except (FolderInUseError, OSError) as error:
+            return _refuse(f"argument --out: {error}")
+        remove_leftovers(options.out)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if options.backend:
+            stack.enter_context(use_backend(options.backend))
+        run = Run(options, arguments)
+        try:
+            run.everything(sample)
+        except KeyboardInterrupt as interrupt:
+            run.say_how_to_resume()
+            return exit_status(interrupt)
+        except (CheckpointError, ComparisonError, FloatingPointError, ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
     return 0
+
+
+def _refuse(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr)
+    return REFUSED
 
 
 class Run:
@@ -85,10 +111,9 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.saved_epochs: dict[str, int] = {}  # title of a loss: epochs of its training that are on disk
 
-    def everything(self) -> None:
+    def everything(self, sample: HanSample) -> None:
         """Train, judge, compare costs, plot, report."""
         start = time.perf_counter()
-        sample = load_sample()
         train, unseen = split_classes(sample, self.options.train_classes, seed=0)
         train, held = hold_out(train, self.options.held_out, self.options.seed)
         unseen = _first_classes(unseen, self.options.unseen_classes)
@@ -248,13 +273,23 @@ class Run:
     def _measure_cost(self) -> StepCost:
         with self._progress() as bar:
             task = bar.add_task("step cost", total=steps_of(COST_ROUNDS), note=f"{self.options.cost_classes:,} classes")
+            return self._measured(lambda: bar.advance(task))
+
+    def _measured(self, tick: Callable[[], object]) -> StepCost:
+        try:
             return measure(
                 classes=self.options.cost_classes,
                 softmax_scale=self.options.softmax_scale,
                 exclude_positive=self.options.exclude_positive,
                 rounds=COST_ROUNDS,
-                progress=lambda: bar.advance(task),
+                progress=tick,
             )
+        except (RuntimeError, MemoryError) as error:  # no memory, here or in the child: PyTorch says RuntimeError
+            reason = (str(error).strip().splitlines() or ["no memory"])[-1]
+            raise ComparisonError(
+                f"the step cost could not be measured ({reason}); what was trained is saved: go on with --resume, and "
+                "fewer --cost-classes or 0"
+            ) from error
 
     def _plot(
         self,
