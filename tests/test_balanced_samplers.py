@@ -78,7 +78,6 @@ def test_n_pairs_leaves_out_classes_of_one_example():
         ((LABELS, 2, 5), "multiple of m"),
         ((LABELS, 2, 10), "at most m times the 4 classes, 8"),
         ((LABELS, 2, 8, 7), "at least batch_size"),
-        ((LABELS.float(), 2), "integers"),
         ((LABELS[None], 2), "shape"),
         ((torch.full((3,), -100), 2), "no example"),
     ],
@@ -86,3 +85,8 @@ def test_n_pairs_leaves_out_classes_of_one_example():
 def test_sizes_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MPerClassSampler(*arguments)
+
+
+def test_labels_that_are_no_integers_are_refused():
+    with pytest.raises(TypeError, match="labels must be integers"):
+        MPerClassSampler(LABELS.float(), 2)

@@ -226,7 +226,7 @@ BAD_KNC = {
     "flat centres": ({"centers": EYE[0]}, ValueError, "centers must be"),
     "integer centres": ({"centers": EYE.long()}, TypeError, "centers must be a floating"),
     "another width": ({"centers": torch.eye(4, 3)}, ValueError, r"centers \(4, 3\).* does not match"),
-    "float classes": ({"center_classes": CLASSES.float()}, TypeError, "center_classes must be an integer"),
+    "float classes": ({"center_classes": CLASSES.float()}, TypeError, "center_classes must be integers"),
     "too few classes": ({"center_classes": CLASSES[:3]}, ValueError, r"center_classes must have shape \(4,\)"),
     "integer mask": ({"empty": CLASSES}, TypeError, "empty must be a bool"),
     "short mask": ({"empty": CLASSES[:3].bool()}, ValueError, r"empty must have shape \(4,\)"),

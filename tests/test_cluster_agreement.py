@@ -119,7 +119,7 @@ def test_degenerate_sets():
         ({"embeddings": torch.full((8, 2), np.nan)}, ValueError, "NaN"),
         ({"embeddings": torch.empty(0, 2)}, ValueError, "non-empty"),
         ({"labels": torch.zeros(7).long()}, ValueError, "labels must have shape"),
-        ({"labels": torch.zeros(8)}, TypeError, "labels must be an integer"),
+        ({"labels": torch.zeros(8)}, TypeError, "labels must be integers"),
     ],
 )
 def test_bad_input_is_refused(options, error, message):

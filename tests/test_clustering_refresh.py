@@ -128,9 +128,9 @@ def test_a_slice_must_have_the_width_of_the_rest():
 @pytest.mark.parametrize(
     ("labels", "options", "error", "match"),
     [
-        (torch.zeros(3), {}, TypeError, "integer tensor"),
-        ([0, 1], {}, TypeError, "integer tensor"),
-        (torch.zeros(3, dtype=torch.bool), {}, TypeError, "integer tensor"),
+        (torch.zeros(3), {}, TypeError, "labels must be integers"),
+        ([0.0, 1.0], {}, TypeError, "labels must be integers"),
+        (torch.zeros(3, dtype=torch.bool), {}, TypeError, "labels must be integers"),
         (torch.zeros(3, 1, dtype=torch.int64), {}, ValueError, r"shape \(n,\)"),
         (torch.zeros(0, dtype=torch.int64), {}, ValueError, "no example"),
         (torch.full((3,), -100), {}, ValueError, "ignore_index"),

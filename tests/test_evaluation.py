@@ -201,7 +201,7 @@ BAD_INPUT = {
     "one dimension": ({"embeddings": torch.ones(4)}, ValueError, "shape"),
     "integer embeddings": ({"embeddings": ROWS.long()}, TypeError, "floating point"),
     "numpy embeddings": ({"embeddings": ROWS.numpy()}, TypeError, "floating point"),
-    "float labels": ({"labels": TWO.float()}, TypeError, "labels must be an integer"),
+    "float labels": ({"labels": TWO.float()}, TypeError, "labels must be integers"),
     "too few labels": ({"labels": TWO[:3]}, ValueError, r"labels must have shape \(4,\)"),
     "NaN": ({"embeddings": ROWS / 0}, ValueError, "NaN"),
     "no positives": ({"labels": torch.arange(4)}, ValueError, "nothing to evaluate"),

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..labels import integers_by_position
 from ..progress import Progress, reporter
 from ..saved_state import check_count, check_like
 from .kmeans import load_faiss
@@ -61,7 +62,9 @@ class RefreshReport:
 class ClusterIndex:
     """Clusters of each class, by k-means++ of its examples' embeddings (faiss; Arthur and Vassilvitskii 2007).
 
-    labels                (n,) integers, any values in any order; `ignore_index` puts an example in no cluster
+    labels                (n,) integers, any values in any order, in a tensor, array, list or pandas column (read by
+                          position); `ignore_index` puts an example in no cluster. Names (strings) are numbered from 0
+                          in sorted order
     clusters_per_class    K, or as many as the class has examples where that is fewer
     examples_per_cluster  in place of K: a class of c examples has ceil(c / examples_per_cluster) clusters
     normalize             cluster unit vectors r / |r|. The centres are the means of unit vectors, not unit themselves;
@@ -88,13 +91,13 @@ class ClusterIndex:
 
     Memory beside the attributes: some 50 bytes an example and three fp32 blocks of block_examples x D.
 
-    Raises ValueError or TypeError for labels that are not a vector of integers, no labels to cluster, settings that are
-    not positive integers, a class with more clusters than block_examples; ImportError without faiss.
+    Raises ValueError or TypeError for labels that are not a vector of integers or names, no labels to cluster, settings
+    that are not positive integers, a class with more clusters than block_examples; ImportError without faiss.
     """
 
     def __init__(
         self,
-        labels: Tensor,
+        labels: Any,
         *,
         clusters_per_class: int = 3,
         examples_per_cluster: int | None = None,
@@ -363,14 +366,8 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 
-def _check_labels(labels: Tensor) -> Tensor:
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        raise TypeError(f"labels must be an integer tensor; got {getattr(labels, 'dtype', type(labels))}")
-    if labels.dim() != 1:
-        raise ValueError(f"labels must have shape (n,), one for each example; got {tuple(labels.shape)}")
-    return labels.detach().to("cpu", torch.int64)
+def _check_labels(labels: Any) -> Tensor:
+    values = integers_by_position("labels", labels, names=True)
+    if values.dim() != 1:
+        raise ValueError(f"labels must have shape (n,), one for each example; got {tuple(values.shape)}")
+    return values.cpu()

@@ -7,7 +7,8 @@ verification    1:1, ROC-AUC, TAR at a FAR, EER, best threshold, accuracy by fol
 identification  1:K, CMC; open set: DIR at a false alarm rate, rejection
 few_shot        N-way K-shot by the nearest class mean
 
-Nothing of size N x M is built; the result does not depend on the sizes of the tiles. CPU and CUDA tensors.
+Nothing of size N x M is built; the result does not depend on the sizes of the tiles. CPU and CUDA tensors. Labels
+may be a tensor, an array, a list or a pandas column, read by position.
 """
 
 from .classification import Classification, k_nearest_clusters, k_nearest_neighbours

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..labels import integers_by_position
 from ..progress import Progress, reporter
 from . import streaming
 
@@ -25,9 +26,9 @@ def sample_pairs(
     Raises ValueError where there is no pair of one kind or counts are not positive; TypeError for labels that are no
     integers.
     """
-    if not isinstance(labels, Tensor) or labels.dim() != 1:
-        raise ValueError("labels must be a (count,) tensor")
-    labels = streaming.check_integers("labels", labels, len(labels), torch.device("cpu"))
+    labels = integers_by_position("labels", labels, booleans=True).cpu()
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (count,); got {tuple(labels.shape)}")
     for name, value in (("max_positives", max_positives), ("negatives", 1 if negatives is None else negatives)):
         if int(value) != value or value < 1:
             raise ValueError(f"{name} must be a positive integer; got {value}")

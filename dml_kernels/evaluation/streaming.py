@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..labels import integers_by_position
 
 METRICS = ("cosine", "dot", "euclidean")
 # (queries, gallery entries) of a tile. The scores, their fp32 copy and the keys take about 28 bytes an entry.
@@ -218,10 +221,9 @@ def check_vectors(name: str, vectors: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinity: no ranking is defined")
 
 
-def check_integers(name: str, values: Tensor, count: int, device: torch.device) -> Tensor:
-    """An integer (count,) tensor as int64 on `device`, or an error that names it."""
-    if not isinstance(values, Tensor) or values.is_floating_point() or values.is_complex():
-        raise TypeError(f"{name} must be an integer tensor; got {getattr(values, 'dtype', type(values))}")
-    if values.shape != (count,):
-        raise ValueError(f"{name} must have shape ({count},), one for each vector; got {tuple(values.shape)}")
-    return values.to(device=device, dtype=torch.int64)
+def check_integers(name: str, values: Any, count: int, device: torch.device) -> Tensor:
+    """Integers (count,), in whatever `labels` reads, as int64 on `device`, or an error that names them."""
+    out = integers_by_position(name, values, booleans=True)
+    if out.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one for each vector; got {tuple(out.shape)}")
+    return out.to(device)

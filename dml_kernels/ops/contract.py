@@ -153,7 +153,10 @@ def apart(t: _Tensor, other: Tensor | None) -> _Tensor:
 def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
     """An integer tensor as int64 on the device of ``like``; any integer dtype and CPU values are accepted."""
     if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(values).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor; got {type(values).__name__}. Use torch.as_tensor(numpy.asarray({name})); "
+            f"where they are names, number them first: numpy.unique({name}, return_inverse=True)[1]"
+        )
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {values.dtype}. Use {name}.long()")
     return values.to(device=like.device, dtype=torch.int64)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
+
+from ..labels import integers_by_position
 
 
 def _check_positive(name: str, value: int) -> int:
@@ -25,7 +26,8 @@ class MPerClassSampler(Sampler[int]):
     has, and some of them again.
 
     Args:
-        labels: (n,) of the data, integers; a tensor, array or list. Those of ``ignore_index`` are never drawn.
+        labels: (n,) of the data, integers or names (strings); a tensor, array, list or pandas column, read by position.
+            Those of ``ignore_index`` are never drawn.
         m: examples of a class.
         batch_size: that of the DataLoader; a multiple of m, at most m times the number of classes.
         length_before_new_iter: indices of an epoch, rounded down to whole batches (or passes).
@@ -35,7 +37,8 @@ class MPerClassSampler(Sampler[int]):
         ignore_index: the label of examples to leave out.
 
     Raises:
-        ValueError: no labels, sizes that do not fit; the message names the numbers.
+        ValueError, TypeError: no labels, labels that are neither integers nor names, sizes that do not fit; the message
+            names the numbers.
     """
 
     def __init__(
@@ -48,9 +51,9 @@ class MPerClassSampler(Sampler[int]):
         seed: int | None = None,
         ignore_index: int = -100,
     ):
-        values = (labels.detach().cpu() if isinstance(labels, Tensor) else torch.as_tensor(labels)).numpy()
-        if values.ndim != 1 or values.dtype.kind not in "iu":
-            raise ValueError(f"labels must be integers of shape (n,); got {values.dtype} {values.shape}")
+        values = integers_by_position("labels", labels, names=True).cpu().numpy()
+        if values.ndim != 1:
+            raise ValueError(f"labels must have shape (n,), one for each example; got {values.shape}")
         self.m_per_class, self.seed, self.epoch = _check_positive("m", m), seed, 0
         self.batch_size = None if batch_size is None else _check_positive("batch_size", batch_size)
         # The examples class after class, and where each class starts: O(n), whatever the number of classes.
