@@ -17,9 +17,15 @@ import torch
 from torch import Tensor
 
 from .foreign import of_pml, pml_name
-from .ops.contract import accumulate_dtype
+from .ops.contract import accumulate_dtype, values_can_be_read
 
 ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
+
+
+def nonzero(values: Tensor) -> Tensor:
+    """1 for a term over 0, else 0, in the dtype of the values. NaN is over 0: a mean over such terms is NaN as well."""
+    values = values.detach()
+    return (~(values <= 0)).to(values)
 
 
 class Terms(NamedTuple):
@@ -27,7 +33,7 @@ class Terms(NamedTuple):
 
     Args:
         total: (N,) sum of the anchor's terms; () for ``kind="reduced"``, a value that is final.
-        number: (N,) how many terms. active: (N,) how many are over 0. Same dtype as total, without gradient.
+        number: (N,) how many terms. active: (N,) how many are over 0, or NaN. Same dtype as total, without gradient.
         kind: ``element`` (one term for each anchor), ``pair``, ``triplet`` or ``reduced``.
         labels: (N,) the anchors' labels, for class weights. divisor: () what DivisorReducer divides by.
     """
@@ -46,7 +52,7 @@ class Terms(NamedTuple):
         """One term for each anchor; those outside ``keep`` (N,) bool count for nothing."""
         keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
         values = torch.where(keep, values, 0)
-        return Terms(values, keep.to(values), (values.detach() > 0).to(values), ELEMENT, labels, divisor)
+        return Terms(values, keep.to(values), nonzero(values), ELEMENT, labels, divisor)
 
     @staticmethod
     def final(value: Tensor) -> Terms:
@@ -130,7 +136,7 @@ class SumReducer(Reducer):
 
 
 class ThresholdReducer(Reducer):
-    """The mean over the terms above ``low`` and below ``high``.
+    """The mean over the terms above ``low`` and below ``high``. A term that is NaN passes.
 
     Raises:
         ValueError: at a loss of pairs or triplets, other thresholds than ``low=0`` (AvgNonZeroReducer).
@@ -153,9 +159,9 @@ class ThresholdReducer(Reducer):
             return _ratio(part.total.sum(), part.active.sum())
         keep: Tensor = part.number > 0
         if self.low is not None:
-            keep = keep & (part.total > self.low)
+            keep = keep & ~(part.total <= self.low)
         if self.high is not None:
-            keep = keep & (part.total < self.high)
+            keep = keep & ~(part.total >= self.high)
         return _ratio(torch.where(keep, part.total, 0).sum(), keep.to(part.total).sum())
 
 
@@ -212,6 +218,9 @@ class ClassWeightedReducer(Reducer):
 
     Args:
         weights: (number of classes,), a weight for each label.
+
+    Raises:
+        ValueError: at the call, a label that has no weight (on the CPU; elsewhere the loss is NaN).
     """
 
     weights: Tensor
@@ -225,7 +234,14 @@ class ClassWeightedReducer(Reducer):
         """Weighted sum over number."""
         if part.labels is None:
             raise ValueError(f"{name} has no labels to weight by; call the loss with labels")
-        weight = self.weights.to(part.total)[part.labels.clamp(0, self.weights.numel() - 1)]
+        labels, classes = part.labels, self.weights.numel()
+        beyond = ((labels < 0) | (labels >= classes)) & (part.number > 0)
+        if values_can_be_read(labels) and beyond.any():
+            raise ValueError(f"labels must be in [0, {classes}): ClassWeightedReducer has {classes} weights; got "
+                             f"{labels[beyond][0].item()}")  # fmt: skip
+        weight = self.weights.to(part.total)[labels.clamp(0, classes - 1)]
+        # Where no one looked, a label without a weight is NaN, not the last class's.
+        weight = torch.where(beyond, torch.nan, weight)
         return _ratio((part.total * weight).sum(), part.number.sum())
 
 

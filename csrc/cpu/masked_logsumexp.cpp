@@ -60,8 +60,9 @@ class Walk {
     } else {
       std::fill_n(b_.data(), n, A(0));
     }
+    ignored_.clear();
     for (std::int64_t j = 0; j < n; ++j)
-      if (setup_.index.column_ignored(first + j)) b_[j] = minus_infinity, biased_ = true;
+      if (setup_.index.column_ignored(first + j)) ignored_.push_back(std::int32_t(j));
     setup_.index.tile(first, n, pairs_);
   }
 
@@ -70,6 +71,7 @@ class Walk {
     const LogitArgs& args = setup_.args;
     const A t = setup_.scale[i];
     logits(i, A(args.k_different) * t, A(args.o_different), biased_ ? b_.data() : nullptr);
+    for (const std::int32_t j : ignored_) scores.z[j] = minus_infinity;  // not by a bias, which a NaN would survive
     const std::int64_t excluded = setup_.labels.exclude ? setup_.labels.exclude[i] - first : -1;
     const bool excludes = setup_.labels.exclude && excluded >= 0 && excluded < count;
     positions = pairs_.of(i);
@@ -111,6 +113,7 @@ class Walk {
   const Setup<P>& setup_;
   bool keep_scores_, biased_ = false;
   std::vector<A> q_, b_, alpha_;
+  std::vector<std::int32_t> ignored_;
   TilePairs pairs_;
 };
 

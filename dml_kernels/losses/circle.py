@@ -64,7 +64,7 @@ class CircleLoss(MetricLoss):
         """One term for each anchor."""
         pairs = compared(batch, self.distance, unique=True)
         lse = pairs.logsumexp(scale=self.gamma, policy="quadratic", policy_params=(self.m,))
-        both = (lse.same > -torch.inf) & (lse.different > -torch.inf)
+        both = (lse.same != -torch.inf) & (lse.different != -torch.inf)
         values = log1pexp(torch.where(both, lse.same, 0) + torch.where(both, lse.different, -torch.inf))
         return {"loss": Terms.elements(values, batch.y, pairs.kept)}
 

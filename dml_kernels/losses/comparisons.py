@@ -23,7 +23,7 @@ from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..logspace import logaddexp
 from ..ops import segments
 from ..ops.contract import accumulate_dtype
-from ..reducers import PAIR, TRIPLET, Terms
+from ..reducers import PAIR, TRIPLET, Terms, nonzero
 
 IGNORED = IGNORE_INDEX
 Line = tuple[float, float]
@@ -206,7 +206,8 @@ class PairSet:
         peak = segments.maximum(z, self.bounds)
         peak = torch.where(peak == -torch.inf, 0, peak)
         total = self.total(torch.exp(z - self.spread(peak)))
-        return torch.where(total > 0, torch.log(torch.where(total > 0, total, 1)) + peak, -torch.inf)
+        none = total == 0
+        return torch.where(none, -torch.inf, torch.log(torch.where(none, 1, total)) + peak)
 
     def hinge(self, line: Line, threshold: Tensor | None) -> Tensor:
         """relu(k s + o + t), (P,)."""
@@ -254,7 +255,7 @@ class Listed(Compared):
         """Over the listed pairs."""
         sets = (self.same, self.different)
         terms = [pairs.hinge(line, t) for pairs, line, t in zip(sets, (same, different), threshold)]
-        counts = [pairs.total((h.detach() > 0).to(h)) for pairs, h in zip(sets, terms)]
+        counts = [pairs.total(nonzero(h)) for pairs, h in zip(sets, terms)]
         return MaskedHingeSum(self.same.total(terms[0]), self.different.total(terms[1]), *counts)
 
     def hinge_triplets(
@@ -264,10 +265,10 @@ class Listed(Compared):
         if not self.triplets:
             return super().hinge_triplets(same, different, threshold)
         h_same, h_different = self.same.hinge(same, threshold[0]), self.different.hinge(different, threshold[1])
-        on = (h_same.detach() > 0), (h_different.detach() > 0)
-        active = self.same.total((on[0] | on[1]).to(self.dtype))
+        on = nonzero(h_same), nonzero(h_different)
+        active = self.same.total(torch.maximum(*on))
         total, number = self.same.total(h_same + h_different), self.same.count()
-        divisor = (on[0].to(self.dtype) + on[1].to(self.dtype)).sum()
+        divisor = (on[0] + on[1]).sum()
         return Terms(total, number, active, TRIPLET, self.batch.y, divisor)
 
     def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
@@ -275,7 +276,7 @@ class Listed(Compared):
         pairs = self.same
         by_positive = None if v is None else v.index_select(0, pairs.cols)
         values = positive_term(kind, pairs.s, pairs.spread(u), by_positive, params)
-        return self.pair_terms(pairs.total(values), pairs.count(), pairs.total((values.detach() > 0).to(values)))
+        return self.pair_terms(pairs.total(values), pairs.count(), pairs.total(nonzero(values)))
 
 
 def positive_term(kind: str, s: Tensor, u: Tensor, v: Tensor | None, params: Sequence[float]) -> Tensor:

@@ -56,7 +56,7 @@ class LiftedStructureLoss(MetricLoss):
         )
         near = self.distance.threshold(self.pos_margin)
         found = pairs.positive_sum("lifted", own, of_positive, params=(1.0, -near))
-        some = (own > -torch.inf).any()
+        some = (own != -torch.inf).any()
         return {"loss": found._replace(total=torch.where(some, found.total, 0))}
 
     def _negatives(self, pairs: Compared) -> Tensor:

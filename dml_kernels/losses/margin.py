@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import distances, reducers
 from ..batch import Batch
 from ..ops.contract import check_number
-from ..reducers import TRIPLET, Terms
+from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs
 from ..tuples import random_triplets
 from .base import LossEntry, values_can_be_read
@@ -87,7 +87,7 @@ class MarginLoss(MetricLoss):
                 parts["beta_reg_loss"] = Terms.final(torch.where(number.sum() > 0, beta * self.nu, 0))
             else:
                 total = beta * self.nu * number
-                positive = torch.where(total.detach() > 0, number, 0)
+                positive = nonzero(total) * number
                 parts["beta_reg_loss"] = Terms(total, number, positive, TRIPLET, batch.y, triplets.divisor)
         return parts
 

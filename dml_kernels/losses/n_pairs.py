@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import distances, functional
 from ..batch import Batch
 from ..logspace import log1pexp
-from ..reducers import ELEMENT, Terms
+from ..reducers import ELEMENT, Terms, nonzero
 from .base import LossEntry
 from .comparisons import IGNORED
 from .metric_loss import MetricLoss, as_function
@@ -64,8 +64,7 @@ class NPairsLoss(MetricLoss):
         )  # fmt: skip
         gap = torch.where(used, lse.different, -torch.inf) - torch.where(used, lse.same, 0)
         values, labels = log1pexp(gap), batch.y.index_select(0, anchors)
-        positive = (values.detach() > 0).to(values)
-        return {"loss": Terms(values, used.to(values), positive, ELEMENT, labels)}
+        return {"loss": Terms(values, used.to(values), nonzero(values), ELEMENT, labels)}
 
 
 def _pairs(batch: Batch, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,7 @@ class NCALoss(MetricLoss):
             raise ValueError("NCALoss needs labels: a miner's tuple weighs rows, and names no pairs")
         pairs = Streamed(batch._replace(tuples=None), self.distance)
         lse = pairs.logsumexp(scale=self.softmax_scale)
-        some = lse.same > -torch.inf
+        some = lse.same != -torch.inf
         gap = torch.where(some, lse.different, -torch.inf) - torch.where(some, lse.same, 0)
         values = log1pexp(gap)
         if batch.tuples is not None:

@@ -227,8 +227,7 @@ class ProxyLoss(MetricLoss):
         weights = row_weights(tuples, embeddings.size(0), embeddings, self.anchors_alone)
         if weights is not None:
             rows = rows * weights.to(rows.dtype)
-        active = (rows.detach() > 0).to(rows.dtype)
-        return {"loss": Terms(rows, mass, active, reducers.ELEMENT, None if several else y)}
+        return {"loss": Terms(rows, mass, reducers.nonzero(rows), reducers.ELEMENT, None if several else y)}
 
     def _regularisation(self, embeddings: Tensor) -> dict[str, Terms]:
         found = {}

@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import distances, functional, reducers, reference
 from ..batch import Batch
 from ..ops import segments
-from ..reducers import TRIPLET, Terms
+from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from ..tuples import as_triplets, random_triplets
 from .base import LossEntry
@@ -94,7 +94,7 @@ class TripletMarginLoss(MetricLoss):
         value, a = value[order], a[order]
         bounds = segments.offsets(a, batch.x.size(0))
         total = segments.total(value, a, bounds)
-        active = segments.total((value.detach() > 0).to(value), a, bounds)
+        active = segments.total(nonzero(value), a, bounds)
         return Terms(total, bounds.diff().to(total), active, TRIPLET, batch.y)
 
     def _scores(self, x: Tensor, w: Tensor, i: Tensor, j: Tensor) -> Tensor:
