@@ -172,6 +172,16 @@ EFFICIENT = {
 }
 
 
+def silent(rank: int) -> list[Tensor]:
+    """The other rank lists nothing, and its loss does not touch this one's rows; the backward must reach them yet."""
+    e, y = (t[:6] if rank == 0 else t[6:] for t in (batch(0)[0][:, :WIDTH].clone(), batch(0)[1]))
+    e.requires_grad_()
+    tuples = [(torch.empty(0, dtype=torch.int64),) * 4, (torch.arange(5), torch.arange(1, 6)) * 2][rank]
+    value = DistributedLossWrapper(theirs("losses", "ContrastiveLoss"), efficient=True)(e, y, tuples)
+    value.backward()
+    return [value.detach(), e.grad]
+
+
 def efficient(name: str, rank: int) -> tuple[list[Tensor], Any]:
     """Value and embeddings' gradient of one rank, and what was mined."""
     make, miner = EFFICIENT[name]
@@ -211,6 +221,7 @@ def work(rank: int, directory: str) -> None:
     found: dict[str, Any] = {name: run(case, rank) for name, case in CASES.items()}
     found["own tuples"], found["by hand"], found["refusals"] = own_tuples(rank), by_hand(rank), refusals(rank)
     found["efficient"] = {name: efficient(name, rank) for name in EFFICIENT}
+    found["silent"] = silent(rank)
     torch.save(found, f"{directory}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -280,6 +291,14 @@ def test_efficient_is_the_mean_of_own_rows_against_all(name, by_rank):
             assert all(torch.equal(a.sort().values, b.sort().values) for a, b in zip(mined, tuples, strict=True))
     sum(values).backward()
     close(torch.cat([found["efficient"][name][0][1] for found in by_rank]), x.grad)
+
+
+def test_a_rank_that_lists_nothing_takes_part(by_rank):
+    x, y = batch(0)[0][6:, :WIDTH].clone().requires_grad_(), batch(0)[1][6:]
+    value = theirs("losses", "ContrastiveLoss")(x, y, (torch.arange(5), torch.arange(1, 6)) * 2, x, y)
+    value.backward()
+    close(by_rank[1]["silent"], [value.detach(), x.grad])
+    close(by_rank[0]["silent"], [torch.zeros_like(value), torch.zeros(6, WIDTH, dtype=torch.float64)])
 
 
 def test_a_copied_tuple_keeps_its_mark():

@@ -158,9 +158,11 @@ def test_positives_share_the_label_and_negatives_do_not_and_nothing_meets_itself
 
 
 @on_miners
-@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [5]], ids=["one class", "all distinct", "one row"])
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 0, 0], [0, 1, 2, 3], [5], []], ids=["one class", "all distinct", "one row", "no rows"]
+)
 def test_a_batch_without_triplets_gives_empty_tuples(miner, labels):
-    found = miner(randn(len(labels), 4, seed=0), torch.tensor(labels))
+    found = miner(randn(len(labels), 4, seed=0), torch.tensor(labels, dtype=torch.int64))
     assert all(t.numel() == 0 for t in found) or isinstance(miner, miners.PairMarginMiner | miners.BatchEasyHardMiner)
 
 

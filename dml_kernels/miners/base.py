@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..batch import Batch, Tile, make_batch, tiles
+from ..batch import IGNORE_INDEX, Batch, Tile, make_batch, tiles
 
 
 class Miner(torch.nn.Module):
@@ -50,7 +50,11 @@ class Miner(torch.nn.Module):
         """
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
-        return self.mine(make_batch(embeddings, labels, None, ref_emb, ref_labels))
+        batch = make_batch(embeddings, labels, None, ref_emb, ref_labels)
+        if batch.w.size(0) == 0:  # a batch of no rows: as beside one reference that is in no pair
+            nobody = torch.full((1,), IGNORE_INDEX, device=batch.x.device)
+            batch = batch._replace(w=batch.x.new_zeros(1, batch.x.size(1)), c=nobody, exclude=None)
+        return self.mine(batch)
 
     def listed(self, batch: Batch, *choices: Callable[[Tile], Tensor]) -> tuple[Tensor, ...]:
         """(rows, columns) of the entries that each choice, a mask over a tile, picks; rows ascending."""
