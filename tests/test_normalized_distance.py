@@ -159,6 +159,38 @@ def test_identical_rows_are_at_distance_0_with_zero_gradient(metric, normalize, 
     assert all(g.count_nonzero() == 0 for g in grads)
 
 
+EVERY_LAYOUT = {
+    **LAYOUTS,
+    "unaligned": lambda t: torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape),
+}
+
+
+@on_backends_and((FP32, FP64, BF16, MIXED))
+@pytest.mark.parametrize("shape", [(20, 20, 67), (1, 40, 513), (40, 3, 24), (2, 20, 1700)], ids=str)
+@pytest.mark.parametrize(
+    ("metric", "normalize"), [("euclidean", True), ("sqeuclidean", True), ("euclidean", False)], ids=str
+)
+def test_identical_rows_behind_any_strides_are_at_distance_0(metric, normalize, shape, dtype, backend):
+    """The order of a sum of squares may hang on strides; equal rows are equal all the same, in every derivative."""
+    n, m, d = shape
+    base = randn(max(n, m), d, seed=1).to(dtype.x)
+    own = torch.arange(min(n, m))
+    for layout in EVERY_LAYOUT.values():
+        for other in EVERY_LAYOUT.values():
+            x = layout(base[:n]).to(dtype.x).detach().requires_grad_()
+            w = other(base[:m].to(dtype.w)).detach().requires_grad_()
+            distance = F.normalized_distance(x, w, metric, normalize=normalize, backend=backend)[own, own]
+            for value in (distance, F.pair_scores(x, w, own, own, metric, normalize=normalize)):
+                assert (value == 0).all()
+                first = torch.autograd.grad(value.sum(), (x, w), create_graph=True)
+                second = torch.autograd.grad(sum((g * randn(*g.shape, seed=3)).sum() for g in first), (x, w))
+                if metric == "euclidean":
+                    assert not any(g.count_nonzero() for g in (*first, *second))
+                else:
+                    assert all(g.abs().max() < 1e-6 for g in first)
+                    assert all(g.abs().max() < 100 for g in second)
+
+
 @on_backends_and((FP32, FP64))
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
 def test_small_distances_do_not_cancel(metric, dtype, backend):

@@ -79,7 +79,9 @@ struct Side {
         for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4)
           sum += square(*reinterpret_cast<const Quad<A>*>(values + k));
       } else if (first + row < matrix.rows) {
-        over_row<A>(matrix, first + row, [&](const auto& run) { sum += square(run); });
+        // In runs of 4, however the row lies: equal rows of another dtype or stride have equal norms.
+        for (std::int64_t k = lane * 4; k < matrix.cols; k += warp_lanes * 4)
+          sum += square(load_run<A, 4>(matrix, first + row, k));
       }
       const A norm = at_least(sqrt(warp_sum(sum)), eps);
       if (lane == 0) norms[row] = norm;

@@ -23,16 +23,10 @@ _PAIRS = "Tensor x, Tensor w, Tensor rows, Tensor cols"
 _SPEC = "str metric, bool normalize, float eps, ScalarType dtype"
 
 
-def _unit(t: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> Tensor:
-    t = t.to(dtype)
-    return t * tiles.norms(t, eps)[0] if normalize else t
-
-
-def _score(u: Tensor, p: Tensor, metric: str) -> Tensor:
-    if metric == "dot":
-        return (u * p).sum(1)
-    d2 = (u - p).square().sum(1)
-    return -d2 if metric == "sqeuclidean" else -d2.sqrt()
+def _picked(t: Tensor, index: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """The rows at ``index`` as they came, and what makes unit vectors of them where that is wanted."""
+    t = t.index_select(0, index).to(dtype)
+    return t, tiles.norms(t, eps)[0] if normalize else 1.0
 
 
 def _slope(grad: Tensor, s: Tensor, metric: str) -> Tensor:
@@ -48,8 +42,8 @@ def _fwd(x, w, rows, cols, metric, normalize, eps, dtype) -> Tensor:
     out = x.new_empty(rows.numel(), dtype=dtype)
     with without_autocast(x.device.type):
         for k in (slice(start, start + step) for start in range(0, rows.numel(), step)):
-            u, p = (_unit(t.index_select(0, i[k]), normalize, eps, dtype) for t, i in ((x, rows), (w, cols)))
-            out[k] = _score(u, p, metric)
+            u, p = (t.index_select(0, i[k]).to(dtype) for t, i in ((x, rows), (w, cols)))
+            out[k] = tiles.listed_scores(u, p, metric, normalize, eps)
     return out
 
 
@@ -62,9 +56,12 @@ def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor
     total = own.new_zeros((n, d), dtype=dtype)
     step = max(n, tiles.CHUNK_ELEMENTS // d, 1)  # each block adds n sums: as many pairs or more
     for k in (slice(start, start + step) for start in range(0, at.numel(), step)):
-        part = _unit(other.index_select(0, other_at[k]), normalize, eps, dtype)
-        if metric != "dot":
-            part = part - _unit(own.index_select(0, at[k]), normalize, eps, dtype)
+        p, rp = _picked(other, other_at[k], normalize, eps, dtype)
+        if metric == "dot":
+            part = p * rp
+        else:
+            u, ru = _picked(own, at[k], normalize, eps, dtype)
+            part = tiles.difference(p, u, rp, ru)
         part = part * a[k, None]
         places = torch.arange(part.size(0), device=at.device)
         total += torch.nn.functional.embedding_bag(places, part, segments.offsets(at[k], n)[:-1], mode="sum")
@@ -104,11 +101,12 @@ def _differentiable_bwd(grad, x, w, rows, cols, metric, normalize, eps, dtype) -
 
     (u, *of_u), (p, *of_p) = unit(x), unit(w)
     a_row, a_col = u.index_select(0, rows), p.index_select(0, cols)
+    s = grad  # not read but for a root's slope
     if metric == "euclidean":
         d2 = (a_row - a_col).square().sum(1)
-        s = torch.where(d2 == 0, 0, -torch.where(d2 == 0, 1, d2).sqrt())
-    else:
-        s = _score(a_row, a_col, metric)
+        # Equal rows may have norms that differ in the last bits.
+        zero = (d2 == 0) | (x.index_select(0, rows) == w.index_select(0, cols)).all(1)
+        s = torch.where(zero, 0, -torch.where(zero, 1, d2).sqrt())
     a = _slope(grad.to(dtype), s, metric)[:, None]
     on_row, on_col = (a_col, a_row) if metric == "dot" else (a_col - a_row, a_row - a_col)
     g_u, g_p = (torch.zeros_like(t).index_add(0, i, a * on) for t, i, on in ((u, rows, on_row), (p, cols, on_col)))

@@ -44,6 +44,7 @@ class Tangents:
         self.x = x.to(self.acc)
         self.v = v_x.to(self.acc) if v_x.numel() else torch.zeros_like(self.x)
         self.u, self.du = self._lift(self.x, self.v)
+        self.rows = tiles.Side.of(self.x, normalize, eps, self.acc)
         self.grad_u, self.grad_du = torch.zeros_like(self.u), torch.zeros_like(self.u)
 
     def _lift(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +65,8 @@ class Tangents:
         if self.metric == "dot":
             s, ds = self.u @ p.T, self.du @ p.T + self.u @ dp.T
             return Step(w, v, p, dp, s, ds, ds)
-        rows = tiles.Side.of(self.u, False, self.eps, self.acc)
-        s = tiles.scores(rows, tiles.Side.of(p, False, self.eps, self.acc), self.metric).s
+        # Of the vectors as they came: equal ones are at distance 0 here as in the first derivative.
+        s = tiles.scores(self.rows, tiles.Side.of(w, self.normalize, self.eps, self.acc), self.metric).s
         # -2 (u - p).(u' - p'), expanded: an N x chunk x D difference is not affordable.
         cross = self.u @ dp.T + self.du @ p.T
         dq = 2 * (cross - (self.u * self.du).sum(1)[:, None] - (p * dp).sum(1))

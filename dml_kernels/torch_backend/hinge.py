@@ -10,7 +10,6 @@ from torch import Tensor
 from ..ops.contract import accumulate_dtype
 from . import tiles
 from .double import Tangents
-from .normalize import normalize_fwd
 
 
 class Members(NamedTuple):
@@ -46,14 +45,8 @@ def positive_scores(inputs, spec) -> Tensor:
     step = max(1, tiles.CHUNK_ELEMENTS // d)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        u, p = inputs.x[rows].to(out.dtype), inputs.w[own[rows]].to(out.dtype)
-        if spec.normalize:
-            u, p = normalize_fwd(u, spec.eps), normalize_fwd(p, spec.eps)
-        if spec.metric == "dot":
-            out[rows] = (u * p).sum(1)
-        else:
-            d2 = (u - p).square_().sum(1)
-            out[rows] = -d2 if spec.metric == "sqeuclidean" else -d2.sqrt()
+        x, w = (t.to(out.dtype) for t in (inputs.x[rows], inputs.w[own[rows]]))
+        out[rows] = tiles.listed_scores(x, w, spec.metric, spec.normalize, spec.eps)
     return out
 
 

@@ -92,7 +92,24 @@ def pieces(near: Tensor, d: int) -> Iterator[Tensor]:
 def differences(a: Side, b: Side, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u - p of the pairs at some places, their rows, and their columns."""
     rows, cols = near // b.full.size(0), near % b.full.size(0)
-    return a.full[rows] * a.r[rows, None] - b.full[cols] * b.r[cols, None], rows, cols
+    return difference(a.full[rows], b.full[cols], a.r[rows, None], b.r[cols, None]), rows, cols
+
+
+def difference(x: Tensor, w: Tensor, rx: Tensor | float, rw: Tensor | float) -> Tensor:
+    """x rx - w rw of pairs of rows (P, D), and exactly 0 where x = w.
+
+    The norms of equal rows may differ in their last bits: the order of a sum hangs on strides, and on a GPU on shapes.
+    """
+    return torch.where((x == w).all(1, keepdim=True), 0, x * rx - w * rw)
+
+
+def listed_scores(x: Tensor, w: Tensor, metric: str, normalize: bool, eps: float) -> Tensor:
+    """The scores (P,) of rows of x with rows of w (P, D), one by one, in the accumulation dtype."""
+    rx, rw = (norms(t, eps)[0] if normalize else 1.0 for t in (x, w))
+    if metric == "dot":
+        return (x * rx * (w * rw)).sum(1)
+    d2 = difference(x, w, rx, rw).square().sum(1)
+    return -d2 if metric == "sqeuclidean" else -d2.sqrt()
 
 
 def root_slope(s: Tensor) -> Tensor:

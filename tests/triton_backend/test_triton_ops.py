@@ -250,6 +250,12 @@ def test_the_promise_holds(promise, arguments, request):
 # normalize and normalized_distance
 
 
+def test_identical_rows_behind_other_strides_are_at_distance_0(monkeypatch):
+    layouts = {"contiguous": lambda t: t, "transposed": distance_promises.LAYOUTS["transposed"]}
+    monkeypatch.setattr(distance_promises, "EVERY_LAYOUT", layouts)
+    distance_promises.test_identical_rows_behind_any_strides_are_at_distance_0("euclidean", True, (5, 3, 67), MIXED, B)
+
+
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("which", range(3))
 def test_distances_and_their_gradients_are_accurate(which, dtype):
