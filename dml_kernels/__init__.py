@@ -5,6 +5,9 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from . import functional, losses
+from .elsewhere import explain
 from .ops.backend import use_backend
 
 __all__ = ["__version__", "functional", "losses", "use_backend"]
+
+explain(__name__)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .elsewhere import explain
 from .foreign import pml_name
 from .ops.contract import accumulate_dtype, check_number, check_pair, product_dtype
 
@@ -224,3 +225,6 @@ def _translated(theirs: Any) -> Distance:
     for setting in SETTINGS:
         setattr(ours, setting, getattr(theirs, setting))
     return ours
+
+
+explain(__name__)

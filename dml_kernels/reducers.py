@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .elsewhere import explain
 from .foreign import of_pml, pml_name
 from .ops.contract import accumulate_dtype, values_can_be_read
 
@@ -309,3 +310,6 @@ def accept(reducer: Any, default: Reducer) -> Reducer:
         f"pytorch_metric_learning.reducers; got {kind.__module__}.{kind.__qualname__}. A class of your own derives "
         "from dml_kernels.reducers.Reducer and defines reduce(name, part)"
     )
+
+
+explain(__name__)

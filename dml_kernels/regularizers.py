@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import distances, functional, reducers
+from .elsewhere import explain
 from .foreign import pml_name
 from .ops.contract import accumulate_dtype, check_integer, check_matrix, check_number
 from .reducers import Terms
@@ -183,3 +184,6 @@ def accept(regularizer: Any) -> Any:
     if not callable(regularizer):
         raise TypeError(f"a regulariser must be callable on rows (M, D); got {type(regularizer).__name__}")
     return regularizer
+
+
+explain(__name__)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from ..elsewhere import explain
 from .arcface import ArcFaceLoss
 from .base import LossEntry
 from .circle import CircleLoss
+from .combined import MultipleLosses, SelfSupervisedLoss
 from .contrastive import ContrastiveLoss
 from .cosface import CosFaceLoss
 from .cross_batch_memory import CrossBatchMemory
@@ -51,7 +53,9 @@ def family(name: str) -> dict[str, LossEntry]:
 __all__ = [
     "REGISTRY", "ArcFaceLoss", "CircleLoss", "ContrastiveLoss", "CosFaceLoss", "CrossBatchMemory",
     "GeneralizedLiftedStructureLoss", "LargeMarginSoftmaxLoss", "LiftedStructureLoss", "LossEntry", "MagnetLoss",
-    "MarginLoss", "MultiSimilarityLoss", "NCALoss", "NPairsLoss", "NTXentLoss", "NormalizedSoftmaxLoss",
-    "ProxyAnchorLoss", "ProxyNCALoss", "ProxyRankingLoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss",
-    "SupConLoss", "TripletMarginLoss", "family",
+    "MarginLoss", "MultiSimilarityLoss", "MultipleLosses", "NCALoss", "NPairsLoss", "NTXentLoss",
+    "NormalizedSoftmaxLoss", "ProxyAnchorLoss", "ProxyNCALoss", "ProxyRankingLoss", "SelfSupervisedLoss",
+    "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss", "SupConLoss", "TripletMarginLoss", "family",
 ]  # fmt: skip
+
+explain(__name__)

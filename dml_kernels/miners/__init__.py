@@ -5,13 +5,16 @@ indices, p and n into the references where those are given. They serve our losse
 Scores are looked at tile by tile: beside the tuples themselves, memory stays within some tiles of 16 MB.
 """
 
+from ..elsewhere import explain
 from .base import Miner
 from .batch_hard import BatchEasyHardMiner, BatchHardMiner
 from .pairs import MultiSimilarityMiner, PairMarginMiner
 from .sampling import DistanceWeightedMiner, UniformMiner
-from .triplets import TripletMarginMiner
+from .triplets import EmbeddingsAlreadyPackagedAsTriplets, TripletMarginMiner
 
 __all__ = [
-    "BatchEasyHardMiner", "BatchHardMiner", "DistanceWeightedMiner", "Miner", "MultiSimilarityMiner",
-    "PairMarginMiner", "TripletMarginMiner", "UniformMiner",
+    "BatchEasyHardMiner", "BatchHardMiner", "DistanceWeightedMiner", "EmbeddingsAlreadyPackagedAsTriplets", "Miner",
+    "MultiSimilarityMiner", "PairMarginMiner", "TripletMarginMiner", "UniformMiner",
 ]  # fmt: skip
+
+explain(__name__)

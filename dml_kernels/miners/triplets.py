@@ -49,3 +49,18 @@ class TripletMarginMiner(Miner):
                 if n.numel():
                     found.append(torch.stack([row[place] + tile.rows.start, p[place], n], 1))
         return torch.cat(found).unbind(1)
+
+
+class EmbeddingsAlreadyPackagedAsTriplets(Miner):
+    """Rows 3k, 3k + 1 and 3k + 2 as the triplet (a, p, n), whatever the labels say.
+
+    Raises:
+        ValueError: a number of rows that is no multiple of 3.
+    """
+
+    def mine(self, batch: Batch) -> tuple[Tensor, ...]:
+        """All rows in turn."""
+        n = batch.x.size(0)
+        if n % 3:
+            raise ValueError(f"embeddings must be triplets, row by row: a multiple of 3; got {n} rows")
+        return torch.arange(n, device=batch.x.device).view(-1, 3).unbind(1)

@@ -1,6 +1,9 @@
 """Which examples come together in a batch."""
 
+from ..elsewhere import explain
 from .balanced import MPerClassSampler, NPairsSampler
 from .magnet import MagnetBatchSampler
 
 __all__ = ["MPerClassSampler", "MagnetBatchSampler", "NPairsSampler"]
+
+explain(__name__)
