@@ -15,6 +15,7 @@ from . import functional
 from .elsewhere import explain
 from .foreign import pml_name
 from .ops.contract import accumulate_dtype, check_number, check_pair, product_dtype
+from .records import Recorded
 
 # What pytorch-metric-learning's distances are set up by.
 SETTINGS = ("normalize_embeddings", "p", "power", "is_inverted")
@@ -42,13 +43,14 @@ def cosines(x: Tensor, w: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-class Distance(torch.nn.Module):
+class Distance(Recorded):
     """One metric of the ops: ``distance(x, w)`` is the (N, M) matrix, a loss takes only ``metric`` and ``normalize``.
 
     The methods are those of pytorch-metric-learning's distances, so that its losses, miners and trainers take this one.
 
     Args:
-        normalize_embeddings, p, power: the attributes. collect_stats: must be False or None: nothing is recorded.
+        normalize_embeddings, p, power: the attributes. collect_stats: taken as pytorch-metric-learning takes it;
+            nothing of a step is recorded: norms take a pass over the embeddings.
 
     Attributes:
         metric: ``cosine``, ``dot``, ``euclidean`` or ``sqeuclidean``, as :func:`functional.normalized_distance` has it;
@@ -69,9 +71,7 @@ class Distance(torch.nn.Module):
 
     def __init__(self, normalize_embeddings: bool | None = None, p: float = 2, power: float = 1,
                  collect_stats: bool | None = None):  # fmt: skip
-        super().__init__()
-        if collect_stats:
-            raise ValueError(f"{type(self).__name__} records nothing; use collect_stats=False")
+        super().__init__(collect_stats)
         if normalize_embeddings is not None:
             self.normalize_embeddings = normalize_embeddings
         self.p, self.power = p, power

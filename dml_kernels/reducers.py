@@ -19,6 +19,7 @@ from torch import Tensor
 from .elsewhere import explain
 from .foreign import of_pml, pml_name
 from .ops.contract import accumulate_dtype, values_can_be_read
+from .records import Recorded
 
 ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
 
@@ -62,19 +63,18 @@ class Terms(NamedTuple):
         return Terms(value, one, one, REDUCED)
 
 
-class Reducer(torch.nn.Module):
+class Reducer(Recorded):
     """Adds up its parts: each Terms to a number, or what is final as it is.
 
     Args:
-        collect_stats: must be False or None: nothing is recorded.
+        collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded, as the terms are not
+            kept.
     """
 
     needs_labels = False
 
     def __init__(self, *, collect_stats: bool | None = None):
-        super().__init__()
-        if collect_stats:
-            raise ValueError(f"{type(self).__name__} records nothing; use collect_stats=False")
+        super().__init__(collect_stats)
 
     def forward(
         self, parts: Mapping[str, Any], embeddings: Tensor | None = None, labels: Tensor | None = None

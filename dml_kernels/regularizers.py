@@ -16,18 +16,20 @@ from . import distances, functional, reducers
 from .elsewhere import explain
 from .foreign import pml_name
 from .ops.contract import accumulate_dtype, check_integer, check_matrix, check_number
+from .records import Recorded
 from .reducers import Terms
 
 
-class Regularizer(torch.nn.Module):
+class Regularizer(Recorded):
     """A function of the rows of a matrix; a subclass states its ``terms``.
 
     Args:
         reducer: of :mod:`dml_kernels.reducers`, or pytorch-metric-learning's; None: the regulariser's own.
+        collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded.
     """
 
-    def __init__(self, *, reducer: Any = None):
-        super().__init__()
+    def __init__(self, *, reducer: Any = None, collect_stats: bool | None = None):
+        super().__init__(collect_stats)
         self.reducer = reducers.accept(reducer, self.default_reducer())
 
     def default_reducer(self) -> reducers.Reducer:
@@ -55,8 +57,8 @@ class LpRegularizer(Regularizer):
         p: of the norm. power: of its value.
     """
 
-    def __init__(self, p: float = 2, power: float = 1, *, reducer: Any = None):
-        super().__init__(reducer=reducer)
+    def __init__(self, p: float = 2, power: float = 1, **options: Any):
+        super().__init__(**options)
         self.p, self.power = check_number("p", p), check_number("power", power)
 
     def terms(self, weights: Tensor) -> Terms:
@@ -117,8 +119,8 @@ class SparseCentersRegularizer(Regularizer):
         ValueError: sizes that are too small, or another number of rows than C K.
     """
 
-    def __init__(self, num_classes: int, centers_per_class: int, *, reducer: Any = None):
-        super().__init__(reducer=reducer)
+    def __init__(self, num_classes: int, centers_per_class: int, **options: Any):
+        super().__init__(**options)
         if check_integer("num_classes", num_classes) < 1 or check_integer("centers_per_class", centers_per_class) < 2:
             raise ValueError(
                 f"SparseCentersRegularizer needs at least one class of two centres; got {num_classes} of "

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ..batch import check_tuples
 from ..ops.contract import check_integer, check_matrix
+from ..records import Recorded
 from ..tuples import as_triplets
 from .base import check_labels
 from .comparisons import IGNORED
 from .metric_loss import MetricLoss
 
 
-class CrossBatchMemory(torch.nn.Module):
+class CrossBatchMemory(Recorded):
     """A pair loss over a memory; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     The memory is streamed like any reference set: nothing of size batch x memory is built, unless ``indices_tuple``
@@ -47,6 +48,7 @@ class CrossBatchMemory(torch.nn.Module):
         loss: of this package: one that takes ``ref_emb``. embedding_size: D. memory_size: M.
         miner: called with (embeddings, labels, memory embeddings, memory labels), for the filled part of the memory;
             returns the pairs or triplets to compare.
+        collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded.
 
     Attributes:
         embedding_memory: (M, D). label_memory: (M,) int64. queue_idx: int, the next place. has_been_filled: bool: until
@@ -63,8 +65,9 @@ class CrossBatchMemory(torch.nn.Module):
     _queue_idx: Tensor
     _has_been_filled: Tensor
 
-    def __init__(self, loss: MetricLoss, embedding_size: int, memory_size: int = 1024, miner: Any = None):
-        super().__init__()
+    def __init__(self, loss: MetricLoss, embedding_size: int, memory_size: int = 1024, miner: Any = None,
+                 collect_stats: bool | None = None):  # fmt: skip
+        super().__init__(collect_stats)
         if not isinstance(loss, MetricLoss) or not loss.takes_references:
             raise TypeError(
                 f"loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as ContrastiveLoss(); "

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import distances, reducers
 from ..batch import Batch, make_batch
+from ..records import Recorded
 from ..reducers import Terms
 
 
-class MetricLoss(torch.nn.Module):
+class MetricLoss(Recorded):
     """A loss with the call of pytorch-metric-learning 2.9; a subclass states its ``terms``.
 
     Args:
         distance: of :mod:`dml_kernels.distances`, or pytorch-metric-learning's of the same name; None: the loss's own.
         reducer: of :mod:`dml_kernels.reducers`, or theirs; None: the loss's own.
         embedding_regularizer: called on the embeddings; its value times ``embedding_reg_weight`` is added.
-        collect_stats: must be False: nothing is recorded during a step.
+        collect_stats: taken as pytorch-metric-learning takes it. Its record keepers find the settings in any case; of a
+            step only NPairsLoss records something, its ``num_pairs``.
     """
 
     # Whether ``ref_emb`` makes sense, and so a memory.
@@ -35,11 +36,9 @@ class MetricLoss(torch.nn.Module):
         reducer: Any = None,
         embedding_regularizer: Any = None,
         embedding_reg_weight: float = 1,
-        collect_stats: bool = False,
+        collect_stats: bool | None = None,
     ):
-        super().__init__()
-        if collect_stats:
-            raise ValueError(f"{type(self).__name__} records nothing during a step; use collect_stats=False")
+        super().__init__(collect_stats)
         name = type(self).__name__
         self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, name)
         self.reducer = reducers.accept(reducer, self.default_reducer())

@@ -37,11 +37,15 @@ class NPairsLoss(MetricLoss):
         options: those of :class:`MetricLoss`; the reducer is MeanReducer, the distance that of theirs, products of unit
             vectors; the paper's own is ``DotProductSimilarity(normalize_embeddings=False)``.
 
+    Attributes:
+        num_pairs: of the last call, where ``collect_stats=True``.
+
     Raises:
         ValueError: at the call, ``ref_emb`` (both sides of a pair come out of the batch) or no labels.
     """
 
     takes_references = False
+    statistics = ("num_pairs",)
 
     def default_distance(self) -> distances.Distance:
         """The product of unit vectors."""
@@ -54,6 +58,8 @@ class NPairsLoss(MetricLoss):
         if batch.y is None:
             raise ValueError("NPairsLoss needs labels: it takes one pair of each class")
         anchors, positives, used = _pairs(batch, batch.y)
+        if self.collect_stats:
+            self.num_pairs = int(used.sum())  # waits for a GPU
         if not anchors.numel():
             nothing = batch.x.sum(1) * 0
             return {"loss": Terms.elements(nothing, batch.y, torch.zeros_like(nothing, dtype=torch.bool))}

@@ -10,24 +10,27 @@ from torch import Tensor
 
 from .. import distances
 from ..batch import IGNORE_INDEX, Batch, Tile, make_batch, tiles
+from ..records import Recorded
 
 
-class Miner(torch.nn.Module):
+class Miner(Recorded):
     """Looks at a batch and names pairs or triplets; a subclass states ``mine``.
 
     Args:
         distance: of :mod:`dml_kernels.distances`, or pytorch-metric-learning's of the same name; None: the miner's own.
-        collect_stats: must be False: nothing is recorded during a step.
+        collect_stats: whether pytorch-metric-learning's record keepers are told of the attributes below, which are
+            there in any case. Its miners record distances as well; these do not, as that takes a pass over the matrix.
+
+    Attributes:
+        num_pos_pairs, num_neg_pairs, num_triplets: how long the last call's lists are; 0 where it gave none such.
     """
 
+    statistics = ("num_pos_pairs", "num_neg_pairs", "num_triplets")
     distance_kinds: tuple[type[distances.Distance], ...] = (distances.Distance,)
 
-    def __init__(self, *, distance: Any = None, collect_stats: bool = False):
-        super().__init__()
-        name = type(self).__name__
-        if collect_stats:
-            raise ValueError(f"{name} records nothing during a step; use collect_stats=False")
-        self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, name)
+    def __init__(self, *, distance: Any = None, collect_stats: bool | None = None):
+        super().__init__(collect_stats)
+        self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, type(self).__name__)
 
     def default_distance(self) -> distances.Distance:
         """The distance where none is given."""
@@ -54,7 +57,11 @@ class Miner(torch.nn.Module):
         if batch.w.size(0) == 0:  # a batch of no rows: as beside one reference that is in no pair
             nobody = torch.full((1,), IGNORE_INDEX, device=batch.x.device)
             batch = batch._replace(w=batch.x.new_zeros(1, batch.x.size(1)), c=nobody, exclude=None)
-        return self.mine(batch)
+        found = self.mine(batch)
+        pairs = len(found) == 4
+        self.num_triplets = 0 if pairs else len(found[0])
+        self.num_pos_pairs, self.num_neg_pairs = (len(found[0]), len(found[2])) if pairs else (0, 0)
+        return found
 
     def listed(self, batch: Batch, *choices: Callable[[Tile], Tensor]) -> tuple[Tensor, ...]:
         """(rows, columns) of the entries that each choice, a mask over a tile, picks; rows ascending."""

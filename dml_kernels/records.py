@@ -1,0 +1,39 @@
+"""What pytorch-metric-learning's users and record keepers read off losses, miners, distances and reducers."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+__all__ = ["Recorded"]
+
+
+class Recorded(torch.nn.Module):
+    """A module whose settings, and statistics of the last call, are attributes that a record keeper finds.
+
+    Args:
+        collect_stats: whether record keepers are told of the ``statistics`` too.
+
+    Attributes:
+        collect_stats: bool.
+        statistics: names of the numbers that a call leaves on the module: 0 before the first one.
+    """
+
+    statistics: tuple[str, ...] = ()
+
+    def __init__(self, collect_stats: bool | None = None):
+        super().__init__()
+        self.collect_stats = bool(collect_stats)
+        for name in self.statistics:
+            setattr(self, name, 0)
+
+    @property
+    def _record_these(self) -> list[str]:
+        """The settings that are numbers. This name and the next are what pytorch-metric-learning's keepers look for."""
+        names = inspect.signature(type(self).__init__).parameters
+        return [name for name in names if type(getattr(self, name, None)) in (int, float)]
+
+    @property
+    def _record_these_stats(self) -> list[str]:
+        return list(self.statistics) if self.collect_stats else []
