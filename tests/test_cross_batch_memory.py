@@ -170,6 +170,29 @@ def test_a_state_holds_the_rings_position(count, way, tmp_path):
             assert torch.equal(resumed.embedding_memory, memory.embedding_memory)
 
 
+@pytest.mark.parametrize("before", [0, 1, 4], ids=["fresh", "begun", "filled"])
+@pytest.mark.parametrize("count", [2, 3], ids=["part", "wrapped"])
+def test_values_put_into_another_states_place(count, before):
+    """As ``torch.distributed.checkpoint`` does, and ``state.update(...)``: the metadata is the other state's."""
+    memory, other = (CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double() for _ in range(2))
+    state = filled(other, before).state_dict()
+    for name, value in filled(memory, count).state_dict().items():
+        state[name].copy_(value)
+    other.load_state_dict(state)
+    assert other.has_been_filled is memory.has_been_filled
+    for a, b in zip(contents(other), contents(memory), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_state_without_the_memory_or_of_another_size_leaves_it_alone():
+    memory = filled(CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double(), 3)
+    memory.load_state_dict({}, strict=False)
+    assert (memory.queue_idx, memory.has_been_filled) == (4, True)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        memory.load_state_dict(CrossBatchMemory(losses.ContrastiveLoss(), 6, 30).state_dict())
+    assert (memory.queue_idx, memory.has_been_filled) == (4, True)
+
+
 def test_a_loaded_state_is_not_written_to():
     state = filled(CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double(), 3).state_dict()
     for _ in range(2):

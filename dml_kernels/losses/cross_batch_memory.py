@@ -250,7 +250,7 @@ class CrossBatchMemory(Recorded):
         order = self._in_order(torch.where(self._has_been_filled, self._queue_idx, 0))
         for name in ("embedding_memory", "label_memory"):
             destination[prefix + name] = destination[prefix + name][order]
-        position = self._queue_idx.clone(), self._has_been_filled.clone()
+        position = self._queue_idx.clone(), self._has_been_filled.clone(), _mark(destination[prefix + "label_memory"])
         getattr(destination, "_metadata", {}).get(prefix[:-1], {})["position"] = position
 
     @torch.no_grad()
@@ -258,14 +258,18 @@ class CrossBatchMemory(Recorded):
         """Also what pytorch-metric-learning saved, and version 0.1: its ring as it stood, beside its position."""
         old = [state_dict.pop(prefix + name, None) for name in ("queue_idx", "has_been_filled")]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        loaded = [(t, state_dict.get(prefix + name)) for name, t in self.named_buffers(recurse=False) if name[0] != "_"]
+        if any(there is None or there.shape != t.shape or t.is_meta for t, there in loaded):
+            return  # nothing came, or an error is on its way
         device = self.label_memory.device
         written = (self.embedding_memory != 0).any(1) & (self.label_memory != IGNORED)
         count = torch.where(written, torch.arange(1, self.memory_size + 1, device=device), 0).max()
         position = count % self.memory_size, count == self.memory_size
+        known = local_metadata.get("position")
         if None not in old:
             position = old[0], old[1]
-        elif "position" in local_metadata:
-            position = local_metadata["position"]
+        elif known is not None and int(known[2]) == int(_mark(self.label_memory)):
+            position = known[:2]
             order = self._in_order(-torch.where(position[1], position[0], 0).to(device))
             self.embedding_memory, self.label_memory = self.embedding_memory[order], self.label_memory[order]
         self._queue_idx, self._has_been_filled = (t.to(device, copy=True) for t in position)
@@ -273,3 +277,8 @@ class CrossBatchMemory(Recorded):
     def extra_repr(self) -> str:
         """What ``print(memory)`` shows."""
         return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
+
+
+def _mark(labels: Tensor) -> Tensor:
+    """() int64 that tells these labels, in this order, from others: metadata may be of another state than values."""
+    return (labels * torch.arange(1, 2 * labels.numel(), 2, device=labels.device)).sum()
