@@ -22,6 +22,7 @@ from .base import (
 )
 from .metric_loss import MetricLoss
 from .softmax import Logits
+from .transposed import Transposed, fill
 
 
 class ProxyLoss(MetricLoss):
@@ -124,7 +125,7 @@ class ProxyLoss(MetricLoss):
 
     def __getattr__(self, name: str) -> Any:
         if name == type(self).transposed_name:
-            return self.bank.t()
+            return Transposed.of(self.bank)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -135,9 +136,9 @@ class ProxyLoss(MetricLoss):
         if not isinstance(value, Tensor) or value.shape != shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a tensor of shape {shape}, the transpose of {self.bank_name}; got {got}")
-        setattr(
-            self, self.bank_name, torch.nn.Parameter(value.detach().t().clone(memory_format=torch.contiguous_format))
-        )
+        fill(self.bank, value)  # into the same parameter: an optimiser that has it goes on
+        if isinstance(value, torch.nn.Parameter):
+            self.bank.requires_grad_(value.requires_grad)
 
     # --- checkpoints
 
@@ -257,7 +258,9 @@ class SoftmaxLoss(ProxyLoss):
 
     Attributes:
         weight: (C K, D) parameter, class by class; K is 1 unless the loss has several centres a class.
-        W: its transpose (D, C K), a view; assigning to it makes a new ``weight``. SoftTriple calls it ``fc``.
+        W: its transpose (D, C K), a view that acts for it (``grad``, ``data``, ``requires_grad_``, changes in place).
+            Assigned to, its values go into ``weight``, which stays the parameter: a Parameter too is taken by value.
+            Optimisers and hooks take ``weight``. SoftTriple calls it ``fc``.
         Each setting is an attribute too, and may be assigned: ``loss.scale = 30``.
     """
 
