@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import functional
 from .distances import Distance
-from .ops.contract import check_labels, check_matrix, check_pair
+from .ops.contract import as_int64, check_labels, check_matrix, check_pair
 
 # Scores held at once by what walks them tile by tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22
@@ -51,7 +51,7 @@ def check_tuples(tuples: Any, like: Tensor) -> tuple[Tensor, ...] | None:
     if not isinstance(tuples, Sequence) or len(tuples) not in (3, 4):
         got = f"{len(tuples)} of them" if isinstance(tuples, Sequence) else type(tuples).__name__
         raise ValueError(f"indices_tuple must be triplets (a, p, n) or pairs (a1, p, a2, n); got {got}")
-    out = tuple(torch.as_tensor(t, device=like.device).long() for t in tuples)
+    out = tuple(_indices(t, like) for t in tuples)
     lengths = [t.numel() for t in out]
     groups = [lengths] if len(out) == 3 else [lengths[:2], lengths[2:]]
     if any(t.dim() != 1 for t in out) or any(len(set(group)) > 1 for group in groups):
@@ -60,6 +60,16 @@ def check_tuples(tuples: Any, like: Tensor) -> tuple[Tensor, ...] | None:
             f"within (a1, p) and (a2, n); got {[tuple(t.shape) for t in out]}"
         )
     return out
+
+
+def _indices(given: Any, like: Tensor) -> Tensor:
+    """One of a tuple's tensors, or lists, as int64."""
+    if not isinstance(given, Tensor):
+        given = torch.as_tensor(given)
+        given = given.long() if given.numel() == 0 else given  # an empty list has no dtype of its own
+    if given.dtype == torch.bool:
+        raise TypeError("indices_tuple must hold indices, not masks; use mask.nonzero()")
+    return as_int64("indices_tuple", given, like)
 
 
 def make_batch(

@@ -14,7 +14,8 @@ from torch import Tensor
 from . import functional
 from .elsewhere import explain
 from .foreign import pml_name
-from .ops.contract import accumulate_dtype, check_number, check_pair, product_dtype
+from .ops.checks import check_flag, check_number
+from .ops.contract import accumulate_dtype, check_pair, product_dtype
 from .records import Recorded
 
 # What pytorch-metric-learning's distances are set up by.
@@ -73,8 +74,8 @@ class Distance(Recorded):
                  collect_stats: bool | None = None):  # fmt: skip
         super().__init__(collect_stats)
         if normalize_embeddings is not None:
-            self.normalize_embeddings = normalize_embeddings
-        self.p, self.power = p, power
+            self.normalize_embeddings = check_flag("normalize_embeddings", normalize_embeddings)
+        self.p, self.power = check_number("p", p), check_number("power", power)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:

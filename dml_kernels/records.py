@@ -6,6 +6,8 @@ import inspect
 
 import torch
 
+from .ops.checks import check_flag
+
 __all__ = ["Recorded"]
 
 
@@ -24,7 +26,7 @@ class Recorded(torch.nn.Module):
 
     def __init__(self, collect_stats: bool | None = None):
         super().__init__()
-        self.collect_stats = bool(collect_stats)
+        self.collect_stats = collect_stats is not None and check_flag("collect_stats", collect_stats)
         for name in self.statistics:
             setattr(self, name, 0)
 

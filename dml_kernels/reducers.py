@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .elsewhere import explain
 from .foreign import of_pml, pml_name
+from .ops.checks import check_number, check_tensor
 from .ops.contract import accumulate_dtype, values_can_be_read
 from .records import Recorded
 
@@ -147,7 +148,8 @@ class ThresholdReducer(Reducer):
         super().__init__(**options)
         if low is None and high is None:
             raise ValueError("ThresholdReducer needs low or high")
-        self.low, self.high = low, high
+        self.low = None if low is None else check_number("low", low)
+        self.high = None if high is None else check_number("high", high)
 
     def reduce(self, name: str, part: Terms) -> Tensor:
         """Sum over number, of the terms that pass."""
@@ -229,7 +231,12 @@ class ClassWeightedReducer(Reducer):
 
     def __init__(self, weights: Tensor, **options: Any):
         super().__init__(**options)
-        self.register_buffer("weights", torch.as_tensor(weights), persistent=False)
+        values = torch.as_tensor(weights)
+        check_tensor("weights", values)
+        if values.dim() != 1 or values.is_complex() or values.numel() == 0:
+            raise ValueError(f"weights must be real of shape (number of classes,); got {values.dtype} "
+                             f"{tuple(values.shape)}")  # fmt: skip
+        self.register_buffer("weights", values, persistent=False)
 
     def reduce(self, name: str, part: Terms) -> Tensor:
         """Weighted sum over number."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from . import distances, functional, reducers
 from .elsewhere import explain
 from .foreign import pml_name
-from .ops.contract import accumulate_dtype, check_integer, check_matrix, check_number
+from .ops.checks import check_integer, check_number
+from .ops.contract import accumulate_dtype, check_matrix
 from .records import Recorded
 from .reducers import Terms
 
@@ -121,7 +122,9 @@ class SparseCentersRegularizer(Regularizer):
 
     def __init__(self, num_classes: int, centers_per_class: int, **options: Any):
         super().__init__(**options)
-        if check_integer("num_classes", num_classes) < 1 or check_integer("centers_per_class", centers_per_class) < 2:
+        num_classes = check_integer("num_classes", num_classes)
+        centers_per_class = check_integer("centers_per_class", centers_per_class)
+        if num_classes < 1 or centers_per_class < 2:
             raise ValueError(
                 f"SparseCentersRegularizer needs at least one class of two centres; got {num_classes} of "
                 f"{centers_per_class}"

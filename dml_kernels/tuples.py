@@ -7,7 +7,17 @@ from torch import Tensor
 
 from .batch import IGNORE_INDEX, Batch
 from .class_ranges import ClassRanges
+from .ops.checks import check_integer
 from .ops.contract import values_can_be_read
+
+
+def check_per_anchor(value: int | str) -> int | str:
+    """How many random triplets of each anchor: ``all``, or a positive integer."""
+    if isinstance(value, str):
+        if value != "all":
+            raise ValueError(f"triplets_per_anchor must be 'all' or a positive integer; got {value!r}")
+        return value
+    return check_integer("triplets_per_anchor", value, 1)
 
 
 def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -214,9 +214,9 @@ def test_strided_and_grad_inputs_are_taken():
 EYE = torch.eye(4)
 CLASSES = torch.tensor([0, 0, 1, 1])
 BAD_KNC = {
-    "variance of zero": ({"variance": 0.0}, ValueError, "variance must be a positive"),
-    "negative variance": ({"variance": -1.0}, ValueError, "variance must be a positive"),
-    "NaN variance": ({"variance": math.nan}, ValueError, "variance must be a positive"),
+    "variance of zero": ({"variance": 0.0}, ValueError, "variance must be positive"),
+    "negative variance": ({"variance": -1.0}, ValueError, "variance must be positive"),
+    "NaN variance": ({"variance": math.nan}, ValueError, "variance must be finite"),
     "variances": ({"variance": torch.ones(2)}, ValueError, "one number"),
     "k of zero": ({"k": 0}, ValueError, "k must be a positive integer"),
     "top of zero": ({"top": 0}, ValueError, "top must be"),
@@ -246,7 +246,7 @@ def test_bad_input_to_knc_is_refused(case):
 
 BAD_KNN = {
     "k of zero": ({"k": 0}, ValueError, "k must be a positive integer"),
-    "half a neighbour": ({"k": 1.5}, ValueError, "k must be a positive integer"),
+    "half a neighbour": ({"k": 1.5}, TypeError, "k must be a positive integer"),
     "too few labels": ({"ref_labels": CLASSES[:3]}, ValueError, r"ref_labels must have shape \(4,\)"),
     "no references": ({"ref_embeddings": None}, TypeError, "ref_embeddings must be a floating"),
     "unknown metric": ({"metric": "manhattan"}, ValueError, "euclidean"),

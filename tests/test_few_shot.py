@@ -106,7 +106,7 @@ def test_one_episode_has_no_interval_and_low_precision_is_taken():
         ({"shots": 0}, ValueError, "shots"),
         ({"queries": 0}, ValueError, "queries"),
         ({"episodes": 0}, ValueError, "episodes"),
-        ({"metric": "dot"}, ValueError, "euclidean or cosine"),
+        ({"metric": "dot"}, ValueError, "metric must be one of euclidean, cosine"),
         ({"labels": torch.zeros(40).long()}, ValueError, "1 of 1 have them|0 of 1 have them"),
         ({"labels": torch.arange(40)}, ValueError, "0 of 40 have them"),
         ({"labels": torch.zeros(40)}, TypeError, "integer"),

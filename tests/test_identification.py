@@ -163,7 +163,11 @@ ROWS, NAMES = torch.eye(3), torch.arange(3)
 BAD = {
     "k above the identities": (lambda: identify(ROWS, ROWS, NAMES // 2, 3), ValueError, "holds 2 identities"),
     "k of zero": (lambda: identify(ROWS, ROWS, NAMES, 0), ValueError, "k=0"),
-    "template": (lambda: identify(ROWS, ROWS, NAMES, template="median"), ValueError, "max or mean"),
+    "template": (
+        lambda: identify(ROWS, ROWS, NAMES, template="median"),
+        ValueError,
+        "must be one of max, mean",
+    ),
     "metric": (lambda: identify(ROWS, ROWS, NAMES, metric="l1"), ValueError, "metric"),
     "no probes": (lambda: identify(ROWS[:0], ROWS, NAMES), ValueError, "probes must be a non-empty"),
     "no gallery": (lambda: identify(ROWS, ROWS[:0], NAMES[:0]), ValueError, "gallery must be a non-empty"),

@@ -255,11 +255,11 @@ HINGE = (
     (RuntimeError, r"masked_hinge_sum is not implemented here", {"backend": "cuda"}),
 )
 ARGMAX = (
-    (ValueError, r"which must be same, different or both; got 'positive'", {"which": "positive"}),
+    (ValueError, r"which must be one of same, different, both; got 'positive'", {"which": "positive"}),
     (TypeError, r"bounds must be a pair", {"bounds": 0.5}),
     (ValueError, r"bounds must have shape \(4,\)", {"bounds": (None, torch.ones(()))}),
     (TypeError, r"noise_seed must be an integer", {"noise_seed": 0.5}),
-    (ValueError, r"noise_seed must be in \[0, 2\^63\); got -1", {"noise_seed": -1}),
+    (ValueError, r"noise_seed must be an integer of at least 0; got -1", {"noise_seed": -1}),
     (ValueError, r"log_weight must be one of uniform, distance", {"noise_seed": 1, "log_weight": "cubic"}),
     (ValueError, r"give noise_seed", {"log_weight": "distance"}),
     (ValueError, r"unit vectors.*normalize=True", {"noise_seed": 1, "log_weight": "distance", "normalize": False}),

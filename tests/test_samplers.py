@@ -278,7 +278,7 @@ def test_before_the_first_refresh_there_is_nothing_to_draw():
     ("options", "match"),
     [
         ({"clusters_per_batch": 0}, "clusters_per_batch"),
-        ({"examples_per_cluster": 1.5}, "examples_per_cluster"),
+        ({"examples_per_cluster": 0}, "examples_per_cluster"),
         ({"batches": 0}, "batches"),
         ({"momentum": 0.0}, "momentum"),
         ({"momentum": 1.5}, "momentum"),
@@ -288,5 +288,7 @@ def test_before_the_first_refresh_there_is_nothing_to_draw():
 def test_bad_construction_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
         MagnetBatchSampler(make_index([4, 4]), **options)
+    with pytest.raises(TypeError, match=r"examples_per_cluster must be a positive integer; got 1\.5"):
+        MagnetBatchSampler(make_index([4, 4]), examples_per_cluster=1.5)
     with pytest.raises(TypeError, match="ClusterIndex"):
         MagnetBatchSampler(torch.arange(4))

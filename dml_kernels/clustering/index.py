@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..labels import integers_by_position
+from ..ops.checks import check_flag, check_integer, check_positive
 from ..progress import Progress, reporter
 from ..saved_state import check_count, check_like
 from .kmeans import load_faiss
@@ -109,15 +110,13 @@ class ClusterIndex:
         ignore_index: int = -100,
         seed: int = 0,
     ) -> None:
-        positive = {"clusters_per_class": clusters_per_class, "iterations": iterations, "slices": slices}
-        positive |= {"block_examples": block_examples}
+        clusters_per_class = check_integer("clusters_per_class", clusters_per_class, 1)
+        iterations, slices = check_integer("iterations", iterations, 1), check_integer("slices", slices, 1)
+        block_examples = check_integer("block_examples", block_examples, 1)
         if examples_per_cluster is not None:
-            positive["examples_per_cluster"] = examples_per_cluster
-        for name, value in positive.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer; got {value!r}")
-        if every is not None and not every > 0:
-            raise ValueError(f"every must be a positive number of steps, or None; got {every!r}")
+            examples_per_cluster = check_integer("examples_per_cluster", examples_per_cluster, 1)
+        every = None if every is None else check_positive("every", every, "a number of steps or None")
+        seed, ignore_index = check_integer("seed", seed, 0), check_integer("ignore_index", ignore_index)
         load_faiss()  # missing: said now, not an epoch later
         labels = _check_labels(labels)
         kept = (labels != ignore_index).nonzero().squeeze(1)
@@ -141,7 +140,8 @@ class ClusterIndex:
         self.cluster_classes = classes.repeat_interleave(counts)
         self.clusters = torch.full((len(labels),), -1)
         self.sizes = torch.zeros(len(self.cluster_classes), dtype=torch.int64)
-        self.normalize, self.iterations, self.every, self.seed = bool(normalize), iterations, every, seed
+        self.normalize, self.iterations = check_flag("normalize", normalize), iterations
+        self.every, self.seed = every, seed
         self.block_examples = block_examples
         self.seconds = 0.0
         self.refreshes = 0  # finished ones; whoever keeps something derived from the clusters compares it
@@ -200,7 +200,7 @@ class ClusterIndex:
         """
         started = time.perf_counter()
         source = Source(embeddings, len(self.clusters), self.normalize)
-        whole = whole or self._centers is None
+        whole = check_flag("whole", whole) or self._centers is None
         first, last = (0, len(self._class_sizes)) if whole else self._slices[self._next_slice]
         work = Reclustering(self, source, None if whole else self._centers)
         mine = self._order[self._first_example[first] : self._first_example[last]]
@@ -231,7 +231,8 @@ class ClusterIndex:
     def members(self, cluster: int) -> Tensor:
         """Indices of the cluster's examples, ascending, (sizes[cluster],) int64."""
         rows, starts = self.grouped()
-        return rows[starts[self._check_id(cluster)] : starts[cluster + 1]]
+        cluster = self._check_id(cluster)
+        return rows[starts[cluster] : starts[cluster + 1]]
 
     def grouped(self) -> tuple[Tensor, Tensor]:
         """All clustered examples by cluster, (n,) int64, and where each cluster's begin, (K + 1,) int64.
@@ -250,9 +251,7 @@ class ClusterIndex:
         Fewer where there are not so many; equal distances in order of the ids. Distances are taken directly, not from
         products, so that equal centres are equally far. One pass over the centres: O(K D) time, O(K) memory.
         """
-        self._check_id(cluster)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"count must be an integer of at least 0; got {count!r}")
+        cluster, count = self._check_id(cluster), check_integer("count", count, 0)
         here = self.centers[cluster : cluster + 1]
         distance = torch.cdist(here, self.centers, compute_mode="donot_use_mm_for_euclid_dist")[0]
         distance[(self.sizes == 0) | (self.cluster_classes == self.cluster_classes[cluster])] = math.inf
@@ -339,9 +338,10 @@ class ClusterIndex:
             raise ValueError(f"the state is damaged, or {parts}: {error}") from error
 
     def _check_id(self, cluster: int) -> int:
+        cluster = check_integer("cluster", cluster)
         if not 0 <= cluster < len(self):
             raise ValueError(f"cluster {cluster} is out of range: there are {len(self)}")
-        return int(cluster)
+        return cluster
 
     def _cut(self, slices: int) -> list[tuple[int, int]]:
         """The classes in up to `slices` runs [first, last) of about equally many examples."""

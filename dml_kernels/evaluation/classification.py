@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_flag, check_integer, check_positive, check_tensor
 from ..progress import Progress, reporter
 from . import streaming
 from .streaming import Problem
@@ -54,6 +55,7 @@ class Classification:
         """
         count, kept = self.classes.shape
         labels = streaming.check_integers("labels", labels, count, self.classes.device)
+        top = check_integer("top", top)
         if not 1 <= top <= kept:
             raise ValueError(f"top={top} is out of range: {kept} classes are kept for each embedding")
         answers = self.log_probabilities[:, :top] > -math.inf
@@ -96,6 +98,7 @@ def k_nearest_clusters(
     Raises ValueError for wrong shapes, an empty set, k or top under 1, NaN, infinity or values over 1e35, a variance
     that is not a positive number, or when every cluster is left out; TypeError for wrong dtypes.
     """
+    normalize, ignore_index = check_flag("normalize", normalize), check_integer("ignore_index", ignore_index)
     centers, center_classes = _without_empty(centers, center_classes, empty, ignore_index)
     sigma2 = _check_variance(variance)
     names = ("centers", "center_classes")
@@ -105,8 +108,8 @@ def k_nearest_clusters(
     for name, vectors in (("embeddings", embeddings), ("centers", centers)):
         if max(abs(end.item()) for end in torch.aminmax(vectors)) > LARGEST:
             raise ValueError(f"{name} holds values beyond {LARGEST:g}: distances overflow")
-    k = min(_check_count("k", k), len(centers))
-    out = _new_result(problem, _check_count("top", top))
+    k = min(check_integer("k", k, 1), len(centers))
+    out = _new_result(problem, check_integer("top", top, 1))
     with reporter(progress, len(embeddings), "classification", "embeddings") as report:
         for rows, _, found in streaming.stream_all(problem, k):
             squared = _squared_distances(problem, rows, found)
@@ -150,8 +153,8 @@ def k_nearest_neighbours(
     problem = streaming.check(embeddings, None, ref_embeddings, ref_labels, exclude, metric, tile, names=names)
     if problem.reachable < 1:
         raise ValueError("exclude leaves an embedding without any reference")
-    k = min(_check_count("k", k), problem.reachable)
-    out = _new_result(problem, _check_count("top", top))
+    k = min(check_integer("k", k, 1), problem.reachable)
+    out = _new_result(problem, check_integer("top", top, 1))
     with reporter(progress, len(embeddings), "classification", "embeddings") as report:
         for rows, _, found in streaming.stream_all(problem, k):
             groups = _Groups(problem.gallery_labels[found])
@@ -221,7 +224,8 @@ def _without_empty(
     centers: Tensor, center_classes: Tensor, empty: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Centres (finite, by the caller's check) and classes of the clusters that are not left out."""
-    if not isinstance(centers, Tensor) or centers.dim() != 2:
+    check_tensor("centers", centers)
+    if centers.dim() != 2:
         raise ValueError(f"centers must be a (clusters, dimensions) tensor; got {_shape_of(centers)}")
     center_classes = streaming.check_integers("center_classes", center_classes, len(centers), centers.device)
     keep = center_classes != ignore_index
@@ -241,15 +245,8 @@ def _shape_of(value: object) -> str:
 
 
 def _check_variance(variance: float | Tensor) -> float:
-    if isinstance(variance, Tensor) and variance.numel() != 1:
-        raise ValueError(f"variance must be one number; got {_shape_of(variance)}")
-    value = float(variance)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"variance must be a positive number; got {value}")
-    return value
-
-
-def _check_count(name: str, value: int) -> int:
-    if int(value) != value or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value}")
-    return int(value)
+    if isinstance(variance, Tensor):
+        if variance.numel() != 1:
+            raise ValueError(f"variance must be one number; got {_shape_of(variance)}")
+        return check_positive("variance", variance.detach().item())
+    return check_positive("variance", variance)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..clustering.kmeans import far_apart, load_faiss
+from ..ops.checks import check_flag, check_integer
 from ..optional import import_optional
 from ..progress import Progress, reporter
 from . import streaming
@@ -71,10 +72,12 @@ def cluster_agreement(
     streaming.check_vectors("embeddings", embeddings)
     labels = streaming.check_integers("labels", labels, len(embeddings), torch.device("cpu"))
     count, width = embeddings.shape
-    wanted = len(labels.unique()) if clusters is None else clusters
-    if int(wanted) != wanted or not 1 <= wanted <= count:
+    wanted = len(labels.unique()) if clusters is None else check_integer("clusters", clusters)
+    if not 1 <= wanted <= count:
         raise ValueError(f"clusters must be an integer in [1, {count}], the number of embeddings; got {clusters}")
-    wanted = int(wanted)
+    normalize, adjusted = check_flag("normalize", normalize), check_flag("adjusted", adjusted)
+    iterations, seed = check_integer("iterations", iterations, 1), check_integer("seed", seed, 0)
+    training_rows = check_integer("training_rows", training_rows, 1)
     if min(count, training_rows) < wanted:
         raise ValueError(f"training_rows={training_rows} is fewer than the {wanted} clusters")
     scores, faiss = import_optional("sklearn.metrics", "cluster_agreement"), load_faiss()
@@ -91,7 +94,12 @@ def cluster_agreement(
     for start, part in _blocks(embeddings, sample, normalize):
         training[start : start + len(part)] = (part - mean).float().cpu().numpy()
     means = faiss.Kmeans(
-        width, wanted, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=1 << 30
+        width,
+        wanted,
+        niter=iterations,
+        seed=seed % (1 << 31),
+        min_points_per_centroid=1,
+        max_points_per_centroid=1 << 30,
     )
     means.train(training, init_centroids=training[far_apart(torch.from_numpy(training), wanted, seed).numpy()])
     del training

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_choice, check_flag, check_integer
 from ..progress import Progress, reporter
 from . import streaming
 
@@ -65,16 +66,10 @@ def few_shot_accuracy(
     """
     streaming.check_vectors("embeddings", embeddings)
     labels = streaming.check_integers("labels", labels, len(embeddings), torch.device("cpu"))
-    if metric not in ("euclidean", "cosine"):
-        raise ValueError(f"metric must be euclidean or cosine; got {metric!r}")
-    for name, value, least in (
-        ("ways", ways, 2),
-        ("shots", shots, 1),
-        ("queries", queries, 1),
-        ("episodes", episodes, 1),
-    ):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value}")
+    check_choice("metric", metric, ("euclidean", "cosine"))
+    ways, shots = check_integer("ways", ways, 2), check_integer("shots", shots, 1)
+    queries, episodes = check_integer("queries", queries, 1), check_integer("episodes", episodes, 1)
+    normalize, seed = check_flag("normalize", normalize), check_integer("seed", seed, 0)
     order = torch.argsort(labels, stable=True).numpy()
     _, sizes = np.unique(labels.numpy(), return_counts=True)
     starts = np.cumsum(sizes) - sizes

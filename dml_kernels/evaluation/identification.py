@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_choice, check_integer
 from ..progress import Progress, reporter
 from . import streaming
 from .streaming import Problem
@@ -42,6 +43,7 @@ class Identification:
 
     def predictions(self, threshold: float, unknown: int = -1) -> Tensor:
         """The nearest identity where its score reaches the threshold, else `unknown` (rejected): (N,) int64."""
+        unknown = check_integer("unknown", unknown)
         return torch.where(self.scores[:, 0].double() >= threshold, self.identities[:, 0], unknown)
 
 
@@ -89,7 +91,8 @@ def identify(
     template; TypeError for wrong dtypes.
     """
     problem, names = _check(probes, gallery, gallery_labels, template, metric, tile)
-    if int(k) != k or not 1 <= k <= len(names):
+    k = check_integer("k", k)
+    if not 1 <= k <= len(names):
         raise ValueError(f"k={k} is out of range: the gallery holds {len(names)} identities")
     count, device = len(probes), probes.device
     identities = torch.empty(count, k, dtype=torch.int64, device=device)
@@ -134,8 +137,8 @@ def evaluate_identification(
     empty.
     """
     rates = check_far(far)
-    depths = tuple(int(rank) for rank in ranks)
-    if not depths or min(depths) < 1:
+    depths = streaming.check_depths("ranks", ranks)
+    if min(depths) < 1:
         raise ValueError(f"ranks must be positive integers; got {ranks}")
     streaming.check_vectors("probes", probes)
     probe_labels = streaming.check_integers("probe_labels", probe_labels, len(probes), probes.device)
@@ -209,8 +212,7 @@ def _check(
     probes: Tensor, gallery: Tensor, gallery_labels: Tensor, template: str, metric: str, tile: tuple[int, int] | None
 ) -> tuple[Problem, Tensor]:
     """The problem with identities numbered by ascending label, and their labels."""
-    if template not in ("max", "mean"):
-        raise ValueError(f"template must be max or mean; got {template!r}")
+    check_choice("template", template, ("max", "mean"))
     streaming.check_vectors("probes", probes)
     streaming.check_vectors("gallery", gallery)
     problem = streaming.check(

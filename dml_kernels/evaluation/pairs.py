@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..labels import integers_by_position
+from ..ops.checks import check_integer, check_tensor
 from ..progress import Progress, reporter
 from . import streaming
 
@@ -29,9 +30,8 @@ def sample_pairs(
     labels = integers_by_position("labels", labels, booleans=True).cpu()
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape (count,); got {tuple(labels.shape)}")
-    for name, value in (("max_positives", max_positives), ("negatives", 1 if negatives is None else negatives)):
-        if int(value) != value or value < 1:
-            raise ValueError(f"{name} must be a positive integer; got {value}")
+    max_positives, seed = check_integer("max_positives", max_positives, 1), check_integer("seed", seed, 0)
+    negatives = None if negatives is None else check_integer("negatives", negatives, 1)
     order = torch.argsort(labels, stable=True)
     place = torch.arange(len(labels))
     _, sizes = torch.unique_consecutive(labels[order], return_counts=True)
@@ -46,8 +46,8 @@ def sample_pairs(
         two = first_partner[one] + chosen - (running[one] - partners[one])
         return order[one], order[two]
 
-    mated = draw(end - 1 - place, place + 1, int(max_positives))
-    other = draw(len(labels) - end, end, len(mated[0]) if negatives is None else int(negatives))
+    mated = draw(end - 1 - place, place + 1, max_positives)
+    other = draw(len(labels) - end, end, len(mated[0]) if negatives is None else negatives)
     if not len(mated[0]) or not len(other[0]):
         raise ValueError(
             "labels give no pair of one class" if not len(mated[0]) else "labels give no pair of two classes"
@@ -86,8 +86,10 @@ def pair_scores(
     """
     problem = streaming.check(embeddings, None, ref_embeddings, None, None, metric, None)
     device = problem.queries.device
-    first = streaming.check_integers("first", first, len(first), device)
-    second = streaming.check_integers("second", second, len(first), device)
+    first = integers_by_position("first", first).to(device)
+    if first.dim() != 1:
+        raise ValueError(f"first must have shape (pairs,); got {tuple(first.shape)}")
+    second = streaming.check_integers("second", second, len(first), device, booleans=False)
     for name, rows, count in (("first", first, len(embeddings)), ("second", second, len(problem.gallery))):
         if len(rows) and bool(((rows < 0) | (rows >= count)).any()):
             raise ValueError(f"{name} must hold indices in [0, {count})")
@@ -106,7 +108,8 @@ def pair_scores(
 
 def check_pairs(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (P,) and same (P,) as bool, both detached and on the CPU, or an error that names the wrong one."""
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+    check_tensor("scores", scores)
+    if not scores.is_floating_point():
         raise TypeError(f"scores must be a floating point tensor; got {getattr(scores, 'dtype', type(scores))}")
     if scores.dim() != 1 or not len(scores):
         raise ValueError(f"scores must be a non-empty (pairs,) tensor; got shape {tuple(scores.shape)}")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_flag, check_integer, check_sequence
 from ..progress import Progress, reporter
 from . import streaming
 from .clustering import cluster_agreement
@@ -87,6 +88,7 @@ def evaluate(
     Raises ValueError for wrong shapes, an empty set, k out of [1, reachable gallery], NaN or infinite
     embeddings, an unknown metric, or when no query has a positive; TypeError for wrong dtypes.
     """
+    reciprocal_rank = check_flag("reciprocal_rank", reciprocal_rank)
     problem = _check(embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile)
     ks = _check_k(k, problem.reachable)
     with reporter(progress, len(labels), "retrieval", "queries") as report:
@@ -120,7 +122,7 @@ def evaluate_retrieval(
     "queries" and "skipped" count the queries that entered the means and those whose class the gallery does not hold.
     Raises ValueError for an unknown name too.
     """
-    unknown = [name for name in metrics if name not in MEASURES]
+    unknown = [str(name) for name in check_sequence("metrics", metrics, "names") if name not in MEASURES]
     if unknown or not metrics:
         raise ValueError(f"metrics must be some of {', '.join(MEASURES)}; got {', '.join(unknown) or 'none'}")
     problem = _check(embeddings, labels, gallery, gallery_labels, exclude, metric, tile)
@@ -238,7 +240,7 @@ def nearest(
     Arguments and errors as `evaluate`.
     """
     problem = streaming.check(embeddings, None, ref_embeddings, None, exclude, metric, tile)
-    (k,) = _check_k((k,), problem.reachable)
+    (k,) = _check_k((check_integer("k", k),), problem.reachable)
     count, device = len(problem.queries), problem.queries.device
     scores = torch.empty(count, k, device=device)
     indices = torch.empty(count, k, dtype=torch.int64, device=device)
@@ -271,9 +273,7 @@ def _count_positives(problem: Problem) -> Tensor:
 
 
 def _check_k(k: Sequence[int], reachable: int) -> tuple[int, ...]:
-    ks = tuple(int(depth) for depth in k)
-    if not ks:
-        raise ValueError("k is empty: give at least one depth, such as (1, 10)")
+    ks = streaming.check_depths("k", k)
     for depth in ks:
         if not 1 <= depth <= reachable:
             raise ValueError(f"k={depth} is out of range: each query has {reachable} gallery entries to be ranked")

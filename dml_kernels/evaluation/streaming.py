@@ -7,7 +7,7 @@ does not hang on chunk sizes, thread count or the order in which a vendor's top-
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..labels import integers_by_position
+from ..ops.checks import check_choice, check_integer, check_sequence, check_tensor, shown
 
 METRICS = ("cosine", "dot", "euclidean")
 # (queries, gallery entries) of a tile. The scores, their fp32 copy and the keys take about 28 bytes an entry.
@@ -166,8 +167,7 @@ def check(
     names: what the caller calls the gallery and its labels. Errors as the public functions state them.
     """
     same_set = ref_embeddings is None
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    check_choice("metric", metric, METRICS)
     check_vectors("embeddings", embeddings)
     gallery = embeddings if ref_embeddings is None else ref_embeddings
     if not same_set:
@@ -191,18 +191,27 @@ def check(
     return Problem(embeddings.detach(), labels, gallery.detach(), ref_labels, exclude, metric, tile, unit_queries)
 
 
+def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:
+    """Integers, one at least."""
+    given = check_sequence(name, depths, "integers, such as (1, 10)")
+    found = tuple(check_integer(f"{name}[{i}]", depth) for i, depth in enumerate(given))
+    if not found:
+        raise ValueError(f"{name} is empty: give at least one depth, such as (1, 10)")
+    return found
+
+
 def _check_tile(tile: tuple[int, int] | None, device: torch.device) -> tuple[int, int]:
     if tile is None:
         return CUDA_TILE if device.type == "cuda" else CPU_TILE
-    if len(tile) != 2 or min(tile) < 1:
-        raise ValueError(f"tile must be two positive sizes (queries, gallery entries); got {tile}")
-    return tile
+    if not isinstance(tile, Sequence) or len(tile) != 2:
+        raise ValueError(f"tile must be two positive sizes (queries, gallery entries); got {shown(tile)}")
+    return check_integer("tile[0]", tile[0], 1), check_integer("tile[1]", tile[1], 1)
 
 
 def _check_exclude(exclude: Tensor | None, same_set: bool, embeddings: Tensor, gallery: Tensor) -> Tensor:
     device = embeddings.device
     if exclude is not None:
-        exclude = check_integers("exclude", exclude, len(embeddings), device)
+        exclude = check_integers("exclude", exclude, len(embeddings), device, booleans=False)
         if bool(((exclude < -1) | (exclude >= len(gallery))).any()):
             raise ValueError(f"exclude must hold -1 or an index under {len(gallery)}, the gallery's size")
         return exclude
@@ -215,15 +224,18 @@ def check_vectors(name: str, vectors: Tensor) -> None:
     """A finite, non-empty floating (count, dimensions) tensor, or an error that names it."""
     if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor; got {getattr(vectors, 'dtype', type(vectors))}")
+    check_tensor(name, vectors)
+    if vectors.device.type == "meta":
+        raise ValueError(f"{name} is on meta, which holds no values")
     if vectors.dim() != 2 or 0 in vectors.shape:
         raise ValueError(f"{name} must be a non-empty (count, dimensions) tensor; got shape {tuple(vectors.shape)}")
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(vectors)):
         raise ValueError(f"{name} holds NaN or infinity: no ranking is defined")
 
 
-def check_integers(name: str, values: Any, count: int, device: torch.device) -> Tensor:
+def check_integers(name: str, values: Any, count: int, device: torch.device, *, booleans: bool = True) -> Tensor:
     """Integers (count,), in whatever `labels` reads, as int64 on `device`, or an error that names them."""
-    out = integers_by_position(name, values, booleans=True)
+    out = integers_by_position(name, values, booleans=booleans)
     if out.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), one for each vector; got {tuple(out.shape)}")
     return out.to(device)

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_flag, check_integer, check_number, check_sequence
 from ..optional import import_optional
 from ..progress import Progress, reporter
 from . import streaming
@@ -116,13 +117,14 @@ def verify(
     """
     if (ref_embeddings is None) != (ref_labels is None):
         raise ValueError("ref_embeddings and ref_labels belong together: give both or neither")
-    far = check_far(far)
+    far, balanced = check_far(far), check_flag("balanced", balanced)
     problem = streaming.check(embeddings, labels, ref_embeddings, ref_labels, None, metric, tile)
     same_set, count = ref_embeddings is None, len(embeddings)
     pairs = count * (count - 1) // 2 if same_set else count * len(problem.gallery)
     if bins is None and pairs > EXACT_PAIRS:
         bins = BINS
-    if bins is not None and (int(bins) != bins or not 2 <= bins <= 1 << 24):
+    bins = None if bins is None else check_integer("bins", bins)
+    if bins is not None and not 2 <= bins <= 1 << 24:
         raise ValueError(f"bins must be None or an integer in [2, {1 << 24}]; got {bins}")
     with reporter(progress, count, "pairs", "embeddings") as report:
         tiles = _pair_tiles(problem, same_set, report)
@@ -171,6 +173,7 @@ def verify_scores(
     Exact. Errors as `verify`; minus a distance is a score.
     """
     scores, same = check_pairs(scores, same)
+    balanced = check_flag("balanced", balanced)
     return _summary(scores.double().numpy(), same.numpy(), None, check_far(far), balanced, 0.0)
 
 
@@ -189,12 +192,13 @@ def fold_accuracy(
     """
     scores, same = check_pairs(scores, same)
     if fold_of is None:
-        if int(folds) != folds or not 2 <= folds <= len(scores):
+        folds, seed = check_integer("folds", folds), check_integer("seed", seed, 0)
+        if not 2 <= folds <= len(scores):
             raise ValueError(f"folds must be an integer in [2, {len(scores)}], the number of pairs; got {folds}")
         shuffled = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
         by_kind = shuffled[torch.argsort(same[shuffled].long(), stable=True)]
         fold_of = torch.empty(len(scores), dtype=torch.int64)
-        fold_of[by_kind] = torch.arange(len(scores)) % int(folds)
+        fold_of[by_kind] = torch.arange(len(scores)) % folds
     fold_of = streaming.check_integers("fold_of", fold_of, len(scores), scores.device)
     names = fold_of.unique()
     if len(names) < 2:
@@ -216,7 +220,7 @@ def fold_accuracy(
 
 def check_far(far: Sequence[float]) -> tuple[float, ...]:
     """False accept (or alarm) rates as given, or an error that names the wrong one."""
-    rates = tuple(float(rate) for rate in far)
+    rates = tuple(check_number(f"far[{i}]", rate) for i, rate in enumerate(check_sequence("far", far, "rates")))
     for rate in rates:
         if not 0 < rate <= 1:
             raise ValueError(f"far must hold rates in (0, 1]; got {rate}")

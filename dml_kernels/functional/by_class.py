@@ -16,6 +16,7 @@ from ..ops import backend as backends
 from ..ops import contract
 from ..ops import positive_pair_sum as _pairs
 from ..ops import triplet_sum as _triplets
+from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_sequence
 from ..reference import by_class
 from ..torch_backend.positives import KINDS, Pairs, PairSpec, term
 from ..torch_backend.triplets import Points, TripletSpec
@@ -74,18 +75,18 @@ def positive_pair_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    base, unit, dtype, chosen = _checked("positive_pair_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    base, unit, eps, dtype, chosen = _checked("positive_pair_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
     y, c, ignore_index = _labelled(x, w, y, c, exclude, ignore_index)
     contract.check_vector("u", u, x.size(0), x, integer=False)
     contract.check_vector("v", v, w.size(0), x, integer=False)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    check_choice("kind", kind, KINDS)
     if (v is None) != (kind == "softplus"):
         raise ValueError(f"kind {kind!r} {'takes no' if kind == 'softplus' else 'needs'} v")
-    numbers = [contract.check_number(f"params[{i}]", value) for i, value in enumerate(params)]
+    given = check_sequence("params", params, "numbers")
+    numbers = [check_number(f"params[{i}]", value) for i, value in enumerate(given)]
     if len(numbers) != KINDS[kind]:
         raise ValueError(f"kind {kind!r} takes {KINDS[kind]} params; got {len(numbers)}")
-    spec = PairSpec(kind, numbers, base, unit, float(eps), ignore_index, dtype)
+    spec = PairSpec(kind, numbers, base, unit, eps, ignore_index, dtype)
     v = contract.apart(v, u)
     if chosen == backends.REFERENCE:
         same, _ = by_class.members(y, c, exclude, ignore_index)
@@ -135,36 +136,37 @@ def triplet_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    base, unit, dtype, chosen = _checked("triplet_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
+    base, unit, eps, dtype, chosen = _checked("triplet_sum", x, w, y, c, exclude, metric, normalize, eps, backend)
     y, c, ignore_index = _labelled(x, w, y, c, exclude, ignore_index)
-    margin = contract.check_number("margin", margin)
+    margin = check_number("margin", margin)
+    smooth, swap = check_flag("smooth", smooth), check_flag("swap", swap)
     if chosen == backends.REFERENCE:
         same, different = by_class.members(y, c, exclude, ignore_index)
         s, between = (reference.scores(t, w, base, unit, eps) for t in (x, w))
         return TermSums(*by_class.triplet_sum(s, same, different, margin, smooth, between if swap else None))
-    spec = TripletSpec(margin, bool(smooth), bool(swap), base, unit, float(eps), ignore_index, dtype)
+    spec = TripletSpec(margin, smooth, swap, base, unit, eps, ignore_index, dtype)
     return TermSums(*_triplets.triplet_sum(Points(x, contract.apart(w, x), y, c, exclude), spec))
 
 
 def _checked(
     op: str, x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, metric: str, normalize: bool,
     eps: float, backend: str | None,
-) -> tuple[str, bool, torch.dtype, str]:  # fmt: skip
+) -> tuple[str, bool, float, torch.dtype, str]:  # fmt: skip
     contract.check_pair(x, w)
     n, m = x.size(0), w.size(0)
     contract.check_members(x, m, y, c, exclude)
     base, unit = contract.split_metric(metric, normalize)
-    contract.check_eps(eps)
+    eps = contract.check_eps(eps)
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose(op, x.device, dtype, argument=backend, size=(n, m, x.size(1)))
-    return base, unit, dtype, chosen
+    return base, unit, eps, dtype, chosen
 
 
 def _labelled(
     x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, int]:
     """Labels of rows and bank, and what marks the ignored ones; without ``c`` that is no bank entry's own index."""
-    contract.check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if c is not None:
         return y, contract.apart(c, y), ignore_index
     if contract.values_can_be_read(y):

@@ -9,6 +9,7 @@ from ..ops import backend as backends
 from ..ops import contract
 from ..ops import normalize as _normalize
 from ..ops import normalized_distance as _distance
+from ..ops.checks import check_tensor
 
 
 def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
@@ -25,8 +26,7 @@ def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> T
     Raises:
         TypeError: x is not a floating tensor. ValueError: x has no last dimension, or eps is not positive.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
+    check_tensor("x", x)
     if x.dim() == 0 or x.size(-1) == 0:
         raise ValueError(f"x must have shape (..., D) with D at least 1; got {tuple(x.shape)}")
     rows = x.reshape(-1, x.size(-1))
@@ -67,7 +67,7 @@ def normalized_distance(
         TypeError, ValueError: a wrong type, dtype, shape, device or metric; the message names the fix.
     """
     contract.check_pair(x, w)
-    base, unit = contract.split_metric(metric, normalize and metric != "dot")
+    base, unit = contract.split_metric(metric, normalize, plain_dot=True)
     eps = contract.check_eps(eps)
     dtype = contract.product_dtype(x, w)
     size = (x.size(0), w.size(0), x.size(1))

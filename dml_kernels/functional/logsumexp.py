@@ -12,6 +12,7 @@ from .. import reference
 from ..ops import backend as backends
 from ..ops import contract
 from ..ops import masked_logsumexp as _lse
+from ..ops.checks import check_flag, check_integer, check_number
 from ..ops.contract import Bank, Spec
 
 
@@ -102,7 +103,7 @@ def masked_logsumexp(
     contract.check_members(x, m, y, c, exclude)
     contract.check_vector("col_scale", col_scale, m, x, integer=False)
     contract.check_vector("col_bias", col_bias, m, x, integer=False)
-    contract.check_integer("ignore_index", ignore_index)
+    ignore_index, sums = check_integer("ignore_index", ignore_index), check_flag("sums", sums)
     base, unit = contract.split_metric(metric, normalize)
     eps = contract.check_eps(eps)
     logit = [*contract.check_line("same", same), *contract.check_line("different", different)]
@@ -111,7 +112,7 @@ def masked_logsumexp(
         scale_tensor = scale
         contract.check_vector("scale", scale, n, x, integer=False, scalar=True)
     else:
-        factor = contract.check_number("scale", scale)
+        factor = check_number("scale", scale)
         logit[0], logit[2] = logit[0] * factor, logit[2] * factor
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose(

@@ -14,6 +14,7 @@ from ..ops import contract
 from ..ops import masked_argmax as _argmax
 from ..ops import masked_hinge_sum as _hinge
 from ..ops import pair_scores as _pairs
+from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, shown
 
 Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
 
@@ -95,10 +96,11 @@ def masked_hinge_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    base, unit, eps = _check(x, w, y, c, exclude, metric, normalize, ignore_index, eps)
+    base, unit, eps, ignore_index = _check(x, w, y, c, exclude, metric, normalize, ignore_index, eps)
     n, m = x.size(0), w.size(0)
     if same is None and different is None:
         raise ValueError("neither set is asked for: give same=(k, o), different=(k, o) or both")
+    relative = check_flag("relative", relative)
     if relative and c is not None:
         raise ValueError("relative=True compares with the row's own bank entry: it needs c=None")
     t_same, t_different = _thresholds(threshold)
@@ -117,7 +119,7 @@ def masked_hinge_sum(
         ))  # fmt: skip
     w, c, t_different = contract.apart(w, x), contract.apart(c, y), contract.apart(t_different, t_same)
     inputs = _hinge.Hinged(x, w, y, c, exclude, t_same, t_different)
-    spec = _hinge.HingeSpec(base, unit, numbers, bool(relative), eps, ignore_index, dtype, chosen)
+    spec = _hinge.HingeSpec(base, unit, numbers, relative, eps, ignore_index, dtype, chosen)
     return MaskedHingeSum(*_hinge.masked_hinge_sum(inputs, spec))
 
 
@@ -173,19 +175,20 @@ def masked_argmax(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    base, unit, eps = _check(x, w, y, c, exclude, metric, normalize, ignore_index, eps)
+    base, unit, eps, ignore_index = _check(x, w, y, c, exclude, metric, normalize, ignore_index, eps)
     n, m = x.size(0), w.size(0)
-    if which not in ("same", "different", "both"):
-        raise ValueError(f"which must be same, different or both; got {which!r}")
+    check_choice("which", which, ("same", "different", "both"))
     if bounds is not None and (not isinstance(bounds, Sequence) or len(bounds) != 2):
-        raise TypeError(f"bounds must be a pair (low, high); got {bounds!r}")
+        raise TypeError(f"bounds must be a pair (low, high); got {shown(bounds)}")
     low, high = (None, None) if bounds is None else bounds
     for t in (low, high):
         contract.check_vector("bounds", t, n, x, integer=False)
+    noise_seed = None if noise_seed is None else check_integer("noise_seed", noise_seed, 0)
     cutoffs = _check_weight(noise_seed, log_weight, cutoff, nonzero_loss_cutoff, base, unit)
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose("masked_argmax", x.device, dtype, argument=backend, size=(n, m, x.size(1)))
-    wanted, largest = [which != "different", which != "same"], [bool(largest_same), bool(largest_different)]
+    wanted = [which != "different", which != "same"]
+    largest = [check_flag("largest_same", largest_same), check_flag("largest_different", largest_different)]
     if chosen == backends.REFERENCE:
         with torch.no_grad():
             found = tuple(reference.masked_argmax(
@@ -232,6 +235,7 @@ def pair_scores(
     """
     contract.check_pair(x, w)
     for name, index in (("rows", rows), ("cols", cols)):
+        check_tensor(name, index)
         contract.check_vector(name, index, rows.numel(), x, integer=True)
     base, unit = contract.split_metric(metric, normalize)
     w = contract.apart(w, x)
@@ -241,33 +245,30 @@ def pair_scores(
 def _check(
     x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None,
     metric: str, normalize: bool, ignore_index: int, eps: float,
-) -> tuple[str, bool, float]:  # fmt: skip
-    """What both functions share; the metric as backends know it, and eps."""
+) -> tuple[str, bool, float, int]:  # fmt: skip
+    """What both functions share; the metric as backends know it, eps and ignore_index."""
     contract.check_pair(x, w)
     contract.check_members(x, w.size(0), y, c, exclude)
-    contract.check_integer("ignore_index", ignore_index)
-    return *contract.split_metric(metric, normalize and metric != "dot"), contract.check_eps(eps)
+    base, unit = contract.split_metric(metric, normalize, plain_dot=True)
+    return base, unit, contract.check_eps(eps), check_integer("ignore_index", ignore_index)
 
 
 def _thresholds(threshold: Threshold) -> tuple[Tensor | None, Tensor | None]:
     if threshold is None or isinstance(threshold, Tensor):
         return threshold, threshold
     if not isinstance(threshold, Sequence) or len(threshold) != 2:
-        raise TypeError(f"threshold must be a tensor, a pair of tensors (same, different) or None; got {threshold!r}")
+        raise TypeError(
+            f"threshold must be a tensor, a pair of tensors (same, different) or None; got {shown(threshold)}"
+        )
     return threshold[0], threshold[1]
 
 
 def _check_weight(
     seed: int | None, log_weight: str, cutoff: float, nonzero_loss_cutoff: float, metric: str, unit: bool
 ) -> list[float]:
-    if seed is not None:
-        contract.check_integer("noise_seed", seed)
-        if not 0 <= seed < 1 << 63:
-            raise ValueError(f"noise_seed must be in [0, 2^63); got {seed}")
-    if log_weight not in _argmax.LOG_WEIGHTS:
-        raise ValueError(f"log_weight must be one of {', '.join(_argmax.LOG_WEIGHTS)}; got {log_weight!r}")
-    cutoffs = [contract.check_number("cutoff", cutoff),
-               contract.check_number("nonzero_loss_cutoff", nonzero_loss_cutoff)]  # fmt: skip
+    check_choice("log_weight", log_weight, _argmax.LOG_WEIGHTS)
+    cutoffs = [check_number("cutoff", cutoff),
+               check_number("nonzero_loss_cutoff", nonzero_loss_cutoff)]  # fmt: skip
     if log_weight == "distance":
         if seed is None:
             raise ValueError("log_weight='distance' is the weight of a draw: give noise_seed too")

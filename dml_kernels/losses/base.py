@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.contract import as_int64, check_labels, values_can_be_read
+from ..ops.checks import check_choice, check_number, check_tensor
+from ..ops.contract import FLOATS, as_int64, check_labels, values_can_be_read
 
 __all__ = [
     "REDUCTIONS", "LossEntry", "as_int64", "check_class_weight", "check_labels", "check_reduction",
@@ -60,8 +61,9 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
     """A finite floating (num_classes,) tensor, or None. Values are looked at on the CPU, in eager mode."""
     if class_weight is None:
         return
-    if not isinstance(class_weight, Tensor):
-        raise TypeError(f"class_weight must be a torch.Tensor; got {type(class_weight).__name__}")
+    check_tensor("class_weight", class_weight)
+    if class_weight.dtype not in FLOATS:
+        raise TypeError(f"class_weight must be a floating dtype; got {class_weight.dtype}. Use class_weight.float()")
     if class_weight.shape != (num_classes,):
         raise ValueError(f"class_weight must have shape ({num_classes},); got {tuple(class_weight.shape)}")
     if class_weight.requires_grad:
@@ -72,8 +74,7 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
 
 def check_reduction(reduction: str) -> None:
     """Refuses a reduction that no loss knows."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -88,10 +89,12 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> No
         )
 
 
-def check_smoothing(label_smoothing: float) -> None:
+def check_smoothing(label_smoothing: float) -> float:
     """A share of the target, from 0 to under 1."""
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1); got {label_smoothing}")
+    share = check_number("label_smoothing", label_smoothing)
+    if not 0 <= share < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1); got {share}")
+    return share
 
 
 def row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:

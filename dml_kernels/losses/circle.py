@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import distances, reducers
 from ..batch import Batch
 from ..logspace import log1pexp
+from ..ops.checks import check_number
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
@@ -49,7 +50,8 @@ class CircleLoss(MetricLoss):
 
     def __init__(self, m: float = 0.4, gamma: float = 80, **options: Any):
         super().__init__(**options)
-        self.m, self.gamma = m, gamma
+        m, self.gamma = check_number("m", m), check_number("gamma", gamma)
+        self.m = m
         self.op, self.on, self.delta_p, self.delta_n = 1 + m, -m, 1 - m, m
 
     def default_distance(self) -> distances.Distance:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import distances, reducers
 from ..batch import Batch
+from ..ops.checks import check_number
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
@@ -41,7 +42,8 @@ class ContrastiveLoss(MetricLoss):
 
     def __init__(self, pos_margin: float = 0, neg_margin: float = 1, **options: Any):
         super().__init__(**options)
-        self.pos_margin, self.neg_margin = pos_margin, neg_margin
+        self.pos_margin = check_number("pos_margin", pos_margin)
+        self.neg_margin = check_number("neg_margin", neg_margin)
 
     def default_reducer(self) -> reducers.Reducer:
         """The mean over active pairs."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.contract import check_number
+from ..ops.checks import check_number
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
 from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..batch import check_tuples
-from ..ops.contract import check_integer, check_matrix
+from ..ops.checks import check_integer, check_tensor, check_values_there, shown
+from ..ops.contract import check_matrix, check_pair_indices
 from ..records import Recorded
 from ..tuples import as_triplets
 from .base import check_labels
@@ -73,8 +74,12 @@ class CrossBatchMemory(Recorded):
                 f"loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as ContrastiveLoss(); "
                 f"got {type(loss).__name__}"
             )
-        if check_integer("embedding_size", embedding_size) < 1 or check_integer("memory_size", memory_size) < 1:
+        embedding_size = check_integer("embedding_size", embedding_size)
+        memory_size = check_integer("memory_size", memory_size)
+        if embedding_size < 1 or memory_size < 1:
             raise ValueError(f"embedding_size and memory_size must be positive; got {embedding_size} and {memory_size}")
+        if miner is not None and not callable(miner):
+            raise TypeError(f"miner must be callable; got {shown(miner)}")
         self.loss, self.miner = loss, miner
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size))
@@ -146,10 +151,7 @@ class CrossBatchMemory(Recorded):
         Raises:
             ValueError: more rows to store than the memory holds, or arguments that do not fit together.
         """
-        check_matrix("embeddings", embeddings)
-        if embeddings.size(1) != self.embedding_size:
-            raise ValueError(f"embeddings must have shape (N, {self.embedding_size}); got {tuple(embeddings.shape)}")
-        labels = check_labels(labels, embeddings)
+        labels = self._checked(embeddings, labels)
         places: Tensor | None = None
         if enqueue_mask is None:
             self.add_to_memory(embeddings, labels)
@@ -157,6 +159,8 @@ class CrossBatchMemory(Recorded):
         else:
             if indices_tuple is not None:
                 raise ValueError("indices_tuple and enqueue_mask exclude each other; give one of them")
+            check_tensor("enqueue_mask", enqueue_mask)
+            check_values_there("enqueue_mask", enqueue_mask, embeddings)
             if enqueue_mask.shape != labels.shape or enqueue_mask.dtype != torch.bool:
                 got = f"{enqueue_mask.dtype} {tuple(enqueue_mask.shape)}"
                 raise ValueError(f"enqueue_mask must be bool of shape {tuple(labels.shape)}; got {got}")
@@ -176,6 +180,13 @@ class CrossBatchMemory(Recorded):
         memory_labels = torch.where(written, self.label_memory, IGNORED)
         return self.loss.reduced(self.loss.batch(embeddings, labels, tuples, memory, memory_labels, exclude=places))
 
+    def _checked(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The labels as int64, of embeddings that the memory can hold."""
+        check_matrix("embeddings", embeddings)
+        if embeddings.size(1) != self.embedding_size:
+            raise ValueError(f"embeddings must have shape (N, {self.embedding_size}); got {tuple(embeddings.shape)}")
+        return check_labels(labels, embeddings)
+
     @torch.no_grad()
     def add_to_memory(self, embeddings: Tensor, labels: Tensor, batch_size: int | None = None) -> None:
         """Store rows (N, D) and their labels (N,) in the next N places, which become ``curr_batch_idx``.
@@ -185,7 +196,7 @@ class CrossBatchMemory(Recorded):
         Raises:
             ValueError: more rows than the memory holds, or another number than ``batch_size``.
         """
-        n = embeddings.size(0)
+        labels, n = self._checked(embeddings, labels), embeddings.size(0)
         if n > self.memory_size:
             raise ValueError(f"{n} rows do not fit a memory of {self.memory_size}; use memory_size={n} or more")
         if batch_size is not None and batch_size != n:
@@ -218,7 +229,9 @@ class CrossBatchMemory(Recorded):
         given = check_tuples(input_indices_tuple, embeddings)
         if self.miner is not None:
             found = check_tuples(self.miner(embeddings, labels, E_mem, L_mem), embeddings)
-            assert found is not None
+            if found is None:
+                raise TypeError("miner must return pairs or triplets; got None")
+            check_pair_indices(found[0], found[1], embeddings.size(0), E_mem.size(0))
         else:
             match = labels[:, None] == L_mem
             used = (labels != IGNORED)[:, None] & (L_mem != IGNORED)

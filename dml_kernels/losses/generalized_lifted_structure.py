@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import distances
 from ..batch import Batch
+from ..ops.checks import check_number
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
@@ -39,7 +40,8 @@ class GeneralizedLiftedStructureLoss(MetricLoss):
 
     def __init__(self, neg_margin: float = 1, pos_margin: float = 0, **options: Any):
         super().__init__(**options)
-        self.neg_margin, self.pos_margin = neg_margin, pos_margin
+        self.neg_margin = check_number("neg_margin", neg_margin)
+        self.pos_margin = check_number("pos_margin", pos_margin)
 
     def terms(self, batch: Batch) -> Mapping[str, Terms]:
         """One term for each anchor."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_number
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
 from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss
@@ -33,12 +34,17 @@ def multiplied_angle(cosine: Tensor, m: int) -> Tensor:
     return (1 - 2 * (k % 2)) * power - 2 * k
 
 
+# psi then has a section for each degree. Its polynomial takes a step for each unit of the margin.
+LARGEST_MARGIN = 180
+
+
 def check_factor(margin: float) -> int:
     """The integer that multiplies the angle."""
-    # theirs rounds a fraction down in silence
-    if int(margin) != margin or margin < 1:
-        raise ValueError(f"margin multiplies the angle, a positive integer; got {margin}")
-    return int(margin)
+    factor = check_number("margin", margin)
+    # pytorch-metric-learning rounds a fraction down in silence.
+    if int(factor) != factor or not 1 <= factor <= LARGEST_MARGIN:
+        raise ValueError(f"margin multiplies the angle, a positive integer up to {LARGEST_MARGIN}; got {margin}")
+    return int(factor)
 
 
 def multiplied_logits(margin: float, scale: float | Tensor) -> Logits:
@@ -60,8 +66,8 @@ def large_margin_softmax_loss(
     """Large-margin softmax of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        margin: a positive integer, multiplies the positive's angle. scale: a positive number, or a () tensor, which
-            gets a gradient.
+        margin: a positive integer up to 180, multiplies the positive's angle. scale: a positive number, or a () tensor,
+            which gets a gradient.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """

@@ -17,12 +17,20 @@ from torch import Tensor
 
 from ..composed.magnet import measure
 from ..ops import backend as backends
+from ..ops.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_momentum,
+    check_number,
+    check_positive,
+    check_tensor,
+    check_values_there,
+)
 from ..ops.contract import (
     accumulate_dtype,
     check_eps,
-    check_integer,
     check_matrix,
-    check_number,
     check_pair,
     check_vector,
     product_dtype,
@@ -35,6 +43,8 @@ def _variance_tensor(variance: float | Tensor | None, like: Tensor, dtype: torch
     if variance is None:
         return None
     if isinstance(variance, Tensor):
+        check_tensor("variance", variance)
+        check_values_there("variance", variance, like)
         if variance.dim() != 0 or not variance.is_floating_point():
             raise ValueError(f"variance must be a number or a floating () tensor; got {variance.dtype} of shape "
                              f"{tuple(variance.shape)}")  # fmt: skip
@@ -81,17 +91,15 @@ def _loss_and_variance(
 ) -> tuple[Tensor, Tensor]:
     clusters, classes = _check(embeddings, clusters, cluster_classes, centers)
     check_reduction(reduction)
-    check_integer("ignore_index", ignore_index)
+    ignore_index, normalize = check_integer("ignore_index", ignore_index), check_flag("normalize", normalize)
     alpha, eps = check_number("alpha", alpha), check_eps(eps)
-    min_variance = check_number("min_variance", min_variance)
-    if min_variance <= 0:
-        raise ValueError(f"min_variance must be positive, it guards a division; got {min_variance}")
+    min_variance = check_positive("min_variance", min_variance, "it guards a division")
     dtype = product_dtype(embeddings, embeddings if centers is None else centers)
     variance = _variance_tensor(variance, embeddings, accumulate_dtype(dtype))
     n, d = embeddings.shape
     size = (n, min(n, classes.numel()) if centers is None else classes.numel(), d)
     chosen = backends.choose("magnet_loss", embeddings.device, dtype, argument=backend, size=size)
-    options = (alpha, bool(normalize), min_variance, eps, ignore_index, reduction)
+    options = (alpha, normalize, min_variance, eps, ignore_index, reduction)
     if chosen == backends.REFERENCE:
         return _dense(embeddings, clusters, classes, centers, variance, *options)
     return magnet(Clustered(embeddings, clusters, classes, centers, variance), MagnetSpec(*options, dtype, chosen))
@@ -159,6 +167,7 @@ def batch_variance(
     dtype = product_dtype(embeddings, embeddings if centers is None else centers)
     chosen = backends.choose("normalize", embeddings.device, accumulate_dtype(dtype))
     chosen = "torch" if chosen == backends.REFERENCE else chosen
+    normalize, ignore_index = check_flag("normalize", normalize), check_integer("ignore_index", ignore_index)
     spec = MagnetSpec(0.0, normalize, 0.0, check_eps(eps), ignore_index, "mean", dtype, chosen)
     return measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
 
@@ -247,15 +256,11 @@ class MagnetLoss(torch.nn.Module):
     ):
         super().__init__()
         check_reduction(reduction)
-        check_number("alpha", alpha)
-        if variance not in ("batch", "running"):
-            raise ValueError(f"variance must be batch or running; got {variance!r}")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1]; got {momentum}")
-        if not min_variance > 0:
-            raise ValueError(f"min_variance must be positive; got {min_variance}")
-        self.alpha, self.normalize, self.variance, self.momentum = alpha, normalize, variance, momentum
-        self.min_variance, self.ignore_index, self.reduction = min_variance, ignore_index, reduction
+        self.alpha, self.normalize = check_number("alpha", alpha), check_flag("normalize", normalize)
+        self.variance = check_choice("variance", variance, ("batch", "running"))
+        self.momentum = check_momentum(momentum)
+        self.min_variance = check_positive("min_variance", min_variance, "it guards a division")
+        self.ignore_index, self.reduction = check_integer("ignore_index", ignore_index), reduction
         self.register_buffer("running_variance", torch.ones(()))
         self.register_buffer("batches_seen", torch.zeros((), dtype=torch.int64))
 

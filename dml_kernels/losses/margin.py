@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import distances, reducers
 from ..batch import Batch
-from ..ops.contract import check_number
+from ..ops.checks import check_flag, check_integer, check_number
 from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs
-from ..tuples import random_triplets
+from ..tuples import check_per_anchor, random_triplets
 from .base import LossEntry, values_can_be_read
 from .comparisons import compared
 from .metric_loss import MetricLoss, as_function
@@ -60,9 +60,11 @@ class MarginLoss(MetricLoss):
         learn_beta: bool = False, num_classes: int | None = None, **options: Any,
     ):  # fmt: skip
         super().__init__(**options)
-        self.margin, self.nu, self.learn_beta = check_number("margin", margin), nu, learn_beta
-        self.triplets_per_anchor = check_triplets_per_anchor(triplets_per_anchor)
-        start = torch.full((num_classes or 1,), float(beta))
+        self.margin, self.nu = check_number("margin", margin), check_number("nu", nu)
+        self.learn_beta = check_flag("learn_beta", learn_beta)
+        self.triplets_per_anchor = check_per_anchor(triplets_per_anchor)
+        betas = 1 if num_classes is None else check_integer("num_classes", num_classes, 1)
+        start = torch.full((betas,), check_number("beta", beta))
         if learn_beta:
             self.beta = torch.nn.Parameter(start)
         else:
@@ -107,13 +109,6 @@ class MarginLoss(MetricLoss):
     def extra_repr(self) -> str:
         """What ``print(loss)`` shows."""
         return f"margin={self.margin}, nu={self.nu}, learn_beta={self.learn_beta}, betas={self.beta.numel()}"
-
-
-def check_triplets_per_anchor(value: str | int) -> str | int:
-    """``all``, or a positive integer."""
-    if value != "all" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"triplets_per_anchor must be 'all' or a positive integer; got {value!r}")
-    return value
 
 
 def margin_reference(

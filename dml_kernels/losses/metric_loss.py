@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import distances, reducers
 from ..batch import Batch, make_batch
+from ..ops.checks import check_number, shown
 from ..records import Recorded
 from ..reducers import Terms
 
@@ -42,7 +43,10 @@ class MetricLoss(Recorded):
         name = type(self).__name__
         self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, name)
         self.reducer = reducers.accept(reducer, self.default_reducer())
-        self.embedding_regularizer, self.embedding_reg_weight = embedding_regularizer, embedding_reg_weight
+        if embedding_regularizer is not None and not callable(embedding_regularizer):
+            raise TypeError(f"embedding_regularizer must be callable on embeddings; got {shown(embedding_regularizer)}")
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = check_number("embedding_reg_weight", embedding_reg_weight)
 
     def default_distance(self) -> distances.Distance:
         """The distance where none is given."""

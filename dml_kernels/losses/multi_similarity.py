@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import distances
 from ..batch import Batch
 from ..logspace import log1pexp
+from ..ops.checks import check_number
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
@@ -41,7 +42,8 @@ class MultiSimilarityLoss(MetricLoss):
 
     def __init__(self, alpha: float = 2, beta: float = 50, base: float = 0.5, **options: Any):
         super().__init__(**options)
-        self.alpha, self.beta, self.base = alpha, beta, base
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.base = check_number("base", base)
 
     def default_distance(self) -> distances.Distance:
         """The cosine."""

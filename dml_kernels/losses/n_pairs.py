@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import distances, functional
 from ..batch import Batch
 from ..logspace import log1pexp
+from ..ops.contract import check_pair_indices, values_can_be_read
 from ..reducers import ELEMENT, Terms, nonzero
 from .base import LossEntry
 from .comparisons import IGNORED
@@ -76,6 +77,8 @@ class NPairsLoss(MetricLoss):
 def _pairs(batch: Batch, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors, positives, and which of them are the pair of a class; as many as the batch can hold at most."""
     if batch.tuples is not None:
+        if values_can_be_read(y):
+            check_pair_indices(batch.tuples[0], batch.tuples[1], y.numel(), y.numel())
         order = y[batch.tuples[0]].argsort(stable=True)
         a, p = batch.tuples[0][order], batch.tuples[1][order]
         two, slots = torch.ones_like(a, dtype=torch.bool), min(a.numel(), y.numel())

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import distances
 from ..batch import Batch
 from ..logspace import log1pexp
+from ..ops.checks import check_number
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from ..tuples import anchors, row_weights
@@ -42,7 +43,7 @@ class NCALoss(MetricLoss):
 
     def __init__(self, softmax_scale: float = 1, **options: Any):
         super().__init__(**options)
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = check_number("softmax_scale", softmax_scale)
 
     def default_distance(self) -> distances.Distance:
         """The squared distance of unit vectors."""

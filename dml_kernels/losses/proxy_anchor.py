@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import distances, functional, logspace, reducers
 from ..ops import backend as backends
-from ..ops.contract import check_integer, check_number, check_pair, check_vector, product_dtype
+from ..ops.checks import check_integer, check_number
+from ..ops.contract import check_pair, check_vector, product_dtype
 from ..reducers import Terms
 from ..tuples import row_weights
 from .base import LossEntry, check_label_range, check_labels, check_reduction
@@ -36,7 +37,7 @@ def _both_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(M,) of positives, (M,) of negatives, and () the number of proxies with a positive."""
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
-    check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
     margin, alpha = check_number("margin", margin), check_number("alpha", alpha)
     y, m = check_labels(labels, embeddings), proxies.size(0)
     check_label_range(y, m, ignore_index)
@@ -172,7 +173,7 @@ class ProxyAnchorLoss(ProxyLoss):
         if self.class_weight is not None:
             raise ValueError("ProxyAnchorLoss has a term for each proxy, not for each row: instead of class_weight use "
                              "reducer=ClassWeightedReducer(weights)")  # fmt: skip
-        self.margin, self.alpha = margin, alpha
+        self.margin, self.alpha = check_number("margin", margin), check_number("alpha", alpha)
 
     @staticmethod
     def default_weight_init(weight: Tensor) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import distances, reducers, regularizers
 from ..batch import check_tuples
-from ..ops.contract import check_integer, check_matrix
+from ..ops.checks import check_integer, check_number
+from ..ops.contract import check_matrix
 from ..reducers import Terms
 from ..tuples import row_weights
 from .base import (
@@ -76,8 +77,8 @@ class ProxyLoss(MetricLoss):
         dtype: torch.dtype | None = None,
         **metric_options: Any,
     ):
-        check_integer("num_classes", num_classes)
-        check_integer("embedding_size", embedding_size)
+        num_classes = check_integer("num_classes", num_classes)
+        embedding_size = check_integer("embedding_size", embedding_size)
         if num_classes < 1 or embedding_size < 1:
             raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
         check_reduction(reduction)
@@ -88,10 +89,11 @@ class ProxyLoss(MetricLoss):
             raise ValueError(f"reducer and reduction={reduction!r} both say how to reduce; give one")
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.bank_rows = num_classes if bank_rows is None else bank_rows
-        self.ignore_index, self.reduction = ignore_index, reduction
+        self.ignore_index, self.reduction = check_integer("ignore_index", ignore_index), reduction
         self.plain = given is None
         self.weight_init_func = self.default_weight_init if weight_init_func is None else weight_init_func
-        self.weight_regularizer, self.weight_reg_weight = regularizers.accept(weight_regularizer), weight_reg_weight
+        self.weight_regularizer = regularizers.accept(weight_regularizer)
+        self.weight_reg_weight = check_number("weight_reg_weight", weight_reg_weight)
         self.register_buffer("class_weight", class_weight, persistent=False)
         self.register_parameter(self.bank_name, self._start(proxies, device, dtype))
 
@@ -279,8 +281,7 @@ class SoftmaxLoss(ProxyLoss):
     ):
         rows = check_integer("num_classes", num_classes) * self.logits_of(**settings).centres
         super().__init__(num_classes, embedding_size, bank_rows=rows, **proxy_options)
-        check_smoothing(label_smoothing)
-        self.label_smoothing, self.setting_names = label_smoothing, tuple(settings)
+        self.label_smoothing, self.setting_names = check_smoothing(label_smoothing), tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .. import distances, functional, logspace
 from ..ops import backend as backends
-from ..ops.contract import check_eps, check_integer, check_matrix, check_number, check_pair, check_vector, product_dtype
+from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
+from ..ops.contract import check_eps, check_matrix, check_pair, check_vector, product_dtype
 from ..ops.proxy_nca import Proxied, ProxySpec, proxy_nca
 from .base import (
     LossEntry,
@@ -39,9 +40,9 @@ from .proxy_loss import ProxyLoss
 
 def _check_map(label_to_proxy: Tensor, num_proxies: int) -> None:
     """label_to_proxy is int64 (number of classes,), each entry a row of the proxies."""
-    if not isinstance(label_to_proxy, Tensor) or label_to_proxy.dtype != torch.int64:
-        got = label_to_proxy.dtype if isinstance(label_to_proxy, Tensor) else type(label_to_proxy).__name__
-        raise TypeError(f"label_to_proxy must be int64; got {got}. Use label_to_proxy.long()")
+    check_tensor("label_to_proxy", label_to_proxy)
+    if label_to_proxy.dtype != torch.int64:
+        raise TypeError(f"label_to_proxy must be int64; got {label_to_proxy.dtype}. Use label_to_proxy.long()")
     if label_to_proxy.dim() != 1 or label_to_proxy.numel() == 0:
         raise ValueError(f"label_to_proxy must have shape (num_classes,); got {tuple(label_to_proxy.shape)}")
     if values_can_be_read(label_to_proxy):
@@ -60,18 +61,21 @@ def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int
         bad = labels[keep & ((labels < 0) | (labels >= classes))]
         if bad.numel():
             raise ValueError(f"labels must be in [0, {classes}), the size of label_to_proxy; got {bad[0].item()}")
+    check_values_there("label_to_proxy", label_to_proxy, labels)
     mapped = label_to_proxy.to(labels.device)[torch.where(keep, labels, 0).clamp(0, classes - 1)]
     return torch.where(keep, mapped, -1), -1
 
 
-def _check_options(label_smoothing: float, exclude_positive: bool, reduction: str) -> None:
+def _check_options(label_smoothing: float, exclude_positive: bool, reduction: str) -> tuple[float, bool]:
     check_reduction(reduction)
-    check_smoothing(label_smoothing)
+    label_smoothing = check_smoothing(label_smoothing)
+    exclude_positive = check_flag("exclude_positive", exclude_positive)
     if label_smoothing and exclude_positive:
         raise ValueError(
             "label_smoothing needs the positive in the sum: the smoothed target is a distribution over all proxies. "
             "Use exclude_positive=False"
         )
+    return label_smoothing, exclude_positive
 
 
 def proxy_nca_loss(
@@ -115,7 +119,8 @@ def proxy_nca_loss(
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.
     """
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
-    _check_options(label_smoothing, exclude_positive, reduction)
+    label_smoothing, exclude_positive = _check_options(label_smoothing, exclude_positive, reduction)
+    ignore_index = check_integer("ignore_index", ignore_index)
     labels = check_labels(labels, embeddings)
     if label_to_proxy is not None:
         _check_map(label_to_proxy, proxies.size(0))
@@ -141,7 +146,7 @@ def proxy_nca_loss(
         )  # fmt: skip
         return reduce_rows(rows, mass, reduction)
     spec = ProxySpec(
-        check_number("softmax_scale", factor), exclude_positive, float(label_smoothing), check_eps(eps),
+        check_number("softmax_scale", factor), exclude_positive, label_smoothing, check_eps(eps),
         ignored, reduction, dtype, chosen,
     )  # fmt: skip
     # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
@@ -221,6 +226,9 @@ def proxy_nca_reference(
 
 
 def _module_map(label_to_proxy: Tensor, num_classes: int) -> Tensor:
+    check_tensor("label_to_proxy", label_to_proxy)
+    if label_to_proxy.device.type == "meta":
+        raise ValueError("label_to_proxy is on meta, which holds no values")
     if label_to_proxy.shape != (num_classes,) or label_to_proxy.dtype != torch.int64:
         raise ValueError(
             f"label_to_proxy must be int64 of shape ({num_classes},), a proxy for each class; "
@@ -240,7 +248,7 @@ class ProxyNCALoss(ProxyLoss):
 
     Args:
         num_classes: C. embedding_size: D.
-        softmax_scale: multiplies the squared distances.
+        softmax_scale: multiplies the squared distances; a number, or a () parameter, which is learned.
         exclude_positive, label_smoothing: as in :func:`proxy_nca_loss`.
         label_to_proxy: (C,) int64, the proxy of each class; the number of proxies is its largest entry plus 1.
         options: of :class:`~dml_kernels.losses.proxy_loss.ProxyLoss`; ``distance``: any, a similarity or a distance.
@@ -261,20 +269,24 @@ class ProxyNCALoss(ProxyLoss):
         self,
         num_classes: int,
         embedding_size: int,
-        softmax_scale: float = 1,
+        softmax_scale: float | Tensor = 1,
         *,
         exclude_positive: bool = False,
         label_smoothing: float = 0.0,
         label_to_proxy: Tensor | None = None,
         **options: Any,
     ):
-        _check_options(label_smoothing, exclude_positive, options.get("reduction", "mean"))
+        label_smoothing, exclude_positive = _check_options(
+            label_smoothing, exclude_positive, options.get("reduction", "mean")
+        )
+        num_classes = check_integer("num_classes", num_classes)
         if label_to_proxy is not None:
             options["bank_rows"] = int(_module_map(label_to_proxy, num_classes).max()) + 1
         super().__init__(num_classes, embedding_size, **options)
-        self.softmax_scale, self.exclude_positive, self.label_smoothing = (
-            softmax_scale, exclude_positive, label_smoothing
-        )  # fmt: skip
+        # A tensor that needs a gradient is learned.
+        learned = isinstance(softmax_scale, Tensor) and softmax_scale.requires_grad
+        self.softmax_scale = softmax_scale if learned else check_number("softmax_scale", softmax_scale)
+        self.exclude_positive, self.label_smoothing = exclude_positive, label_smoothing
         self.register_buffer("label_to_proxy", label_to_proxy)
 
     def default_distance(self) -> distances.Distance:
@@ -292,8 +304,7 @@ class ProxyNCALoss(ProxyLoss):
         if embeddings.size(1) != self.embedding_size:
             raise ValueError(f"embeddings must have shape (n, {self.embedding_size}); got {tuple(embeddings.shape)}")
         labels = check_labels(labels, embeddings)
-        if how not in ("mean", "sample", "nearest"):
-            raise ValueError(f"how must be mean, sample or nearest; got {how!r}")
+        check_choice("how", how, ("mean", "sample", "nearest"))
         y, ignored = _map_labels(labels, self.label_to_proxy, self.ignore_index)
         keep = (y != ignored).nonzero().squeeze(1).to(self.proxies.device)
         y = y.to(self.proxies.device)[keep]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional
-from ..ops.contract import check_number, check_pair
+from ..ops.checks import check_integer, check_number
+from ..ops.contract import check_pair
 from .base import LossEntry, check_class_weight, check_labels, check_reduction, reduce_rows, row_weight
 from .proxy_loss import ProxyLoss
 from .softmax import unit
@@ -58,6 +59,7 @@ def proxy_ranking_loss(
     check_reduction(reduction)
     y = check_labels(labels, embeddings)
     check_class_weight(class_weight, proxies.size(0))
+    ignore_index = check_integer("ignore_index", ignore_index)
     found = functional.masked_hinge_sum(
         embeddings, proxies, y, metric=metric, normalize=normalize, different=(1.0, check_number("margin", margin)),
         relative=True, ignore_index=ignore_index, eps=eps, backend=backend,

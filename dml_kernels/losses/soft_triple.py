@@ -18,18 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.contract import check_integer, check_number
+from ..ops.checks import check_integer, check_number, check_positive
 from .base import LossEntry
 from .proxy_loss import SoftmaxLoss
 from .softmax import Logits, SoftmaxOptions, Unpack, check_scale, dense_cross_entropy, on_targets, softmax_loss
 
 
 def _logits(centers_per_class: int, la: float | Tensor, gamma: float, margin: float) -> Logits:
-    if check_integer("centers_per_class", centers_per_class) < 1:
-        raise ValueError(f"centers_per_class must be positive; got {centers_per_class}")
-    margin, gamma = check_number("margin", margin), check_number("gamma", gamma)
-    if gamma <= 0:
-        raise ValueError(f"gamma must be positive, similarities are divided by it; got {gamma}")
+    centers_per_class = check_integer("centers_per_class", centers_per_class, 1)
+    margin, gamma = check_number("margin", margin), check_positive("gamma", gamma, "similarities are divided by it")
     pooled = centers_per_class > 1
     return Logits(
         check_scale("la", la), lambda z, s: z - s * margin, policy="softmax_pool" if pooled else "linear",

@@ -22,7 +22,8 @@ from typing_extensions import Unpack as Unpack  # comes with PyTorch; typing has
 
 from .. import functional, logspace
 from ..distances import cosines
-from ..ops.contract import accumulate_dtype, check_integer, check_number, check_pair, product_dtype
+from ..ops.checks import check_integer, check_positive, check_tensor
+from ..ops.contract import accumulate_dtype, check_pair, product_dtype
 from .base import (
     as_int64,
     check_class_weight,
@@ -104,13 +105,11 @@ class Logits(NamedTuple):
 def check_scale(name: str, scale: float | Tensor) -> float | Tensor:
     """A positive number, or a () tensor as it is."""
     if isinstance(scale, Tensor):
+        check_tensor(name, scale)
         if scale.dim() or not scale.is_floating_point():
             raise ValueError(f"{name} must be a number or a floating () tensor; got {scale.dtype} {tuple(scale.shape)}")
         return scale
-    number = check_number(name, scale)
-    if number <= 0:
-        raise ValueError(f"{name} must be positive; got {number}")
-    return number
+    return check_positive(name, scale)
 
 
 def softmax_loss(
@@ -143,8 +142,8 @@ def softmax_loss(
     """
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
     check_reduction(reduction)
-    check_smoothing(label_smoothing)
-    check_integer("ignore_index", ignore_index)
+    label_smoothing = check_smoothing(label_smoothing)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if proxies.size(0) % logits.centres:
         raise ValueError(f"proxies must have {logits.centres} rows for each class; got {proxies.size(0)} rows")
     classes = proxies.size(0) // logits.centres

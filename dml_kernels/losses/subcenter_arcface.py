@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..ops.contract import check_integer, check_number, check_pair
+from ..ops.checks import check_flag, check_integer, check_number
+from ..ops.contract import check_pair
 from .arcface import angular_logits, turned
 from .base import LossEntry, check_label_range, check_labels
 from .proxy_loss import SoftmaxLoss
@@ -22,8 +23,7 @@ from .softmax import Logits, SoftmaxOptions, Unpack, dense_cross_entropy, on_tar
 
 
 def _logits(margin: float, scale: float | Tensor, sub_centers: int) -> Logits:
-    if check_integer("sub_centers", sub_centers) < 1:
-        raise ValueError(f"sub_centers must be positive; got {sub_centers}")
+    sub_centers = check_integer("sub_centers", sub_centers, 1)
     return angular_logits(margin, scale, "max_pool" if sub_centers > 1 else "linear", sub_centers)
 
 
@@ -89,6 +89,7 @@ class SubCenterArcFaceLoss(SoftmaxLoss):
             ValueError, TypeError: labels out of range, a wrong shape or dtype.
         """
         check_pair(embeddings, self.weight, ("embeddings", "weight"))
+        check_flag("return_dominant_centers", return_dominant_centers)
         y = check_labels(labels, embeddings)
         check_label_range(y, self.num_classes, self.ignore_index)
         k, index = self.sub_centers, (y != self.ignore_index).nonzero().squeeze(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import distances
+from ..ops.checks import check_number
 from .metric_loss import MetricLoss
 
 
@@ -21,6 +22,7 @@ class TemperatureLoss(MetricLoss):
 
     def __init__(self, temperature: float, **options: Any):
         super().__init__(**options)
+        temperature = check_number("temperature", temperature)
         if temperature == 0:
             raise ValueError("temperature divides the similarity: it must not be 0")
         self.temperature = temperature

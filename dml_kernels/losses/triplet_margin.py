@@ -29,9 +29,10 @@ from torch import Tensor
 from .. import distances, functional, reducers, reference
 from ..batch import Batch
 from ..ops import segments
+from ..ops.checks import check_flag, check_number
 from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs, mean_of_positive
-from ..tuples import as_triplets, random_triplets
+from ..tuples import as_triplets, check_per_anchor, random_triplets
 from .base import LossEntry
 from .comparisons import Listed, Streamed
 from .metric_loss import MetricLoss, as_function
@@ -56,10 +57,9 @@ class TripletMarginLoss(MetricLoss):
         triplets_per_anchor: int | str = "all", **options: Any,
     ):  # fmt: skip
         super().__init__(**options)
-        if triplets_per_anchor != "all" and not (type(triplets_per_anchor) is int and triplets_per_anchor > 0):
-            raise ValueError(f"triplets_per_anchor must be 'all' or an integer from 1; got {triplets_per_anchor!r}")
-        self.margin, self.swap, self.smooth_loss = margin, swap, smooth_loss
-        self.triplets_per_anchor = triplets_per_anchor
+        self.margin = check_number("margin", margin)
+        self.swap, self.smooth_loss = check_flag("swap", swap), check_flag("smooth_loss", smooth_loss)
+        self.triplets_per_anchor = check_per_anchor(triplets_per_anchor)
 
     def default_reducer(self) -> reducers.Reducer:
         """The mean over triplets above 0."""

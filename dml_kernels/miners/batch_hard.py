@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import functional
 from ..batch import Batch
+from ..ops.checks import check_choice, check_number, shown
 from .base import Miner
 
 
@@ -41,14 +43,15 @@ class BatchEasyHardMiner(Miner):
         **options: Any,
     ):
         super().__init__(**options)
+        for name, strategy in (("pos_strategy", pos_strategy), ("neg_strategy", neg_strategy)):
+            check_choice(name, strategy, self.all_batch_mining_strategies)
         both = {pos_strategy, neg_strategy}
-        if not both <= set(self.all_batch_mining_strategies):
-            raise ValueError(f"strategies are {', '.join(self.all_batch_mining_strategies)}; got {sorted(both)}")
         if both == {self.SEMIHARD} or both == {self.SEMIHARD, self.ALL}:
             raise ValueError(f"pos_strategy={pos_strategy!r} with neg_strategy={neg_strategy!r} names no pair: one of "
                              "the two must be chosen before the other can lie beyond it")  # fmt: skip
         self.pos_strategy, self.neg_strategy = pos_strategy, neg_strategy
-        self.allowed_pos_range, self.allowed_neg_range = allowed_pos_range, allowed_neg_range
+        self.allowed_pos_range = _check_range("allowed_pos_range", allowed_pos_range)
+        self.allowed_neg_range = _check_range("allowed_neg_range", allowed_neg_range)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
         """Each set's choice by one streamed search; a semi-hard one after the other's."""
@@ -104,6 +107,18 @@ class BatchEasyHardMiner(Miner):
         ends = torch.tensor(sorted(self.distance.threshold(value) for value in allowed), dtype=dtype)
         ends = torch.nextafter(ends, torch.tensor([-torch.inf, torch.inf], dtype=dtype)).to(batch.x.device)
         return ends[0].expand(batch.x.size(0)), ends[1].expand(batch.x.size(0))
+
+
+def _check_range(name: str, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    """(low, high), in order, or None."""
+    if ends is None:
+        return None
+    if not isinstance(ends, Sequence) or len(ends) != 2:
+        raise TypeError(f"{name} must be a pair (low, high) or None; got {shown(ends)}")
+    low, high = (check_number(f"{name}[{i}]", end) for i, end in enumerate(ends))
+    if low > high:
+        raise ValueError(f"{name} must be (low, high) with low at most high; got {shown(ends)}")
+    return low, high
 
 
 class BatchHardMiner(BatchEasyHardMiner):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import distances
 from ..batch import Batch, Tile
+from ..ops.checks import check_number
 from .base import Miner
 
 
@@ -21,7 +22,8 @@ class PairMarginMiner(Miner):
 
     def __init__(self, pos_margin: float = 0.2, neg_margin: float = 0.8, **options: Any):
         super().__init__(**options)
-        self.pos_margin, self.neg_margin = pos_margin, neg_margin
+        self.pos_margin = check_number("pos_margin", pos_margin)
+        self.neg_margin = check_number("neg_margin", neg_margin)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
         """Pairs beyond the margins."""
@@ -39,7 +41,7 @@ class MultiSimilarityMiner(Miner):
 
     def __init__(self, epsilon: float = 0.1, **options: Any):
         super().__init__(**options)
-        self.epsilon = epsilon
+        self.epsilon = check_number("epsilon", epsilon)
 
     def default_distance(self) -> distances.Distance:
         """Cosine similarity."""

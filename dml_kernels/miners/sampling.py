@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import distances, functional
 from ..batch import Batch
+from ..ops.checks import check_integer, check_positive
 from ..tuples import random_triplets
 from .base import Miner
 
@@ -24,8 +25,8 @@ class UniformMiner(Miner):
 
     def __init__(self, triplets_per_anchor: int | None = None, **options: Any):
         super().__init__(**options)
-        if triplets_per_anchor is not None and triplets_per_anchor < 1:
-            raise ValueError(f"triplets_per_anchor must be positive, or None; got {triplets_per_anchor}")
+        if triplets_per_anchor is not None:
+            triplets_per_anchor = check_integer("triplets_per_anchor", triplets_per_anchor, 1)
         self.triplets_per_anchor = triplets_per_anchor
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -46,7 +47,8 @@ class DistanceWeightedMiner(UniformMiner):
         super().__init__(**options)
         if self.distance.metric != "euclidean" or not self.distance.normalize_embeddings:
             raise ValueError("DistanceWeightedMiner weighs Euclidean distances of unit vectors: use LpDistance()")
-        self.cutoff, self.nonzero_loss_cutoff = float(cutoff), float(nonzero_loss_cutoff)
+        self.cutoff = check_positive("cutoff", cutoff)
+        self.nonzero_loss_cutoff = check_positive("nonzero_loss_cutoff", nonzero_loss_cutoff)
 
     def default_distance(self) -> distances.Distance:
         """Euclidean, of unit vectors."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import TILE_ELEMENTS, Batch, tiles
+from ..ops.checks import check_choice, check_number
 from .base import Miner, pieces
 
 TYPES = ("all", "hard", "semihard", "easy")
@@ -26,9 +27,8 @@ class TripletMarginMiner(Miner):
 
     def __init__(self, margin: float = 0.2, type_of_triplets: str = "all", **options: Any):
         super().__init__(**options)
-        if type_of_triplets not in TYPES:
-            raise ValueError(f"type_of_triplets must be one of {', '.join(TYPES)}; got {type_of_triplets!r}")
-        self.margin, self.type_of_triplets = margin, type_of_triplets
+        self.margin = check_number("margin", margin)
+        self.type_of_triplets = check_choice("type_of_triplets", type_of_triplets, TYPES)
 
     def _wanted(self, slack: Tensor) -> Tensor:
         if self.type_of_triplets == "easy":

@@ -14,6 +14,15 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .checks import (
+    check_choice,
+    check_flag,
+    check_number,
+    check_positive,
+    check_tensor,
+    check_values_there,
+    shown,
+)
 from .library import EXTENSION
 
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
@@ -81,16 +90,20 @@ def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return w.dtype if x.dtype == torch.float32 else x.dtype
 
 
-def split_metric(metric: str, normalize: bool) -> tuple[str, bool]:
-    """Cosine is the dot product of unit vectors: backends know only (dot | sqeuclidean | euclidean, normalize)."""
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    return ("dot", True) if metric == "cosine" else (metric, bool(normalize))
+def split_metric(metric: str, normalize: bool, *, plain_dot: bool = False) -> tuple[str, bool]:
+    """Cosine is the dot product of unit vectors: backends know only (dot | sqeuclidean | euclidean, normalize).
+
+    ``plain_dot``: ``dot`` compares the vectors as they are, whatever ``normalize`` says.
+    """
+    check_choice("metric", metric, METRICS)
+    normalize = check_flag("normalize", normalize)
+    if metric == "cosine":
+        return "dot", True
+    return metric, normalize and not (plain_dot and metric == "dot")
 
 
 def check_matrix(name: str, t: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    check_tensor(name, t)
     if t.dim() != 2:
         raise ValueError(f"{name} must have shape (rows, D); got {tuple(t.shape)}. Use {name}.flatten(0, -2)")
     if t.dtype not in FLOATS:
@@ -122,8 +135,7 @@ def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, intege
     """A (size,) vector beside `like`; int64 when `integer`, floating otherwise; 0-dim allowed when `scalar`."""
     if t is None:
         return
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
+    check_tensor(name, t)
     if t.shape != (size,) and not (scalar and t.dim() == 0):
         want = f"({size},)" + (" or ()" if scalar else "")
         raise ValueError(f"{name} must have shape {want}; got {tuple(t.shape)}")
@@ -157,8 +169,10 @@ def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
             f"{name} must be a torch.Tensor; got {type(values).__name__}. Use torch.as_tensor(numpy.asarray({name})); "
             f"where they are names, number them first: numpy.unique({name}, return_inverse=True)[1]"
         )
+    check_tensor(name, values)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {values.dtype}. Use {name}.long()")
+    check_values_there(name, values, like)
     return values.to(device=like.device, dtype=torch.int64)
 
 
@@ -177,56 +191,36 @@ def values_can_be_read(t: Tensor) -> bool:
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_number(name: str, value: float) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number; got {value!r}") from None
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} must be finite; got {number}")
-    return number
-
-
 def check_line(name: str, pair: Sequence[float] | None, *, optional: bool = False) -> list[float]:
     """A set's (factor, offset); where it may be left out None stands for (0, 0): terms that are 0."""
     wanted = "a pair (factor, offset)" + " or None" * optional
     if pair is None and optional:
         return [0.0, 0.0]
     if not isinstance(pair, Sequence):
-        raise TypeError(f"{name} must be {wanted}; got {pair!r}")
+        raise TypeError(f"{name} must be {wanted}; got {shown(pair)}")
     if len(pair) != 2:
-        raise ValueError(f"{name} must be {wanted}; got {pair!r}")
+        raise ValueError(f"{name} must be {wanted}; got {shown(pair)}")
     return [check_number(f"{name}[{i}]", value) for i, value in enumerate(pair)]
 
 
-def check_integer(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    return value
-
-
 def check_eps(eps: float) -> float:
-    eps = check_number("eps", eps)
-    if eps <= 0:
-        raise ValueError(f"eps must be positive, it guards a division; got {eps}")
-    return eps
+    """The floor under a norm."""
+    return check_positive("eps", eps, "it guards a division")
 
 
 def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, list[float], int]:
     """The policy (a pool of one centre is ``linear``), its parameters, and how many columns it makes of the bank."""
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {policy!r}")
-    names = POLICIES[policy]
+    names = POLICIES[check_choice("policy", policy, POLICIES)]
     if not isinstance(params, Sequence) or len(params) != len(names):
-        raise ValueError(f"policy {policy!r} takes policy_params ({', '.join(names)}); got {params!r}")
+        raise ValueError(f"policy {policy!r} takes policy_params ({', '.join(names)}); got {shown(params)}")
     numbers = [check_number(f"policy_params[{i}] ({name})", v) for i, (name, v) in enumerate(zip(names, params))]
     if not policy.endswith("_pool"):
         return policy, numbers, w.size(0)
     centres = int(numbers[0])
     if centres != numbers[0] or centres < 1:
-        raise ValueError(f"policy_params[0] (K, centres a class) must be a positive integer; got {params[0]!r}")
+        raise ValueError(f"policy_params[0] (K, centres a class) must be a positive integer; got {shown(params[0])}")
     if policy == "softmax_pool" and not numbers[1] > 0:
-        raise ValueError(f"policy_params[1] (gamma) must be positive: scores are divided by it; got {params[1]!r}")
+        raise ValueError(f"policy_params[1] (gamma) must be positive: scores are divided by it; got {shown(params[1])}")
     if w.size(0) % centres:
         raise ValueError(f"w must have K rows a class; got {w.size(0)} rows, no multiple of K = {centres}")
     return ("linear", [], w.size(0)) if centres == 1 else (policy, numbers, w.size(0) // centres)

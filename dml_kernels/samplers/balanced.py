@@ -10,12 +10,7 @@ import torch
 from torch.utils.data import Sampler
 
 from ..labels import integers_by_position
-
-
-def _check_positive(name: str, value: int) -> int:
-    if int(value) != value or value < 1:
-        raise ValueError(f"{name} must be a positive integer; got {value}")
-    return int(value)
+from ..ops.checks import check_integer
 
 
 class MPerClassSampler(Sampler[int]):
@@ -54,8 +49,10 @@ class MPerClassSampler(Sampler[int]):
         values = integers_by_position("labels", labels, names=True).cpu().numpy()
         if values.ndim != 1:
             raise ValueError(f"labels must have shape (n,), one for each example; got {values.shape}")
-        self.m_per_class, self.seed, self.epoch = _check_positive("m", m), seed, 0
-        self.batch_size = None if batch_size is None else _check_positive("batch_size", batch_size)
+        self.m_per_class, self.epoch = check_integer("m", m, 1), 0
+        self.seed = None if seed is None else check_integer("seed", seed, 0)
+        ignore_index = check_integer("ignore_index", ignore_index)
+        self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, 1)
         # The examples class after class, and where each class starts: O(n), whatever the number of classes.
         self._examples = np.argsort(values, kind="stable")
         kept = values[self._examples] != ignore_index
@@ -70,7 +67,7 @@ class MPerClassSampler(Sampler[int]):
                 f"batch_size must be a multiple of m = {self.m_per_class} and at most m times the "
                 f"{self.labels.size} classes, {one_pass}; got {unit}"
             )
-        length = _check_positive("length_before_new_iter", length_before_new_iter)
+        length = check_integer("length_before_new_iter", length_before_new_iter, 1)
         if length < unit:
             if self.batch_size is not None:
                 raise ValueError(f"length_before_new_iter must be at least batch_size = {unit}; got {length}")

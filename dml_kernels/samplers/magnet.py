@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..clustering import ClusterIndex
+from ..ops.checks import check_integer, check_momentum
 from ..saved_state import check_count, check_like
 
 __all__ = ["MagnetBatchSampler"]
@@ -70,22 +71,15 @@ class MagnetBatchSampler(Sampler[list[int]]):
     ) -> None:
         if not isinstance(index, ClusterIndex):
             raise TypeError(f"index must be a ClusterIndex; got {type(index).__name__}")
-        positive = {"clusters_per_batch": clusters_per_batch, "examples_per_cluster": examples_per_cluster}
-        if batches is not None:
-            positive["batches"] = batches
-        for name, value in positive.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer; got {value!r}")
-        if momentum is not None and not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], or None for the plain mean; got {momentum!r}")
-        self.index, self.momentum = index, momentum
-        self.clusters_per_batch, self.examples_per_cluster = clusters_per_batch, examples_per_cluster
-        self._batches = (
-            batches if batches is not None else -(-index.count // (clusters_per_batch * examples_per_cluster))
-        )
+        self.clusters_per_batch = check_integer("clusters_per_batch", clusters_per_batch, 1)
+        self.examples_per_cluster = check_integer("examples_per_cluster", examples_per_cluster, 1)
+        if batches is None:
+            batches = -(-index.count // (self.clusters_per_batch * self.examples_per_cluster))
+        self._batches = check_integer("batches", batches, 1)
+        self.index, self.momentum = index, None if momentum is None else check_momentum(momentum)
         self._losses = torch.zeros(len(index), dtype=torch.float64)
         self._counts = torch.zeros(len(index), dtype=torch.int64)  # losses seen of each cluster
-        self._generator = np.random.default_rng(seed)
+        self._generator = np.random.default_rng(check_integer("seed", seed, 0))
         self._position = 0  # batches handed out in this epoch
         self._history: deque[list[int]] = deque(maxlen=self.HISTORY)  # the last of them
         self._replay: deque[list[int]] = deque()  # handed out before the state was taken, used by nobody
