@@ -206,6 +206,7 @@ def refusals(rank: int) -> list[str]:
         lambda: loss(x[:5], y[:5], tuple(mined)),
         lambda: loss(x[:5], y[:5], [None, (y[:2],) * 3][rank]),
         lambda: DistributedLossWrapper(losses.ContrastiveLoss(), efficient=True)(x[:5], y[:5], mined),
+        lambda: gather(x[:5], y[:5], GlobalTuple(mined, efficient=True)),
     ):
         try:
             call()
@@ -330,11 +331,12 @@ def test_what_differs_between_ranks_is_refused_on_both(by_rank):
                     "indices_tuple must hold this rank's own rows, in [0, 5); got",
                     "the kind of indices_tuple must be the same",
                     "indices_tuple is of a miner with efficient=False; use the same for both",
+                    "indices_tuple is of a miner with efficient=True; gather takes one with efficient=False",
                 ),
                 found["refusals"],
                 strict=True,
             )
-        ] == [True] * 6, found["refusals"]
+        ] == [True] * 7, found["refusals"]
 
 
 @pytest.mark.parametrize(

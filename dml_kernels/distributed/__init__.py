@@ -37,7 +37,7 @@ of this passes its arguments through.
 
 from __future__ import annotations
 
-from .gathering import Gathered, gather
-from .wrappers import DistributedLossWrapper, DistributedMinerWrapper, GlobalTuple
+from .gathering import Gathered, GlobalTuple, gather
+from .wrappers import DistributedLossWrapper, DistributedMinerWrapper
 
 __all__ = ["DistributedLossWrapper", "DistributedMinerWrapper", "Gathered", "GlobalTuple", "gather"]

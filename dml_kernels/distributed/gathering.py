@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,21 @@ from ..ops.contract import FLOATS, as_int64, check_matrix
 from .collectives import Group, Rows, exchange, world_size
 
 GRADIENTS = ("mean", "sum")
+
+
+class GlobalTuple(tuple[Tensor, ...]):
+    """Pairs or triplets that DistributedMinerWrapper found: rows of the whole batch, the same list on every rank.
+
+    With ``efficient`` this rank's alone: anchors are its own rows, positives and negatives rows of the whole batch.
+    """
+
+    efficient: bool
+
+    def __new__(cls, tensors: Iterable[Tensor], efficient: bool = False) -> GlobalTuple:
+        """The tensors, marked."""
+        self = super().__new__(cls, tensors)
+        self.efficient = efficient
+        return self
 
 
 class Gathered(NamedTuple):
@@ -45,17 +61,15 @@ def gather(
     ranks = world_size(group)
     if ranks == 1:
         return Gathered(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-    batch = Parts(embeddings, labels, ref_emb, ref_labels, group)
-    tuples = check_tuples(indices_tuple, embeddings)
-    batch.check_kind(tuples)
-    if tuples is not None:
-        tuples = batch.joined(batch.shifted(tuples))
-    found = batch.gathered()
+    if isinstance(indices_tuple, GlobalTuple) and indices_tuple.efficient:
+        raise ValueError("indices_tuple is of a miner with efficient=True; gather takes one with efficient=False")
+    parts = Parts(embeddings, labels, ref_emb, ref_labels, group, indices_tuple)
+    found = parts.gathered()
     if gradient == "sum":
         scaled = [divide_gradient(t, ranks) for t in (found.embeddings, found.ref_emb)]
         refs = scaled[0] if found.ref_emb is found.embeddings else scaled[1]
         found = found._replace(embeddings=scaled[0], ref_emb=refs)
-    return found._replace(indices_tuple=tuples)
+    return found._replace(indices_tuple=parts.whole_tuples())
 
 
 def check_gradient(gradient: str) -> None:
@@ -74,15 +88,16 @@ def divide_gradient(t: Any, ranks: int) -> Any:
 
 
 class Parts:
-    """This rank's arguments, checked, and who else has how many rows.
+    """This rank's arguments, checked, and who else has how many rows: one exchange of numbers.
 
     Args:
+        indices_tuple: a GlobalTuple, or the rank's own rows.
         places: the indices of positives and negatives are places of something else, so many, that all ranks share.
     """
 
     def __init__(
         self, embeddings: Tensor, labels: Tensor | None, ref_emb: Tensor | None, ref_labels: Tensor | None,
-        group: Group, places: int | None = None,
+        group: Group, indices_tuple: Any = None, enqueue_mask: Tensor | None = None, places: int | None = None,
     ):  # fmt: skip
         self.embeddings, self.labels = _checked("embeddings", embeddings, "labels", labels)
         self.same_emb, self.same_labels = ref_emb is embeddings, ref_labels is labels
@@ -91,19 +106,45 @@ class Parts:
             self.ref_emb, self.ref_labels = _checked("ref_emb", ref_emb, "ref_labels", ref_labels)
         elif ref_labels is not None:
             raise ValueError("ref_emb and ref_labels come together; ref_emb is missing")
-        self.group, self.places = group, places
-        known = {**_signature("embeddings", self.embeddings, self.labels), **self._references()}
-        lengths = self.embeddings.size(0), 0 if self.ref_emb is None else self.ref_emb.size(0)
+        self.tuples, self.marked = check_tuples(indices_tuple, embeddings), isinstance(indices_tuple, GlobalTuple)
+        self.mask, self.group, self.places = enqueue_mask, group, places
+        self._check_tuples()
+        self._check_mask()
+        known = {
+            **_signature("embeddings", self.embeddings, self.labels),
+            "ref_emb": 0 if ref_emb is None else 1 + self.same_emb + 2 * self.same_labels,
+            **_signature("ref_emb", self.ref_emb, self.ref_labels),
+            "the kind of indices_tuple": 0 if self.tuples is None else len(self.tuples) + 10 * self.marked,
+            "whether enqueue_mask is given": int(enqueue_mask is not None),
+        }
+        lists = _lists(() if self.tuples is None or self.marked else self.tuples)
+        lengths = [0 if t is None else t.size(0) for t in (self.embeddings, self.ref_emb, *lists)]
+        lengths += [0] * (4 - len(lengths))
         by_rank = exchange([*known.values(), *lengths], self.embeddings.device, group)
         check_alike(known, by_rank)
-        self.rows, self.ref_rows = (self._rows(by_rank, column) for column in (-2, -1))
+        self.rows, self.ref_rows, *self.list_rows = (
+            Rows(sizes, distributed.get_rank(group), group) for sizes in list(zip(*by_rank))[len(known) :]
+        )
 
-    def _references(self) -> dict[str, int]:
-        kind = 0 if self.ref_emb is None else 1 + self.same_emb + 2 * self.same_labels
-        return {"ref_emb": kind, **_signature("ref_emb", self.ref_emb, self.ref_labels)}
+    def _check_tuples(self) -> None:
+        if self.tuples is None or self.marked:
+            return
+        rows = self.embeddings.size(0)
+        others = rows if self.ref_emb is None else self.ref_emb.size(0)
+        others = others if self.places is None else self.places
+        for t, limit in zip(self.tuples, _by_kind(self.tuples, rows, others), strict=True):
+            if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < limit:
+                raise ValueError(
+                    f"indices_tuple must hold this rank's own rows, in [0, {limit}); got {int(t.min())} to "
+                    f"{int(t.max())}. A DistributedMinerWrapper's tuple, of rows of the whole batch, is known by its "
+                    "type: pass it on as it is"
+                )
 
-    def _rows(self, by_rank: list[list[int]], column: int) -> Rows:
-        return Rows(tuple(numbers[column] for numbers in by_rank), distributed.get_rank(self.group), self.group)
+    def _check_mask(self) -> None:
+        mask = self.mask
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.embeddings.shape[:1]):
+            wanted = f"bool of shape ({self.embeddings.size(0)},)"
+            raise ValueError(f"enqueue_mask must be {wanted}; got {mask.dtype} {tuple(mask.shape)}")
 
     def gathered(self) -> Gathered:
         """All ranks' embeddings, labels and references, without tuples."""
@@ -115,31 +156,25 @@ class Parts:
             return Gathered(x, y, None, w, y if self.same_labels else None)
         return Gathered(x, y, None, w, self.ref_rows.gather(self.ref_labels))
 
-    def shifted(self, tuples: tuple[Tensor, ...], *, anchors: bool = True) -> tuple[Tensor, ...]:
-        """Indices of this rank's rows as rows of the whole batch; ``anchors=False``: all but the anchors."""
-        rows = self.rows.start if anchors else 0, self.rows.sizes[self.rows.rank]
-        refs = self.rows if self.ref_emb is None else self.ref_rows
-        others = (refs.start, refs.sizes[refs.rank]) if self.places is None else (0, self.places)
-        kinds = (rows, others, others) if len(tuples) == 3 else (rows, others, rows, others)
-        for t, (_, limit) in zip(tuples, kinds, strict=True):
-            if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < limit:
-                raise ValueError(
-                    f"indices_tuple must hold this rank's own rows, in [0, {limit}); got {int(t.min())} to "
-                    f"{int(t.max())}. A DistributedMinerWrapper's tuple, of rows of the whole batch, is known by its "
-                    "type: pass it on as it is"
-                )
-        return tuple(t + start for t, (start, _) in zip(tuples, kinds, strict=True))
+    def _shift(self) -> int:
+        """From the rank's own positives and negatives to those of the whole batch."""
+        if self.places is not None:
+            return 0
+        return self.rows.start if self.ref_emb is None or self.same_emb else self.ref_rows.start
 
-    def check_kind(self, tuples: tuple[Tensor, ...] | None, marked: bool = False) -> None:
-        """Refuses tuples of different kinds on the ranks."""
-        kind = 0 if tuples is None else len(tuples) + 10 * marked
-        check_alike({"the kind of indices_tuple": kind}, exchange([kind], self.embeddings.device, self.group))
+    def own_tuples(self) -> tuple[Tensor, ...] | None:
+        """Anchors of the rank's own rows; positives and negatives of the whole batch."""
+        if self.tuples is None or self.marked:
+            return self.tuples
+        return tuple(t + by for t, by in zip(self.tuples, _by_kind(self.tuples, 0, self._shift()), strict=True))
 
-    def joined(self, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The tuples of all ranks as one."""
-        groups = [tuples] if len(tuples) == 3 else [tuples[:2], tuples[2:]]
-        lengths = exchange([group[0].numel() for group in groups], self.embeddings.device, self.group)
-        whole = [self._rows(lengths, i).gather(torch.stack(group, 1)) for i, group in enumerate(groups)]
+    def whole_tuples(self) -> tuple[Tensor, ...] | None:
+        """The tuples of all ranks as one, as rows of the whole batch."""
+        if self.tuples is None or self.marked:
+            return self.tuples
+        shifts = _by_kind(self.tuples, self.rows.start, self._shift())
+        lists = _lists(tuple(t + by for t, by in zip(self.tuples, shifts, strict=True)))
+        whole = [rows.gather(t) for rows, t in zip(self.list_rows, lists)]
         return tuple(column for listed in whole for column in listed.unbind(1))
 
     def references(self, found: Gathered) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -149,16 +184,22 @@ class Parts:
         assert found.ref_emb is not None
         return found.ref_emb, found.ref_labels, self.rows.own(self.embeddings.device) if self.same_emb else None
 
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        """All ranks' masks (N_r,)."""
-        given = int(mask is not None)
-        check_alike({"whether enqueue_mask is given": given}, exchange([given], self.embeddings.device, self.group))
-        if mask is None:
+    def whole_mask(self) -> Tensor | None:
+        """All ranks' masks as one."""
+        if self.mask is None:
             return None
-        if mask.dtype != torch.bool or mask.shape != self.embeddings.shape[:1]:
-            wanted = f"bool of shape ({self.embeddings.size(0)},)"
-            raise ValueError(f"enqueue_mask must be {wanted}; got {mask.dtype} {tuple(mask.shape)}")
-        return self.rows.gather(mask.to(self.embeddings.device, torch.int64)).bool()
+        return self.rows.gather(self.mask.to(self.embeddings.device, torch.int64)).bool()
+
+
+def _lists(tuples: tuple[Tensor, ...]) -> list[Tensor]:
+    """A tuple as tensors whose rows belong together: (T, 3), or (P, 2) and (P', 2)."""
+    groups = (tuples[:2], tuples[2:]) if len(tuples) == 4 else (tuples,)
+    return [torch.stack(group, 1) for group in groups if group]
+
+
+def _by_kind(tuples: tuple[Tensor, ...], anchors: int, others: int) -> tuple[int, ...]:
+    """A number for each tensor of a tuple: one for anchors, one for positives and negatives."""
+    return (anchors, others, others) if len(tuples) == 3 else (anchors, others, anchors, others)
 
 
 def _checked(name: str, x: Tensor, labels_name: str, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:

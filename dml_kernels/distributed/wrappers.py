@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..batch import check_tuples, make_batch
+from ..batch import make_batch
 from ..losses.magnet import MagnetLoss
 from ..losses.metric_loss import MetricLoss
 from ..miners.base import Miner
 from .collectives import Group, world_size
-from .gathering import Gathered, Parts, check_gradient, divide_gradient
-
-
-class GlobalTuple(tuple[Tensor, ...]):
-    """Pairs or triplets that DistributedMinerWrapper found: rows of the whole batch, the same list on every rank.
-
-    With ``efficient`` this rank's alone: anchors are its own rows, positives and negatives rows of the whole batch.
-    """
-
-    efficient: bool
-
-    def __new__(cls, tensors: Iterable[Tensor], efficient: bool = False) -> GlobalTuple:
-        """The tensors, marked."""
-        self = super().__new__(cls, tensors)
-        self.efficient = efficient
-        return self
+from .gathering import Gathered, GlobalTuple, Parts, check_gradient, divide_gradient
 
 
 class DistributedLossWrapper(torch.nn.Module):
@@ -94,37 +78,23 @@ class DistributedLossWrapper(torch.nn.Module):
         if ranks == 1:
             return self.loss(embeddings, labels, indices_tuple, *rest)
         places = int(cast(Any, self.loss).memory_size) if self.has_memory else None
-        parts = Parts(embeddings, labels, ref_emb, ref_labels, self.group, places)
+        if isinstance(indices_tuple, GlobalTuple) and indices_tuple.efficient != self.efficient:
+            got = indices_tuple.efficient
+            raise ValueError(f"indices_tuple is of a miner with efficient={got}; use the same for both")
+        parts = Parts(embeddings, labels, ref_emb, ref_labels, self.group, indices_tuple, enqueue_mask, places)
         found = parts.gathered()
-        tuples = self._tuples(parts, indices_tuple)
         if self.efficient:
-            value = self._of_own_rows(parts, found, tuples)
+            value = self._of_own_rows(parts, found)
         else:
-            if self.has_memory:
-                rest = (parts.mask(enqueue_mask),)
-            else:
-                rest = found.ref_emb, found.ref_labels
-            value = self.loss(found.embeddings, found.labels, tuples, *rest)
+            rest = (parts.whole_mask(),) if self.has_memory else (found.ref_emb, found.ref_labels)
+            value = self.loss(found.embeddings, found.labels, parts.whole_tuples(), *rest)
         for t in (found.embeddings, found.ref_emb):  # so that the backward reaches every collective on every rank
             if t is not None:
                 value = value + t[:0].sum().to(value.dtype)
         return divide_gradient(value, ranks) if self.gradient == "sum" else value
 
-    def _tuples(self, parts: Parts, given: Any) -> tuple[Tensor, ...] | None:
-        """Of the whole batch; with ``efficient`` of the rank's own rows against it."""
-        marked = isinstance(given, GlobalTuple)
-        if marked and given.efficient != self.efficient:
-            raise ValueError(f"indices_tuple is of a miner with efficient={given.efficient}; use the same for both")
-        tuples = check_tuples(given, parts.embeddings)
-        parts.check_kind(tuples, marked)
-        if tuples is None or marked:
-            return tuples
-        if self.efficient:
-            return parts.shifted(tuples, anchors=False)
-        return parts.joined(parts.shifted(tuples))
-
-    def _of_own_rows(self, parts: Parts, found: Gathered, tuples: tuple[Tensor, ...] | None) -> Tensor:
-        x, y = parts.embeddings, parts.labels
+    def _of_own_rows(self, parts: Parts, found: Gathered) -> Tensor:
+        x, y, tuples = parts.embeddings, parts.labels, parts.own_tuples()
         w, c, own = parts.references(found)
         if isinstance(self.loss, MetricLoss):
             return self.loss.reduced(self.loss.batch(x, y, tuples, w, c, exclude=own))
