@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import subprocess
 import sys
 import threading
@@ -92,12 +94,96 @@ def test_blocks_nest_and_end(ran, monkeypatch):
     assert ran == ["cpu", "torch", "torch", "cpu"]
 
 
-def test_use_backend_holds_on_other_threads(ran):
+def on_a_thread(function, *arguments):
+    thread = threading.Thread(target=function, args=arguments)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.cpp
+def test_a_block_holds_on_another_thread_that_is_given_its_context(ran, monkeypatch):
+    monkeypatch.delenv("DML_BACKEND", raising=False)
     with use_backend("torch"):
-        thread = threading.Thread(target=CALLS["normalize"])
+        on_a_thread(contextvars.copy_context().run, CALLS["normalize"])
+        on_a_thread(CALLS["normalize"])
+    assert ran == ["torch", "cpu"]
+
+
+@pytest.mark.cpp
+def test_overlapping_blocks_of_two_threads_do_not_touch_each_other(ran, monkeypatch):
+    monkeypatch.delenv("DML_BACKEND", raising=False)
+    opened, ended = threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("cpu"):
+            opened.set()
+            assert ended.wait(10)
+            CALLS["normalize"]()
+
+    thread = threading.Thread(target=other)
+    with use_backend("torch"):
         thread.start()
-        thread.join()
-    assert ran == ["torch"]
+        assert opened.wait(10)  # the other's block is the newer one
+        CALLS["normalize"]()
+    CALLS["normalize"]()
+    ended.set()
+    thread.join()
+    assert ran == ["torch", "cpu", "cpu"]
+    with use_backend("torch"):
+        CALLS["normalize"]()
+    assert ran[-1] == "torch"
+
+
+@pytest.mark.cpp
+def test_overlapping_blocks_of_two_tasks_do_not_touch_each_other(ran, monkeypatch):
+    monkeypatch.delenv("DML_BACKEND", raising=False)
+
+    async def task(name, turns):
+        with use_backend(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                CALLS["normalize"]()
+
+    async def both():
+        await asyncio.gather(task("torch", 2), task("cpu", 3))
+
+    asyncio.run(both())
+    assert ran == ["torch", "cpu", "torch", "cpu", "cpu"]
+    assert backends._blocks.names == []
+    assert backends.requested() is None
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("op", ["masked_logsumexp", "proxy_nca_loss", "masked_hinge_sum"])
+def test_the_backward_honours_the_block_of_its_forward(op, monkeypatch):
+    seen = []
+    x = X.clone().requires_grad_()
+    with use_backend("torch"):
+        out = {
+            "masked_logsumexp": lambda: F.masked_logsumexp(x, W, Y).different.sum(),
+            "proxy_nca_loss": lambda: F.proxy_nca_loss(x, W, Y),
+            "masked_hinge_sum": lambda: F.masked_hinge_sum(x, W, Y, different=(1.0, 0.5)).different.sum(),
+        }[op]()
+    for name, backend in backends.BACKENDS.items():
+        for function in [f for f in dir(backend) if f.endswith("_bwd")]:
+            original = getattr(backend, function)
+            monkeypatch.setattr(
+                backend, function, lambda *a, name=name, original=original, **k: seen.append(name) or original(*a, **k)
+            )
+
+    def backward():
+        with use_backend("cpu"):
+            out.backward()
+
+    on_a_thread(backward)
+    assert set(seen) == {"torch"}
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["gpu", None, 3, ["cpu"]])
+def test_a_block_of_no_backend_is_refused(name):
+    with pytest.raises(ValueError, match="unknown backend"), use_backend(name):
+        pass
 
 
 @on_backends

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +37,18 @@ BACKENDS: dict[str, Any] = Choices(
 # and Triton's ten launches as long in a graph and several times that from Python; beyond it tensor cores win.
 SMALL = 1 << 26
 
-_override: list[str] = []
+# The name in the innermost block of this thread or asyncio task.
+_current: ContextVar[str | None] = ContextVar("dml_kernels.use_backend", default=None)
+
+
+class _Blocks(threading.local):
+    """This thread's open blocks, for torch.compile: it traces and guards these, and cannot read a context variable."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+
+_blocks = _Blocks()
 
 
 class Verdict(NamedTuple):
@@ -51,34 +64,48 @@ def names() -> tuple[str, ...]:
 
 
 def _check_name(name: str) -> str:
-    if name not in names():
+    if not isinstance(name, str) or name not in names():
         raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(names())}")
     return name
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the ``with`` on the named backend, for the whole process.
+    """Run every op inside the ``with`` on the named backend.
 
-    ``DML_BACKEND=name`` in the environment does the same for a whole run. A backend that cannot run an op refuses
-    with the reason; nothing falls back silently.
+    The block holds for its own thread and asyncio task, and tasks that these start; overlapping blocks elsewhere do not
+    touch it. A thread started inside begins without it, as with any context variable: hand it
+    ``contextvars.copy_context().run``. The backward of what ran inside uses the same backend, wherever and whenever it
+    runs; what ``torch.utils.checkpoint`` runs anew runs where the backward does. A compiled function goes by its
+    thread's blocks. ``DML_BACKEND=name`` in the environment serves a whole process. A backend that cannot run an op
+    refuses with the reason; nothing falls back silently.
 
     Raises:
         ValueError: the name is not one of ``cpu``, ``cuda``, ``triton``, ``torch``, ``reference``.
     """
-    _override.append(_check_name(name))
+    _check_name(name)
+    token = None if torch.compiler.is_compiling() else _current.set(name)
+    names = _blocks.names
+    names.append(name)
     try:
         yield
     finally:
-        _override.pop()
+        if token is not None:
+            _current.reset(token)
+        # The last of that name: blocks of other tasks may have been opened since.
+        del names[len(names) - 1 - names[::-1].index(name)]
 
 
 def requested(argument: str | None = None) -> str | None:
     """The backend asked for: by argument, else by the innermost ``use_backend``, else by ``DML_BACKEND``."""
     if argument is not None:
         return _check_name(argument)
-    if _override:
-        return _override[-1]
+    if torch.compiler.is_compiling():
+        block = _blocks.names[-1] if _blocks.names else None
+    else:
+        block = _current.get()
+    if block is not None:
+        return block
     env = os.environ.get("DML_BACKEND")
     return _check_name(env) if env else None
 
