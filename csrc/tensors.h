@@ -95,9 +95,9 @@ Problem<P> problem_of(const Tensor& x, const Tensor& w, std::int64_t metric, boo
 
 template <class Function>
 void with_product_type(ScalarType dtype, Function function) {
-  if (dtype == ScalarType::Float) return function(float{});
+  if (dtype == ScalarType::Float || dtype == ScalarType::Half) return function(float{});  // fp16 tiles are widened
   if (dtype == ScalarType::Double) return function(double{});
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "dml_kernels: products are float32, float64 or bfloat16");
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "dml_kernels: products are float32, float64, bfloat16 or float16");
   function(bf16{});
 }
 

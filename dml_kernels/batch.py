@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import functional
 from .distances import Distance
-from .ops.contract import as_int64, check_labels, check_matrix, check_pair
+from .functional.distance import matrix_in
+from .ops.contract import accumulate_dtype, as_int64, check_labels, check_matrix, check_pair, product_dtype
 
 # Scores held at once by what walks them tile by tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22
@@ -111,10 +111,11 @@ def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
     assert y is not None
     assert c is not None
     step = max(1, TILE_ELEMENTS // w.size(0))
-    known = c != IGNORE_INDEX
+    known, dtype = c != IGNORE_INDEX, accumulate_dtype(product_dtype(x, w))
     for start in range(0, x.size(0), step):
         rows = slice(start, start + step)
-        values = functional.normalized_distance(x[rows], w, distance.metric, normalize=distance.normalize_embeddings)
+        # In half precision close pairs would tie, and fp16 has no distance over 65504.
+        values = matrix_in(dtype, x[rows], w, distance.metric, normalize=distance.normalize_embeddings)
         same = y[rows, None] == c
         different = ~same & known & (y[rows, None] != IGNORE_INDEX)
         same &= known
@@ -122,5 +123,4 @@ def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
             own = exclude[rows, None] == torch.arange(w.size(0), device=w.device)
             same &= ~own
             different &= ~own
-        values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
         yield Tile(rows, values if distance.is_inverted else values.neg_(), same, different)

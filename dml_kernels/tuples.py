@@ -72,7 +72,7 @@ def anchors(tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
-    """(N,) how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
+    """(N,) fp64, how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
 
     Args:
         anchors_alone: count the rows as anchors only, as pytorch-metric-learning 2.9 does for its NCA losses.
@@ -87,7 +87,6 @@ def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors
         raise ValueError(f"indices_tuple must hold rows in [0, {n}); got {int(index.min())} to {int(index.max())}")
     if anchors_alone:
         index = torch.cat(anchors(tuples))
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    count = torch.zeros(n, dtype=dtype, device=like.device)
-    count = count.scatter_add(0, index, torch.ones_like(index, dtype=dtype))
+    count = torch.zeros(n, dtype=torch.float64, device=like.device)
+    count = count.scatter_add(0, index, torch.ones_like(index, dtype=count.dtype))
     return count / count.max()

@@ -47,6 +47,11 @@ class Dtype(NamedTuple):
     vectors: torch.dtype
     product: torch.dtype
 
+    @property
+    def accumulated(self) -> torch.dtype:
+        """That of sums and losses."""
+        return torch.float64 if self.product == torch.float64 else torch.float32
+
 
 FP32 = Dtype("fp32", torch.float32, torch.float32, torch.float32, torch.float32)
 FP64 = Dtype("fp64", torch.float64, torch.float64, torch.float64, torch.float64)
@@ -54,16 +59,23 @@ BF16 = Dtype("bf16", torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat
 MIXED = Dtype("bf16_with_fp32", torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)
 FP16 = Dtype("fp16", torch.float16, torch.float16, torch.float32, torch.float16)
 DTYPES = (FP32, FP64, BF16, MIXED, FP16)
-
-
-def runs(backend: str, dtype: Dtype) -> bool:
-    return backend != "cpu" or dtype.product != torch.float16
+# Every other pair that may meet, in both orders where one is wider.
+MIXES = (
+    Dtype("fp64_with_fp32", torch.float64, torch.float32, torch.float32, torch.float64),
+    Dtype("fp32_with_fp64", torch.float32, torch.float64, torch.float32, torch.float64),
+    Dtype("fp16_with_fp32", torch.float16, torch.float32, torch.float32, torch.float16),
+    Dtype("fp32_with_bf16", torch.float32, torch.bfloat16, torch.float32, torch.bfloat16),
+    Dtype("fp16_with_bf16", torch.float16, torch.bfloat16, torch.float32, torch.float32),
+    Dtype("fp64_with_fp16", torch.float64, torch.float16, torch.float32, torch.float64),
+    Dtype("bf16_with_fp64", torch.bfloat16, torch.float64, torch.float32, torch.float64),
+)
+EVERY_DTYPE = (*DTYPES, *MIXES)
 
 
 def on_backends_and(dtypes: tuple[Dtype, ...]) -> Any:
-    """Parametrises over `dtype` and `backend`, the backend fastest, leaving out the dtypes a backend refuses."""
+    """Parametrises over `dtype` and `backend`, the backend fastest."""
     marks = {"torch": (), "cpu": pytest.mark.cpp}
-    pairs = [(d, b) for d in dtypes for b in marks if runs(b, d)]
+    pairs = [(d, b) for d in dtypes for b in marks]
     return pytest.mark.parametrize(
         ("dtype", "backend"), [pytest.param(d, b, marks=marks[b], id=f"{d.name}-{b}") for d, b in pairs]
     )
@@ -283,17 +295,15 @@ class Problem:
 
     def with_gradients(self, out: dict[str, Tensor], leaves: Mapping[str, Tensor], like: Dtype) -> dict[str, Tensor]:
         """`out` and the gradients of sum <grads, out>, with the incoming gradients rounded to `like`'s outputs."""
-        acc = torch.float64 if like.product == torch.float64 else torch.float32
-        grads = [self.layout("grad", self.grads[k].to(acc).to(v.dtype)) for k, v in out.items()]
+        grads = [self.layout("grad", self.grads[k].to(like.accumulated).to(v.dtype)) for k, v in out.items()]
         found = torch.autograd.grad(list(out.values()), list(leaves.values()), grads)
         return {**out, **{f"grad {k}": g for k, g in zip(leaves, found, strict=True)}}
 
     def run(self, dtype: Dtype, backend: str) -> dict[str, Tensor]:
         leaves = self.leaves(dtype)
         out = self.with_gradients(self.ours(leaves, backend), leaves, dtype)
-        acc = torch.float64 if dtype == FP64 else torch.float32
         for name, t in out.items():
-            want = leaves[name[5:]].dtype if name.startswith("grad ") else acc
+            want = leaves[name[5:]].dtype if name.startswith("grad ") else dtype.accumulated
             assert t.dtype == want, f"{name} is {t.dtype}, not {want}"
         return out
 
@@ -301,7 +311,7 @@ class Problem:
         """By output and gradient: the fp64 truth on the same (rounded) inputs, and the dense expression's error."""
         leaves = {k: t.detach().double().requires_grad_() for k, t in self.leaves(dtype).items()}
         truth = self.with_gradients(self.dense(leaves, torch.float64), leaves, dtype)
-        if dtype == FP64:
+        if dtype.product == torch.float64:
             return {k: stick.in_fp64(truth[k]) for k, stick in self.yardsticks(FP32).items()}
         leaves, sticks = self.leaves(dtype), []
         for form in dense_forms(self.options["metric"]):

@@ -83,8 +83,6 @@ def test_rows_far_from_their_proxy_keep_their_loss_and_gradient(degrees, backend
 @on_backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_embeddings_leave_the_proxies_in_fp32(dtype, backend, pml):
-    if backend == "cpu" and dtype == torch.float16:
-        backend = "torch"  # fp16 products are that backend's
     theirs, ours = pair(pml, 4)
     x, y = randn(20, 16, seed=1), randint(0, 30, 20, seed=2)
     with use_backend(backend):

@@ -221,13 +221,13 @@ def test_the_reference_is_never_chosen():
 
 
 def test_a_refusal_says_which_backend_and_why():
-    half = X.half(), W.half(), Y
-    with pytest.raises(RuntimeError, match=r"masked_logsumexp.*float16.*cpu: "):
-        F.masked_logsumexp(*half, backend="cpu")
-    with use_backend("cpu"), pytest.raises(RuntimeError, match="float16"):
-        F.proxy_nca_loss(*half)
+    call = {"y": Y, "c": torch.arange(W.size(0)), "margin": 0.1}
+    with pytest.raises(RuntimeError, match=r"triplet_sum.*float32.*cpu: triplet_sum is not implemented"):
+        F.triplet_sum(X, W, **call, backend="cpu")
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="triplet_sum"):
+        F.triplet_sum(X, W, **call)
     # Not asked for, it is passed over.
-    assert F.masked_logsumexp(*half).same.dtype == torch.float32
+    assert F.triplet_sum(X, W, **call).total.dtype == X.dtype
 
 
 @pytest.mark.parametrize("op", [op for op in backends.OPS if op != "masked_logsumexp"])

@@ -295,8 +295,16 @@ def test_the_memory_keeps_its_dtype(dtype):
         assert value.dtype == torch.float32
         assert grad.dtype == dtype
         assert memory.embedding_memory.dtype == torch.float32
-    with pytest.raises(TypeError, match="cast one to the other"):
-        memory(x, y)
+
+
+def test_an_fp64_batch_meets_an_fp32_memory_in_fp64():
+    memory, wide = (CrossBatchMemory(losses.SupConLoss(), 6, 20) for _ in range(2))
+    wide.double()
+    for x, y in batches(3):
+        x = x.float().double()  # what the memory holds is rounded: the same numbers in both
+        found, expected = step(memory, x, y), step(wide, x, y)
+        assert memory.embedding_memory.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_compiles_as_one_graph():

@@ -14,9 +14,11 @@ import pytest
 import torch
 from helpers import (
     BF16,
+    FP16,
     FP32,
     FP64,
     MIXED,
+    MIXES,
     Yardstick,
     assert_all_accurate,
     on_losses,
@@ -60,7 +62,7 @@ def by_class(name, w, change):
 
 def yardsticks(entry, options, x, w, y, dtype):
     truth = evaluate(entry.reference, x.to(dtype.x).double(), w.to(dtype.w).double(), y, **options)
-    if dtype == FP64:
+    if dtype.product == torch.float64:
         return {k: s.in_fp64(truth[k]) for k, s in yardsticks(entry, options, x, w, y, FP32).items()}
     dense = evaluate(
         lambda x, w, y, **o: entry.reference(x.to(dtype.product), w.to(dtype.product), y, **o),
@@ -77,13 +79,13 @@ def drawn(name, which, shape, dtype):
 
 
 @on_all
-@pytest.mark.parametrize("dtype", [FP32, FP64, BF16, MIXED], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("dtype", [FP32, FP64, BF16, MIXED, FP16, MIXES[0]], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("shape", [(31, 127, 24), (12, 3, 64)], ids=str)
 def test_value_and_gradient_are_accurate(name, which, shape, dtype, backend):
     (x, w, y), sticks = drawn(name, which, shape, dtype)
     entry = REGISTRY[name]
     out = evaluate(entry.function, x.to(dtype.x), w.to(dtype.w), y, **entry.options[which], backend=backend)
-    assert [t.dtype for t in out.values()] == [torch.float64 if dtype == FP64 else torch.float32, dtype.x, dtype.w]
+    assert [t.dtype for t in out.values()] == [dtype.accumulated, dtype.x, dtype.w]
     assert_all_accurate(out, sticks)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import (
     BF16,
+    FP16,
     FP32,
     FP64,
     MIXED,
+    MIXES,
     Yardstick,
     assert_all_accurate,
     on_backends,
@@ -53,7 +55,7 @@ def yardsticks(x, clusters, classes, centers, options, dtype):
         return evaluate(function, x.to(dtype.x).to(x_dtype), clusters, classes, w, **options)
 
     truth = rounded(magnet_reference, torch.float64, torch.float64)
-    if dtype == FP64:
+    if dtype.product == torch.float64:
         fp32 = yardsticks(x, clusters, classes, centers, options, FP32)
         return {k: stick.in_fp64(truth[k]) for k, stick in fp32.items()}
     sticks = []
@@ -70,7 +72,7 @@ def drawn(which, shape, given, dtype):
     return problems[0], worst(sticks)
 
 
-@on_backends_and((FP32, FP64, BF16, MIXED))
+@on_backends_and((FP32, FP64, BF16, MIXED, FP16, *MIXES[:2]))
 @pytest.mark.parametrize("shape", [(31, 9, 24), (20, 100, 3)], ids=str)
 @on_given
 @on_options
@@ -78,7 +80,7 @@ def test_value_and_gradient_are_accurate(which, given, shape, dtype, backend):
     (x, clusters, classes, centers), sticks = drawn(which, shape, given, dtype)
     w = centers.to(dtype.w) if given else None
     out = evaluate(F.magnet_loss, x.to(dtype.x), clusters, classes, w, **OPTIONS[which], backend=backend)
-    kinds = [torch.float64 if dtype == FP64 else torch.float32, dtype.x, dtype.w]
+    kinds = [dtype.accumulated, dtype.x, dtype.w]
     assert [t.dtype for t in out.values()] == kinds[: len(out)]
     assert_all_accurate(out, sticks)
 

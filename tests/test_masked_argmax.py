@@ -9,7 +9,7 @@ import torch
 from features import FEATURES
 from helpers import (
     BF16,
-    DTYPES,
+    EVERY_DTYPE,
     FP32,
     FP64,
     METRICS,
@@ -79,7 +79,7 @@ def test_every_shape(shape, dtype, backend):
     assert_right(p, dtype, backend, largest_same=largest_same, largest_different=largest_different)
 
 
-@on_backends_and(DTYPES)
+@on_backends_and(EVERY_DTYPE)
 @on_metrics
 def test_every_metric_and_dtype(metric, normalize, dtype, backend):
     p = Problem.random(61, 509, 48, metric, normalize, seed=3)

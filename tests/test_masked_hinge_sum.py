@@ -7,12 +7,13 @@ import torch
 from features import FEATURES
 from helpers import (
     BF16,
-    DTYPES,
+    EVERY_DTYPE,
     FP16,
     FP32,
     FP64,
     METRICS,
     MIXED,
+    MIXES,
     check,
     leaf,
     on_backends,
@@ -44,10 +45,10 @@ def test_every_shape_is_accurate(shape, dtype, backend):
     check(shaped, (*shape, *METRICS[which % len(METRICS)], which % 4 == 1), dtype, backend)
 
 
-@on_backends_and((FP64, MIXED, FP16))
+@on_backends_and((FP64, MIXED, FP16, *MIXES))
 @pytest.mark.parametrize("relative", [False, True])
 def test_the_rarer_dtypes_are_accurate(relative, dtype, backend):
-    check(shaped, (127, 252, 24, *METRICS[DTYPES.index(dtype) % len(METRICS)], relative), dtype, backend)
+    check(shaped, (127, 252, 24, *METRICS[EVERY_DTYPE.index(dtype) % len(METRICS)], relative), dtype, backend)
 
 
 @on_backends_and((FP32, BF16))

@@ -9,12 +9,13 @@ import torch
 from features import FEATURES
 from helpers import (
     BF16,
-    DTYPES,
+    EVERY_DTYPE,
     FP16,
     FP32,
     FP64,
     METRICS,
     MIXED,
+    MIXES,
     OUTPUTS,
     Problem,
     assert_all_accurate,
@@ -52,10 +53,10 @@ def test_every_shape_is_accurate(shape, dtype, backend):
     check(shaped, (*shape, *metric), dtype, backend)
 
 
-@on_backends_and((FP64, MIXED, FP16))
+@on_backends_and((FP64, MIXED, FP16, *MIXES))
 @pytest.mark.parametrize("shape", [(127, 252, 2), (252, 127, 3), (33, 507, 64)], ids=str)
 def test_the_rarer_dtypes_are_accurate(shape, dtype, backend):
-    check(shaped, (*shape, *METRICS[DTYPES.index(dtype) % len(METRICS)]), dtype, backend)
+    check(shaped, (*shape, *METRICS[EVERY_DTYPE.index(dtype) % len(METRICS)]), dtype, backend)
 
 
 @on_backends_and((FP32, BF16, MIXED))

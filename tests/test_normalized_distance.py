@@ -16,6 +16,7 @@ from helpers import (
     FP64,
     METRICS,
     MIXED,
+    MIXES,
     Yardstick,
     assert_all_accurate,
     dense_forms,
@@ -65,7 +66,7 @@ def yardsticks(x, w, metric, dtype, grad, layout):
     """The truth on the rounded inputs, and the error of the dense expressions."""
     dense = functools.partial(reference.normalized_distance, metric=metric[0], normalized=metric[1])
     truth = run(dense, x.to(dtype.x).double(), w.to(dtype.w).double(), grad, layout)
-    if dtype == FP64:
+    if dtype.product == torch.float64:
         return {k: s.in_fp64(truth[k]) for k, s in yardsticks(x, w, metric, FP32, grad, layout).items()}
     sticks = []
     for form in dense_forms(metric[0]):
@@ -106,6 +107,11 @@ def test_every_shape_is_accurate(shape, dtype, backend):
 @on_metrics
 def test_every_metric_is_accurate(metric, normalize, dtype, backend):
     check((61, 509, 48), (metric, normalize), dtype, backend)
+
+
+@on_backends_and(MIXES)
+def test_every_mix_of_dtypes_is_accurate(dtype, backend):
+    check((61, 209, 48), METRICS[MIXES.index(dtype) % len(METRICS)], dtype, backend)
 
 
 @on_backends_and((FP32, MIXED))

@@ -9,12 +9,13 @@ import torch
 from features import FEATURES
 from helpers import (
     BF16,
-    DTYPES,
+    EVERY_DTYPE,
     FP16,
     FP32,
     FP64,
     METRICS,
     MIXED,
+    MIXES,
     Problem,
     assert_same_bits,
     on_backends,
@@ -96,10 +97,16 @@ def test_pooling_is_accurate_for_any_number_of_centres(sizes, policy, dtype, bac
     check(problem, (policy, *sizes, *METRICS[which % len(METRICS)]), dtype, backend, clear=dtype == BF16)
 
 
-@on_backends_and((FP64, MIXED, FP16))
+@on_backends_and((FP64, MIXED, FP16, *MIXES))
 @on_policies
 def test_the_rarer_dtypes_are_accurate(policy, dtype, backend):
-    check(problem, (policy, 3, 33, 127, 24, *METRICS[DTYPES.index(dtype)]), dtype, backend, clear=dtype != FP64)
+    check(
+        problem,
+        (policy, 3, 33, 127, 24, *METRICS[EVERY_DTYPE.index(dtype) % len(METRICS)]),
+        dtype,
+        backend,
+        clear=dtype != FP64,
+    )
 
 
 @on_backends_and((FP32, BF16))

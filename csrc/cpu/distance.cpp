@@ -4,9 +4,8 @@
 namespace dml::cpu {
 
 template <class P>
-void distance_fwd(const Problem<P>& problem, P* out) {
+void distance_fwd(const Problem<P>& problem, Target out) {
   using A = Acc<P>;
-  const auto& k = row_kernels<A>();
   const Plan& plan = problem.plan;
   const std::int64_t m = problem.w.rows;
   const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
@@ -15,12 +14,7 @@ void distance_fwd(const Problem<P>& problem, P* out) {
     const auto load = [&](std::int64_t tile) { scores.load(tile); };
     const auto row = [&](std::int64_t, std::int64_t i) {
       scores.score_row(i, sign, A(0), nullptr, nullptr, false);
-      P* to = out + i * m + scores.first;
-      if constexpr (TileScores<P>::half) {
-        k.products_bf16(scores.z.data(), A(1), nullptr, to, scores.count);
-      } else {
-        std::copy_n(scores.z.data(), scores.count, to);
-      }
+      write_values(scores.z.data(), out.data, out.dtype, i * m + scores.first, scores.count);
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice)
       walk_slice(plan, slice, scores, load, row, nothing, nothing);
@@ -116,8 +110,8 @@ void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) 
   });
 }
 
-#define DML_INSTANTIATE(P)                              \
-  template void distance_fwd<P>(const Problem<P>&, P*); \
+#define DML_INSTANTIATE(P)                                  \
+  template void distance_fwd<P>(const Problem<P>&, Target); \
   template void distance_bwd<P>(const Problem<P>&, const Source&, Target, Target);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)

@@ -113,7 +113,7 @@ class Gradients {
       const Mat<P> e = scores_.products(n);
       const Mat<const P> weights{e.data, e.rows, e.cols, e.row_stride};
       if (part_) accumulate(weights, scores_.bank.products, part_ + begin * d_);
-      if (bank_) accumulate(weights.transposed(), all_.problem_.rows.products.row_block(begin, n), bank_);
+      if (bank_) accumulate(weights.transposed(), scores_.rows, bank_);
       for (const auto& pair : near_) add_near(pair.i, pair.j, pair.ds);
       near_.clear();
     }
@@ -199,7 +199,7 @@ class Gradients {
     torch::stable::parallel_for(0, m, 64, [&](std::int64_t begin, std::int64_t end) {
       std::vector<A> total(d), buffer(d);
       Side<P> bank;
-      bank.load(problem_.w, begin, end - begin, problem_.normalize, problem_.eps);
+      bank.load(problem_.w, begin, end - begin, problem_.normalize, problem_.eps, false);
       for (std::int64_t j = begin; j < end; ++j) {
         std::fill(total.begin(), total.end(), A(0));
         double own = 0;

@@ -41,7 +41,7 @@ class Magnet {
 
   explicit Magnet(const MagnetArgs& args)
       : args_(args), groups_(args), n_(args.x.rows), d_(args.x.cols), own_(n_), y_(n_, args.ignore) {
-    rows_.load(args.x, 0, n_, args.normalize, args.eps);
+    rows_.load(args.x, 0, n_, args.normalize, args.eps, false);
     if (args.normalize) {
       unit_.resize(n_ * d_);
       std::vector<A> buffer(d_);

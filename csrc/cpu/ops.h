@@ -161,7 +161,7 @@ void masked_argmax(const Problem<P>&, const Labels&, const ArgmaxArgs&, const Ar
 
 // out (n, m) contiguous, of the product type: a similarity, or a distance.
 template <class P>
-void distance_fwd(const Problem<P>&, P* out);
+void distance_fwd(const Problem<P>&, Target out);
 template <class P>
 void distance_bwd(const Problem<P>&, const Source& grad, Target grad_x, Target grad_w);
 

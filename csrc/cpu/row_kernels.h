@@ -2,6 +2,7 @@
 // A is the accumulation type (float or double), P the product type (float, double or bfloat16).
 #pragma once
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 
@@ -10,6 +11,7 @@
 namespace dml::cpu {
 
 using bf16 = torch::headeronly::BFloat16;
+using fp16 = torch::headeronly::Half;  // only stored: it is widened before anything is computed
 
 // What a tile's columns bring to a score and a logit; null pointers stand for 1 (r, q) or 0 (b).
 template <class A>
@@ -53,6 +55,8 @@ struct RowKernels {
   void (*products_bf16)(const A* v, A f, const A* r, bf16* out, std::int64_t n);
   void (*widen)(const bf16* v, A* out, std::int64_t n);
   void (*add_bf16)(A* total, const bf16* v, std::int64_t n);
+  void (*widen_fp16)(const fp16* v, A* out, std::int64_t n);
+  void (*narrow_fp16)(const A* v, fp16* out, std::int64_t n);
   void (*affine)(A* z, A k, A o, std::int64_t n);  // in place: k z + o
   // Sum of the z above 0, and of NaN, with their number added to `count`.
   double (*sum_positive)(const A* z, std::int64_t n, std::int64_t& count);

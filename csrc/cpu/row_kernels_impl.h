@@ -260,6 +260,8 @@ void add_bf16(A* total, const bf16* v, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) total[j] += A(from_bf16(half[j]));
 }
 
+#include "fp16_impl.h"
+
 template <class A>
 void affine(A* z, A k, A o, std::int64_t n) {
   for (std::int64_t j = 0; j < n; ++j) z[j] = k * z[j] + o;
@@ -312,6 +314,8 @@ const RowKernels<A>& table() {
       .products_bf16 = products_bf16<A>,
       .widen = widen<A>,
       .add_bf16 = add_bf16<A>,
+      .widen_fp16 = widen_fp16<A>,
+      .narrow_fp16 = narrow_fp16<A>,
       .affine = affine<A>,
       .sum_positive = sum_positive<A>,
       .indicate = indicate<A>,

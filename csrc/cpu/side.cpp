@@ -19,7 +19,8 @@ void with_type(ScalarType dtype, Function function) {
   if (dtype == ScalarType::Float) return function(float{});
   if (dtype == ScalarType::Double) return function(double{});
   if (dtype == ScalarType::BFloat16) return function(bf16{});
-  throw std::invalid_argument("dml_kernels: the cpu backend reads float32, float64 and bfloat16");
+  if (dtype == ScalarType::Half) return function(fp16{});
+  throw std::invalid_argument("dml_kernels: the cpu backend reads float32, float64, bfloat16 and float16");
 }
 
 }  // namespace
@@ -31,6 +32,8 @@ void read_row(const Source& source, std::int64_t i, A* out) {
     const T* in = static_cast<const T*>(source.data) + i * source.row_stride;
     if constexpr (std::is_same_v<T, bf16>) {
       if (source.col_stride == 1) return row_kernels<A>().widen(in, out, source.cols);
+    } else if constexpr (std::is_same_v<T, fp16>) {
+      if (source.col_stride == 1) return row_kernels<A>().widen_fp16(in, out, source.cols);
     }
     for (std::int64_t j = 0; j < source.cols; ++j) out[j] = static_cast<A>(in[j * source.col_stride]);
   });
@@ -43,6 +46,8 @@ void write_values(const A* values, void* out, ScalarType dtype, std::int64_t off
     T* to = static_cast<T*>(out) + offset;
     if constexpr (std::is_same_v<T, bf16>) {
       row_kernels<A>().products_bf16(values, A(1), nullptr, to, n);
+    } else if constexpr (std::is_same_v<T, fp16>) {
+      row_kernels<A>().narrow_fp16(values, to, n);
     } else {
       for (std::int64_t j = 0; j < n; ++j) to[j] = static_cast<T>(values[j]);
     }
@@ -50,28 +55,36 @@ void write_values(const A* values, void* out, ScalarType dtype, std::int64_t off
 }
 
 template <class P>
-void Side<P>::load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps) {
+void Side<P>::convert(std::int64_t begin, std::int64_t n, P* out) const {
+  const std::int64_t d = source_.cols;
+  if constexpr (std::is_same_v<P, bf16>) {
+    std::vector<A> row(d);
+    for (std::int64_t i = 0; i < n; ++i) {
+      read_row(source_, first_ + begin + i, row.data());
+      row_kernels<A>().products_bf16(row.data(), A(1), nullptr, out + i * d, d);
+    }
+  } else {
+    for (std::int64_t i = 0; i < n; ++i) read_row(source_, first_ + begin + i, out + i * d);
+  }
+}
+
+template <class P>
+void Side<P>::load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps,
+                   bool keep) {
   source_ = source, first_ = first;
-  direct_type_ = source.dtype == type_of<P>();
   const std::int64_t d = source.cols;
   const auto& k = row_kernels<A>();
   // BLAS takes the source as it is while its strides fit an int.
-  const bool in_place = direct_type_ && source.col_stride == 1 && source.row_stride >= d &&
+  const bool in_place = source.dtype == type_of<P>() && source.col_stride == 1 && source.row_stride >= d &&
                         source.row_stride <= std::numeric_limits<int>::max();
   row_.resize(d);
   if (in_place) {
     products = {static_cast<const P*>(source.data) + first * source.row_stride, count, d, source.row_stride};
+  } else if (keep) {
+    products = {};
+    products = block(0, count, copy_);
   } else {
-    copy_.resize(count * d);
-    products = {copy_.data(), count, d, d};
-    for (std::int64_t i = 0; i < count; ++i) {
-      read_row(source, first + i, row_.data());
-      if constexpr (std::is_same_v<P, bf16>) {
-        k.products_bf16(row_.data(), A(1), nullptr, copy_.data() + i * d, d);
-      } else {
-        std::copy_n(row_.data(), d, copy_.data() + i * d);
-      }
-    }
+    products = {};
   }
   r.assign(count, A(1)), sq.resize(count), unit.assign(count, 0);
   all_unit = normalize;

@@ -35,17 +35,25 @@ class Side {
  public:
   using A = Acc<P>;
 
-  Mat<const P> products;   // (rows, D) in the product type: the source itself where that serves
+  Mat<const P> products;   // (rows, D) in the product type: the source itself where that serves, or a copy, if kept
   std::vector<A> r, sq;    // 1 / max(|t|, eps) or 1; squared norm after scaling by r
   std::vector<char> unit;  // divided by its own norm, so that the projection applies
   bool all_unit = false;
 
-  // Rows [first, first + count) of the source.
-  void load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps);
+  // Rows [first, first + count) of the source. Unless `keep`, products of another type or layout are made by block().
+  void load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps, bool keep);
+
+  // Rows [begin, begin + n) for products: in place, or in `buffer`.
+  Mat<const P> block(std::int64_t begin, std::int64_t n, std::vector<P>& buffer) const {
+    if (products.data) return products.row_block(begin, n);
+    buffer.resize(n * source_.cols);
+    convert(begin, n, buffer.data());
+    return {buffer.data(), n, source_.cols, source_.cols};
+  }
 
   // The row as it came, in the accumulation type; `buffer` holds D values, used where a conversion is needed.
   const A* full(std::int64_t i, A* buffer) const {
-    if (std::is_same_v<P, A> && direct_type_) return reinterpret_cast<const A*>(products.row(i));
+    if (std::is_same_v<P, A> && products.data) return reinterpret_cast<const A*>(products.row(i));
     read_row(source_, first_ + i, buffer);
     return buffer;
   }
@@ -61,9 +69,10 @@ class Side {
   }
 
  private:
+  void convert(std::int64_t begin, std::int64_t n, P* out) const;
+
   Source source_{};
   std::int64_t first_ = 0;
-  bool direct_type_ = false;  // `products` holds the source's own values, unrounded
   std::vector<P> copy_;
   std::vector<A> row_;
 };

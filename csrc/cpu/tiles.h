@@ -46,7 +46,7 @@ struct Problem {
   Problem(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut, std::int64_t group = 1)
       : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
         plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P), cut, group)) {
-    rows.load(x, 0, x.rows, normalize, eps);
+    rows.load(x, 0, x.rows, normalize, eps, false);
   }
 };
 
@@ -62,18 +62,20 @@ class TileScores {
         z(problem.plan.tile), s(problem.plan.tile), u_(problem.x.cols), p_(problem.x.cols), buffer_(problem.x.cols) {}
 
   Side<P> bank;
+  Mat<const P> rows{};                // those last multiplied
   std::int64_t first = 0, count = 0;  // bank entries of this tile
 
   void load(std::int64_t tile) {
     first = tile * problem_.plan.tile;
     count = std::min(problem_.plan.tile, problem_.w.rows - first);
-    bank.load(problem_.w, first, count, problem_.normalize, problem_.eps);
+    bank.load(problem_.w, first, count, problem_.normalize, problem_.eps, true);
   }
 
   // Raw products of rows [begin, begin + n) with the tile.
   void multiply_rows(std::int64_t begin, std::int64_t n) {
+    if (begin != begin_ || n != rows.rows) rows = problem_.rows.block(begin, n, converted_);
     begin_ = begin;
-    multiply<P>(problem_.rows.products.row_block(begin, n), bank.products.transposed(), products(n), false);
+    multiply<P>(rows, bank.products.transposed(), products(n), false);
   }
 
   // The tile's memory, row by row: raw products, which a backward overwrites with its weights.
@@ -133,7 +135,7 @@ class TileScores {
   }
 
   const Problem<P>& problem_;
-  std::vector<P> tile_;
+  std::vector<P> tile_, converted_;
   std::vector<A> wide_;
   std::int64_t begin_ = 0;
 

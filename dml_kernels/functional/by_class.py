@@ -58,7 +58,7 @@ def positive_pair_sum(
     everything. A second derivative goes through a dense expression with the N x M scores.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
         y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
             must be bank rows, or ``ignore_index``.
         u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
@@ -69,7 +69,7 @@ def positive_pair_sum(
         backend: overrides the choice of backend for this call.
 
     Returns:
-        TermSums; total in fp32 (fp64 for fp64), 0 with a zero gradient for a row without positives.
+        TermSums; total in fp32 (fp64 where either input is), 0 with a zero gradient for a row without positives.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
@@ -120,7 +120,7 @@ def triplet_sum(
     gradients is bounded in both. A second derivative goes through a dense expression with a term for every triplet.
 
     Args:
-        x: (N, D) anchors. w: (M, D) bank, float32 allowed beside half-precision rows.
+        x: (N, D) anchors. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
         y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
             must be bank rows, or ``ignore_index``.
         margin: how much closer, as a score, a positive must be. smooth, swap: the variants above.
@@ -130,7 +130,8 @@ def triplet_sum(
         backend: overrides the choice of backend for this call.
 
     Returns:
-        TermSums; total in fp32 (fp64 for fp64), 0 with a zero gradient for an anchor without positives or negatives.
+        TermSums; total in fp32 (fp64 where either input is), 0 with a zero gradient for an anchor without positives or
+        negatives.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.

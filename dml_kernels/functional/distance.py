@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -54,25 +55,33 @@ def normalized_distance(
     differences, so identical rows give exactly 0; the gradient at zero distance is 0.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank; its dtype may be float32 beside half-precision rows.
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
         normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
         eps: guards the division by the norm.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        (N, M) in the product dtype: autocast's if on, else the inputs'. Differentiable twice.
+        (N, M) in the product dtype: autocast's if on, else the inputs'; of two dtypes fp64 where one is, the half
+        beside fp32, fp32 for fp16 beside bf16. Differentiable twice.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or metric; the message names the fix.
     """
     contract.check_pair(x, w)
+    return matrix_in(contract.product_dtype(x, w), x, w, metric, normalize=normalize, eps=eps, backend=backend)
+
+
+def matrix_in(
+    dtype: torch.dtype, x: Tensor, w: Tensor, metric: str, *, normalize: bool, eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`normalized_distance` of a checked pair, multiplied and returned in ``dtype`` whatever the inputs'."""
     base, unit = contract.split_metric(metric, normalize, plain_dot=True)
     eps = contract.check_eps(eps)
-    dtype = contract.product_dtype(x, w)
     size = (x.size(0), w.size(0), x.size(1))
     chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend, size=size)
     if chosen == backends.REFERENCE:
-        return reference.normalized_distance(x, w, base, unit, eps)
+        return reference.normalized_distance(x.to(dtype), w.to(dtype), base, unit, eps)
     w = w.view_as(w) if w is x else w
     return _distance.normalized_distance(x, w, base, unit, eps, dtype, chosen)

@@ -74,7 +74,9 @@ def masked_logsumexp(
       The relu weights are detached: constants in every derivative.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled; float32 allowed beside half-precision rows.
+        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled. Each may have a dtype of its own: fp64 with anything is
+            computed in fp64, fp16 with bf16 in fp32, half with fp32 in the half (fp16 is widened: where a device adds
+            up in fp16, nothing is multiplied in it). Neither is cast as a whole, and each gets a gradient in its dtype.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
         c: (M,) int64 labels of the bank; None: each entry's own index.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
@@ -91,7 +93,8 @@ def masked_logsumexp(
         backend: overrides the choice of backend for this call.
 
     Returns:
-        MaskedLogSumExp of (N,) tensors in fp32 (fp64 for fp64). An empty set is -inf with a zero gradient, its sum 0.
+        MaskedLogSumExp of (N,) tensors in fp32, fp64 where either input is. An empty set is -inf with a zero gradient,
+        its sum 0.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.

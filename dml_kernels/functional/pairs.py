@@ -74,7 +74,7 @@ def masked_hinge_sum(
     Nothing of size N x M is built, in the forward, the backward or the double backward.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, float32 allowed beside half-precision rows.
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
         c: (M,) int64 labels of the bank; None: each entry's own index.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
@@ -89,8 +89,8 @@ def masked_hinge_sum(
         backend: overrides the choice of backend for this call.
 
     Returns:
-        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 for fp64), differentiable twice, and the numbers of
-        their positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
+        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 where either is), differentiable twice, and the numbers
+        of their positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
@@ -168,7 +168,7 @@ def masked_argmax(
 
     Returns:
         MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
-        there is none; score (N,) in fp32 (fp64 for fp64), detached, -inf where there is none (+inf where the smallest
+        there is none; score (N,) in fp32 (fp64 likewise), detached, -inf where there is none (+inf where the smallest
         is chosen); count (N,) int64 of the candidates. NaN scores are no candidates.
 
     Raises:
@@ -228,7 +228,7 @@ def pair_scores(
         eps: guards the division by the norm.
 
     Returns:
-        (P,) in fp32 (fp64 for fp64), whatever the inputs' dtype. Differentiable twice, then in O(P D) memory.
+        (P,) in fp32, or fp64 where either input is. Differentiable twice, then in O(P D) memory.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device, metric or index; the message names the fix.

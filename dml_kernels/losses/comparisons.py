@@ -22,7 +22,7 @@ from ..distances import Distance
 from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..logspace import logaddexp
 from ..ops import segments
-from ..ops.contract import accumulate_dtype
+from ..ops.contract import accumulate_dtype, product_dtype
 from ..reducers import PAIR, TRIPLET, Terms, nonzero
 
 IGNORED = IGNORE_INDEX
@@ -42,7 +42,7 @@ class Compared:
     Attributes:
         batch: what is compared. distance: by which distance.
         kept: (N,) bool, the anchors that count; not those labelled -100.
-        dtype: of the sums, fp32 (fp64 for fp64).
+        dtype: of the sums, fp32, or fp64 where either side is.
     """
 
     batch: Batch
@@ -122,7 +122,7 @@ class Streamed(Compared):
             raise ValueError("ref_labels are needed where no indices_tuple says which pairs to compare")
         self.batch, self.distance, self.y, self.c = batch, distance, batch.y, batch.c
         self.kept = batch.y != IGNORED
-        self.dtype = accumulate_dtype(batch.x.dtype)
+        self.dtype = accumulate_dtype(product_dtype(batch.x, batch.w))
         self.call: dict[str, Any] = {
             "metric": distance.metric, "normalize": distance.normalize_embeddings, "exclude": batch.exclude,
             "ignore_index": IGNORED,

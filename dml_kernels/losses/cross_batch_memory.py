@@ -30,9 +30,8 @@ class CrossBatchMemory(Recorded):
     The memory is streamed like any reference set: nothing of size batch x memory is built, unless ``indices_tuple``
     asks for a list of all pairs. What is not filled yet has the label -100 and is in no pair.
 
-    Differences from pytorch-metric-learning's: the memory keeps its dtype, whatever the batch's (half-precision batches
-    beside a float32 memory are fine, a float64 batch needs ``memory.double()``); a row's own copy is left out of
-    NCALoss, too. The memory changes in place, unless an earlier call's graph still waits for its ``backward``: that
+    Differences from pytorch-metric-learning's: the memory keeps its dtype, whatever the batch's (a float64 batch
+    is compared in float64 with what a float32 memory holds); a row's own copy is left out of NCALoss, too. The memory changes in place, unless an earlier call's graph still waits for its ``backward``: that
     graph then keeps the memory as it was, (M, D) for each call that waits. (Compiled by inductor, the ``backward`` of a
     call before the last is an error.)
 

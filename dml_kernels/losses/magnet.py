@@ -139,8 +139,8 @@ def magnet_loss(
         eps: guards the division by the norm. backend: overrides the choice of backend.
 
     Returns:
-        The loss in fp32 (fp64 for fp64). An example without clusters of other classes contributes 0, with a zero
-        gradient; so does a batch of one cluster, or without examples.
+        The loss in fp32, or fp64 where either input is. An example without clusters of other classes contributes 0,
+        with a zero gradient; so does a batch of one cluster, or without examples.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or value; the message names the fix.

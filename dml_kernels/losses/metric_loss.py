@@ -68,7 +68,7 @@ class MetricLoss(Recorded):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of embeddings (N, D), in fp32 (fp64 for fp64).
+        """The loss of embeddings (N, D), in fp32, or fp64 where they or ``ref_emb`` are.
 
         Args:
             labels: (N,) integers, on any device; needed unless ``indices_tuple`` is given.

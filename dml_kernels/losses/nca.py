@@ -61,7 +61,7 @@ class NCALoss(MetricLoss):
         if batch.tuples is not None:
             named = batch.tuples if batch.w is batch.x else anchors(batch.tuples)  # the others are references
             weights = row_weights(named, len(values), values)
-            values = values if weights is None else values * weights
+            values = values if weights is None else values * weights.to(values.dtype)
         return {"loss": Terms.elements(values, batch.y, some)}
 
     def extra_repr(self) -> str:

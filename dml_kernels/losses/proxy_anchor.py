@@ -85,7 +85,7 @@ def proxy_anchor_loss(
     """Proxy-Anchor of embeddings (N, D) and proxies (M, D), one for each class; see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (M, D), likewise; fp32 allowed beside half-precision embeddings.
+        embeddings: (N, D), any norm. proxies: (M, D), likewise, in a dtype of their own.
         labels: (N,) integers, rows of ``proxies``.
         margin: on the score. alpha: multiplies the scores. bias: (N,), added to the exponents of each embedding.
         metric, normalize: other scores, as in :func:`functional.masked_logsumexp`.
@@ -95,8 +95,8 @@ def proxy_anchor_loss(
         eps: guards the division by the norm. backend: overrides the choice of backend.
 
     Returns:
-        The loss in fp32 (fp64 for fp64). A proxy without positives, or without negatives, contributes 0 to that sum;
-        with every row ignored the loss is 0, connected to the graph.
+        The loss in fp32, or fp64 where either input is. A proxy without positives, or without negatives, contributes 0
+        to that sum; with every row ignored the loss is 0, connected to the graph.
 
     Raises:
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.

@@ -184,7 +184,7 @@ class ProxyLoss(MetricLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of embeddings (N, D), in fp32 (fp64 for fp64).
+        """The loss of embeddings (N, D), in fp32, or fp64 where they or the parameter are.
 
         Args:
             labels: (N,) integers, on any device.

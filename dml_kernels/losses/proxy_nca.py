@@ -98,7 +98,8 @@ def proxy_nca_loss(
     """Proxy-NCA of embeddings (N, D) against proxies (M, D); see the module for the formula.
 
     Args:
-        embeddings: (N, D), any norm: unit vectors are taken inside. proxies: (M, D), likewise.
+        embeddings: (N, D), any norm: unit vectors are taken inside. proxies: (M, D), likewise, in a dtype of
+            their own.
         labels: (N,) integers: rows of ``proxies``, or of ``label_to_proxy`` where given.
         softmax_scale: a number, or a () or (N,) tensor, which gets a gradient. 1 is the paper's.
         exclude_positive: leave the positive out of the sum, as the 2017 paper does.
@@ -112,8 +113,8 @@ def proxy_nca_loss(
         eps: guards the division by the norm. backend: overrides the choice of backend.
 
     Returns:
-        The loss in fp32 (fp64 for fp64). A row without negatives (one proxy) contributes 0; with every row ignored
-        the loss is 0, connected to the graph.
+        The loss in fp32, or fp64 where either input is. A row without negatives (one proxy) contributes 0; with every
+        row ignored the loss is 0, connected to the graph.
 
     Raises:
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.

@@ -40,8 +40,8 @@ def proxy_ranking_loss(
     """The ranking loss of embeddings (N, D) and proxies (M, D), one for each class; see the module.
 
     Args:
-        embeddings: (N, D), any norm where ``normalize``. proxies: (M, D), likewise; fp32 allowed beside half-precision
-            embeddings.
+        embeddings: (N, D), any norm where ``normalize``. proxies: (M, D), likewise, in a dtype of
+            their own.
         labels: (N,) integers, rows of ``proxies``. margin: on the difference of two scores.
         metric, normalize: as in :func:`functional.masked_hinge_sum`.
         class_weight: (M,), a weight for each label; the mean is then weighted.
@@ -50,7 +50,8 @@ def proxy_ranking_loss(
         eps: guards the division by the norm. backend: overrides the choice of backend.
 
     Returns:
-        The loss in fp32 (fp64 for fp64). With one class, or every row ignored, it is 0, connected to the graph.
+        The loss in fp32, or fp64 where either input is. With one class, or every row ignored, it is 0, connected to the
+        graph.
 
     Raises:
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.

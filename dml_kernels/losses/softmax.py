@@ -128,14 +128,15 @@ def softmax_loss(
     """The loss of embeddings (N, D) against proxies (C K, D), the K rows of a class together; see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (C K, D), likewise; fp32 allowed beside half-precision embeddings.
+        embeddings: (N, D), any norm. proxies: (C K, D), likewise, in a dtype of their own.
         labels: (N,) integers, classes; or (N, L) padded with ``ignore_index``: a row is then the mean over its labels,
             each with its own margin.
         logits: what the loss makes of the scores; its ``centres`` are K, 1 for most losses.
         class_weight, label_smoothing, ignore_index, reduction, eps, backend: see :class:`SoftmaxOptions`.
 
     Returns:
-        The loss in fp32 (fp64 for fp64). With one class it is 0; with every row ignored 0, connected to the graph.
+        The loss in fp32, or fp64 where either input is. With one class it is 0; with every row ignored 0, connected to
+        the graph.
 
     Raises:
         ValueError, TypeError: labels out of range, wrong shapes, dtypes or options; the message names the fix.

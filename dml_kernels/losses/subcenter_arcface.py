@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import functional
 from ..ops.checks import check_flag, check_integer, check_number
-from ..ops.contract import check_pair
+from ..ops.contract import accumulate_dtype, check_pair, product_dtype
 from .arcface import angular_logits, turned
 from .base import LossEntry, check_label_range, check_labels
 from .proxy_loss import SoftmaxLoss
@@ -111,8 +111,9 @@ class SubCenterArcFaceLoss(SoftmaxLoss):
 
     def _to_own(self, x: Tensor, y: Tensor) -> Tensor:
         """(n, K) cosines to the sub-centres of each row's own class."""
-        own = self.weight.view(self.num_classes, self.sub_centers, -1)[y].float()
-        return torch.linalg.vecdot(functional.normalize(x.float())[:, None], functional.normalize(own))
+        own = self.weight.view(self.num_classes, self.sub_centers, -1)[y]
+        dtype = accumulate_dtype(product_dtype(x, own))
+        return torch.linalg.vecdot(functional.normalize(x.to(dtype))[:, None], functional.normalize(own.to(dtype)))
 
 
 ENTRY = LossEntry(

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional
 from ..batch import Batch
 from ..ops.checks import check_choice, check_number, shown
+from ..ops.contract import accumulate_dtype, product_dtype
 from .base import Miner
 
 
@@ -103,7 +104,7 @@ class BatchEasyHardMiner(Miner):
         allowed = self.allowed_pos_range if kind == "same" else self.allowed_neg_range
         if allowed is None:
             return None, None
-        dtype = torch.float64 if batch.x.dtype == torch.float64 else torch.float32
+        dtype = accumulate_dtype(product_dtype(batch.x, batch.w))
         ends = torch.tensor(sorted(self.distance.threshold(value) for value in allowed), dtype=dtype)
         ends = torch.nextafter(ends, torch.tensor([-torch.inf, torch.inf], dtype=dtype)).to(batch.x.device)
         return ends[0].expand(batch.x.size(0)), ends[1].expand(batch.x.size(0))

@@ -81,13 +81,19 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: autocast's where it is on, else the inputs' (the narrower of a mixed pair)."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    """The dtype of the matrix products, which says in what sums and losses are kept, too (``accumulate_dtype``).
+
+    fp64 where either input is fp64, whatever autocast says (which leaves fp64 alone in PyTorch, too); autocast's where
+    it is on; the inputs'; half precision beside fp32; and fp32 for fp16 beside bf16, of which neither holds the other.
+    No input is cast as a whole: a backend widens, or rounds, a tile.
+    """
+    dtypes, device = {x.dtype, w.dtype}, x.device.type
+    if torch.float64 in dtypes:
+        return torch.float64
+    if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    if x.dtype == w.dtype:
-        return x.dtype
-    return w.dtype if x.dtype == torch.float32 else x.dtype
+    halves = dtypes - {torch.float32}
+    return halves.pop() if len(halves) == 1 else torch.float32
 
 
 def split_metric(metric: str, normalize: bool, *, plain_dot: bool = False) -> tuple[str, bool]:
@@ -113,7 +119,7 @@ def check_matrix(name: str, t: Tensor) -> None:
 
 
 def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> None:
-    """Rows and bank: both (., D), on one device, in dtypes that can be multiplied without a silent loss."""
+    """Rows and bank: both (., D), on one device, of any two dtypes: ``product_dtype`` says what these make."""
     nx, nw = names
     check_matrix(nx, x)
     check_matrix(nw, w)
@@ -126,9 +132,6 @@ def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> Non
         raise ValueError(f"{nw} has no rows, shape {tuple(w.shape)}; the bank needs at least one")
     if x.device != w.device:
         raise ValueError(f"{nx} is on {x.device} and {nw} on {w.device}; move one with .to()")
-    mixed = {x.dtype, w.dtype}
-    if (len(mixed) == 2 and torch.float32 not in mixed) or mixed == {torch.float32, torch.float64}:
-        raise TypeError(f"{nx} is {x.dtype} and {nw} is {w.dtype}; cast one to the other's dtype with .to()")
 
 
 def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, integer: bool, scalar: bool = False) -> None:

@@ -14,7 +14,7 @@ name = "cpu"
 POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
 LOG_WEIGHT_CODES = Choices("log_weight", {"uniform": 0, "distance": 1})
 PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
     "magnet_loss",
@@ -25,7 +25,7 @@ def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, cent
     if device.type != "cpu":
         return f"runs on the CPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
-        return f"multiplies float32, float64 and bfloat16; not {dtype}"
+        return f"multiplies float32, float64, bfloat16 and float16; not {dtype}"
     if op not in OPS:
         return f"{op} is not implemented here"
     if policy != "linear" and op != "masked_logsumexp":
@@ -95,7 +95,7 @@ def _plain_lines(lines) -> tuple:
 
 def masked_argmax_fwd(inputs, spec) -> tuple[Tensor, ...]:
     return _ops().argmax_fwd(
-        _kind(spec), *labelled(*inputs[:5]), *_widened(inputs[5:]), *spec.wanted, *spec.largest, spec.noise,
+        _kind(spec), *labelled(*inputs[:5]), *inputs[5:], *spec.wanted, *spec.largest, spec.noise,
         spec.seed, LOG_WEIGHT_CODES[spec.log_weight], *spec.cutoffs, *_pair_numbers(spec),
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | N
 
 def _plain_proxied(inputs):
     x, w, y, *vectors = inputs
-    return x, w, y.contiguous(), *_widened(vectors)
+    return x, w, y.contiguous(), *vectors
 
 
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
@@ -139,12 +139,8 @@ def _kind(spec: Spec) -> Tensor:
 
 
 def _plain(bank: Bank) -> Bank:
-    """Label vectors contiguous, the rest as it is; fp16 vectors, which C++ does not read, widened."""
-    return Bank(*labelled(*bank[:5]), *_widened(bank[5:]))
-
-
-def _widened(vectors):
-    return [t.float() if t is not None and t.dtype == torch.float16 else t for t in vectors]
+    """Label vectors contiguous, the rest as it is."""
+    return Bank(*labelled(*bank[:5]), *bank[5:])
 
 
 def _policy(spec: Spec) -> tuple:

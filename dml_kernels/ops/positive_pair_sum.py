@@ -73,7 +73,7 @@ bwd = register(
 def scores(x: Tensor, w: Tensor, spec: Any) -> Tensor:
     """The N x M scores as a Function that can be differentiated twice, in the accumulation dtype."""
     acc = accumulate_dtype(spec.dtype)
-    out = normalized_distance(x, w.view_as(w), spec.metric, spec.normalize, spec.eps, spec.dtype, "torch").to(acc)
+    out = normalized_distance(x, w.view_as(w), spec.metric, spec.normalize, spec.eps, acc, "torch")
     return out if spec.metric == "dot" else -out
 
 

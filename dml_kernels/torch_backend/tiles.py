@@ -27,9 +27,14 @@ def norms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class Side(NamedTuple):
-    """Rows (or one bank chunk) ready for products: t in the product dtype, the originals, and their norms."""
+    """Rows (or one bank chunk) ready for products: t in the product dtype, the originals, and their norms.
 
-    t: Tensor  # (n, D) product dtype
+    fp16 serves for products of vectors that are fp16 themselves, on a GPU, which adds them up in fp32. Everything else
+    takes its place in fp32: fp16 rounds an fp32 vector of norm 1e-6 away, and weights of the scores in fp16 would need
+    a power of two that suits all of them, which one large row takes from all others.
+    """
+
+    t: Tensor  # (n, D) what scores are products of
     full: Tensor  # (n, D) accumulation dtype
     r: Tensor  # (n,) 1 / max(|t|, eps), or 1 where nothing is normalised
     unit: Tensor  # (n,) bool: the row was divided by its own norm
@@ -43,7 +48,14 @@ class Side(NamedTuple):
         else:
             r = full.new_ones(full.size(0))
             unit = torch.zeros_like(r, dtype=torch.bool)
+        if dtype == torch.float16 and not (t.is_cuda and t.dtype == dtype):
+            dtype = full.dtype
         return Side(t.to(dtype), full, r, unit, (full * r[:, None]).square().sum(-1))
+
+    @property
+    def weighed(self) -> Tensor:
+        """(n, D) what the gradients are products of, with the scores' weights in the same dtype."""
+        return self.full if self.t.dtype == torch.float16 else self.t
 
     def project(self, grad: Tensor) -> Tensor:
         """P grad for the rows that are unit vectors, grad for the others; in place."""
@@ -60,6 +72,8 @@ def chunks(n: int, m: int, d: int, centres: int = 1) -> Iterator[slice]:
 
 def mm(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
     """a @ b with the result in the accumulation dtype; straight from the tensor cores where PyTorch offers that."""
+    if a.dtype != b.dtype:
+        a, b = a.to(acc), b.to(acc)
     if a.dtype == acc:
         return a @ b
     return torch.mm(a, b, out_dtype=acc) if a.is_cuda and acc == torch.float32 else (a @ b).to(acc)
@@ -117,12 +131,6 @@ def root_slope(s: Tensor) -> Tensor:
     return torch.where(s == 0, 0, -0.5 / s)
 
 
-def product_scale(e: Tensor) -> Tensor:
-    """A power of two that lifts an fp16 chunk clear of underflow: 1e-6/4096*16 is 0 in fp16."""
-    peak = e.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.exp2(torch.floor(torch.log2(1024 / peak)).clamp(-100, 100))
-
-
 class Gradients:
     """Collects grad_x over bank chunks, and hands back each chunk's grad_w, from dS on the scores."""
 
@@ -142,19 +150,15 @@ class Gradients:
             near_ds = ds.view(-1)[scores.near]
             ds.view(-1).index_fill_(0, scores.near, 0)
         sums = (ds.sum(1), ds.sum(0)) if self.metric != "dot" else None
-        e = ds.mul_(a.r[:, None] * factor).mul_(b.r)
-        lift = product_scale(e) if a.t.dtype == torch.float16 else None
-        e = (e if lift is None else e * lift).to(a.t.dtype)
+        e = ds.mul_(a.r[:, None] * factor).mul_(b.r).to(a.weighed.dtype)
         grad_w = None
         if self.grad_x is not None:
-            part = mm(e, b.t, a.full.dtype)
-            part = part if lift is None else part / lift
+            part = mm(e, b.weighed, a.full.dtype)
             if sums:
                 part -= self._own(a, sums[0])
             self.grad_x += part
         if self.need_w:
-            grad_w = mm(e.T, a.t, a.full.dtype)
-            grad_w = grad_w if lift is None else grad_w / lift
+            grad_w = mm(e.T, a.weighed, a.full.dtype)
             if sums:
                 grad_w -= self._own(b, sums[1])
         if near_ds is not None:
