@@ -34,7 +34,7 @@ void distance_forward(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool 
   with_product_type(out.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::bank);
-    distance_fwd<P>(problem, target(out, n * m, "out"));
+    distance_fwd<P>(problem, target(out, {n, m}, "out"));
   });
 }
 

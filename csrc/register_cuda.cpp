@@ -184,10 +184,9 @@ MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& cl
   STD_TORCH_CHECK(!centers || (centers->size(0) == classes.size(0) && centers->size(1) == x.size(1)),
                   "dml_kernels: a centre for each cluster");
   const Matrix rows = matrix(x, "x"), bank = centers ? matrix(*centers, "centers") : Matrix{};
-  const bool wide = rows.dtype == Dtype::f64;
-  STD_TORCH_CHECK(!centers || (bank.dtype == Dtype::f64) == wide, "dml_kernels: fp64 with another dtype");
-  return {rows,
-          bank,
+  const bool wide = rows.dtype == Dtype::f64 || (centers && bank.dtype == Dtype::f64);
+  return {widened(rows, wide),
+          widened(bank, wide),
           integers(clusters, x.size(0), "clusters"),
           integers(classes, classes.size(0), "classes"),
           classes.size(0),

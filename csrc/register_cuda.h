@@ -134,13 +134,20 @@ inline const void* sums(const Tensor& t, std::int64_t n, bool wide, const char* 
   return t.const_data_ptr();
 }
 
-// Sums in fp64 where the rows are fp64, in fp32 otherwise.
+// A matrix for kernels whose sums are in fp64: one of another dtype is widened value by value.
+inline Matrix widened(Matrix m, bool wide) {
+  if (wide && m.dtype != Dtype::f64) m.together = 1;
+  return m;
+}
+
+// Sums in fp64 where either side is fp64, in fp32 otherwise.
 inline Comparison comparison(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps) {
   const Matrix rows = matrix(x, "x"), bank = matrix(w, "w");
   STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
-  STD_TORCH_CHECK((rows.dtype == Dtype::f64) == (bank.dtype == Dtype::f64), "dml_kernels: fp64 with another dtype");
   STD_TORCH_CHECK(bank.rows > 0, "dml_kernels: w has no rows");
-  return {rows, bank, choice<Metric>(metric, 3, "metric"), normalize, rows.dtype == Dtype::f64, eps};
+  const bool wide = rows.dtype == Dtype::f64 || bank.dtype == Dtype::f64;
+  const Metric kind = choice<Metric>(metric, 3, "metric");
+  return {widened(rows, wide), widened(bank, wide), kind, normalize, wide, eps};
 }
 
 inline ScalarType accumulation(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }

@@ -25,8 +25,9 @@ Choice choice(std::int64_t code, std::int64_t count, const char* name) {
 // The tensor's dtype, which the kernels must be able to read and write.
 inline ScalarType floating(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
-                  "dml_kernels: ", name, " must be float32, float64 or bfloat16");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  "dml_kernels: ", name, " must be float32, float64, bfloat16 or float16");
   return dtype;
 }
 

@@ -103,12 +103,12 @@ __device__ __forceinline__ A load(const Vector& v, std::int64_t i, A otherwise) 
   return v.data ? load<A>(v.data, v.dtype, i * v.stride) : otherwise;
 }
 
-// A matrix is fp64 where A is double, and never otherwise.
+// Where A is double a matrix may have any dtype, else it is not fp64.
 template <class A>
 __device__ __forceinline__ A load(const Matrix& m, std::int64_t i, std::int64_t j) {
   const std::int64_t at = i * m.row_stride + j * m.col_stride;
   if constexpr (std::is_same_v<A, double>) {
-    return static_cast<const double*>(m.data)[at];
+    return load<double>(m.data, m.dtype, at);
   } else {
     if (m.dtype == Dtype::f32) return static_cast<const float*>(m.data)[at];
     const std::uint16_t half = static_cast<const std::uint16_t*>(m.data)[at];

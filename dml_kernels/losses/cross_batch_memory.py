@@ -31,9 +31,10 @@ class CrossBatchMemory(Recorded):
     asks for a list of all pairs. What is not filled yet has the label -100 and is in no pair.
 
     Differences from pytorch-metric-learning's: the memory keeps its dtype, whatever the batch's (a float64 batch
-    is compared in float64 with what a float32 memory holds); a row's own copy is left out of NCALoss, too. The memory changes in place, unless an earlier call's graph still waits for its ``backward``: that
-    graph then keeps the memory as it was, (M, D) for each call that waits. (Compiled by inductor, the ``backward`` of a
-    call before the last is an error.)
+    is compared in float64 with what a float32 memory holds); a row's own copy is left out of NCALoss, too. The
+    memory changes in place, unless an earlier call's graph still waits for its ``backward``: that graph then keeps the
+    memory as it was, (M, D) for each call that waits. (Compiled by inductor, the ``backward`` of a call before the last
+    is an error.)
 
     The state dict has pytorch-metric-learning's two keys, and either library loads the other's. It holds the memory
     oldest row first, so that the ring's position, which pytorch-metric-learning does not save, follows from it: rows

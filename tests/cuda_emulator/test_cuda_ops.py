@@ -160,6 +160,16 @@ def test_addresses_that_no_wide_load_may_use():
             assert_all_accurate(problem.run(dtype, "cuda"), problem.yardsticks(dtype))
 
 
+def test_two_dtypes():
+    """Also D beyond a chunk of shared memory, and addresses that a vector load of the narrower one might use."""
+    from helpers import METRICS, MIXES, assert_all_accurate
+
+    for which, dtype in enumerate(MIXES):
+        for d in (40, 1700):
+            problem = Problem.random(9, 21, d, *METRICS[which % len(METRICS)])
+            assert_all_accurate(problem.run(dtype, "cuda"), problem.yardsticks(dtype))
+
+
 def test_a_half_that_ends_within_a_load():
     """40 columns are 5 loads of 8 halves, 36 nine of 4; 1,028 are more than a chunk of shared memory."""
     from helpers import BF16, FP16, assert_all_accurate

@@ -20,6 +20,7 @@ from helpers import (
     METRIC_IDS,
     METRICS,
     MIXED,
+    MIXES,
     OUTPUTS,
     Problem,
     assert_all_accurate,
@@ -77,6 +78,12 @@ def test_every_metric_is_accurate(metric, normalize, dtype):
 @pytest.mark.parametrize("which", range(3))
 def test_the_rarer_dtypes_are_accurate(which, dtype):
     check(shaped, (33, 70, 20, *METRICS[(2 * which + ALL_DTYPES.index(dtype)) % 6]), dtype, B)
+
+
+@in_both_forms
+@pytest.mark.parametrize("dtype", MIXES, ids=lambda d: d.name)
+def test_two_dtypes_are_accurate(dtype):
+    check(shaped, (33, 70, 20, *METRICS[MIXES.index(dtype) % 6]), dtype, B)
 
 
 # One row, one entry, one column; tiles' edges and one beyond; several blocks of columns; long and thin both ways.
