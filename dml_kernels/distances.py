@@ -35,12 +35,14 @@ def cosines(x: Tensor, w: Tensor) -> Tensor:
     """
     check_pair(x, w, ("embeddings", "ref_emb"))
     dtype = product_dtype(x, w)
+    acc = accumulate_dtype(dtype)
+    multiplied = acc if dtype == torch.float16 else dtype  # the CPU adds fp16 up in fp16
 
     def unit(rows: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(rows.to(accumulate_dtype(dtype)), dim=1).to(dtype)
+        return torch.nn.functional.normalize(rows.to(acc), dim=1).to(multiplied)
 
     u = unit(x)
-    parts = [u @ unit(part).t() for part in w.split(max(1, UNIT_ELEMENTS // w.size(1)))]
+    parts = [(u @ unit(part).t()).to(dtype) for part in w.split(max(1, UNIT_ELEMENTS // w.size(1)))]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
