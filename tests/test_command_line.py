@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from test_demo import TINY, assert_same_state
 
 from dml_kernels import __main__ as entry
 from dml_kernels.cli import process
-from dml_kernels.demo import data, options, step_cost, train
+from dml_kernels.demo import data, options, report, step_cost, train
 from dml_kernels.demo.checkpoint import load_checkpoint
 from dml_kernels.demo.lock import NAME, FolderInUseError, hold
 from dml_kernels.demo.trainer import Trainer
@@ -165,6 +166,23 @@ def test_a_step_cost_that_fails_says_that_the_training_is_saved(tmp_path, monkey
     assert "could not be measured (DefaultCPUAllocator: can't allocate memory)" in said
     assert "--resume" in said
     assert load_checkpoint(tmp_path / "proxy-nca.pt")["epoch"] == 1
+
+
+def test_a_package_that_cannot_be_imported_is_named_before_the_training(tmp_path, monkeypatch, capsys):
+    """There, but without what it needs itself; or of another version."""
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    refused(["--out", str(tmp_path)], monkeypatch, capsys, "the demo needs sklearn, which cannot be imported")
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_no_number_of_a_table_is_cut_however_narrow_the_terminal(width):
+    console = Console(width=width, file=io.StringIO())
+    numbers = ["0.12345", "1,234,567", "0.5"]
+    header = ["", "kNN error (nearest drawing)", "kNC error (soft nearest clusters)", "seconds"]
+    report._print_table(console, "Title", header, [["Proxy-NCA, 64-d", *numbers], ["raw pixels, 1024-d", *numbers]])
+    shown = console.file.getvalue()
+    for word in (*numbers, "Proxy-NCA,", "1024-d", "drawing)", "seconds"):
+        assert shown.count(word) >= 1 + (word in numbers)
 
 
 # One run in a folder

@@ -183,9 +183,12 @@ def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequ
     from rich.text import Text
 
     console.print(f"\n[bold]{title}[/bold]")  # a table's own title is folded to the table's width
-    table = Table()
+    table, least = Table(), 1
     for place, name in enumerate(header):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+        # Headers and names may be broken between words; a number is never cut, however narrow the terminal.
+        word = max(len(word) for cell in (name, *(row[place] for row in rows)) for word in (cell.split() or [""]))
+        table.add_column(name, justify="left" if place == 0 else "right", min_width=word)
+        least += word + 3
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    console.print(table, width=max(console.width, least), crop=False)

@@ -32,7 +32,7 @@ from .. import use_backend
 from ..cli.arguments import OptionError
 from ..cli.process import exit_status
 from ..ops import backend as backend_choice
-from ..optional import how_to_install
+from ..optional import how_to_install, import_optional
 from . import judging, report
 from .checkpoint import (
     START_ANEW,
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 EXTRAS = ("rich", "matplotlib", "sklearn", "faiss")
+# A package that is there and cannot be imported is noticed before the training, not after it.
+NEEDED_LATER = ("rich.progress", "matplotlib.pyplot", "sklearn.manifold", "faiss")
 COST_ROUNDS = 3
 FAILED, REFUSED = 1, 2  # statuses: in the course of the work, before any
 
@@ -71,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             sample = load_sample()
             fit(options, *sample.images.shape[:2])
-        except (OptionError, CorruptSampleError, FileNotFoundError) as error:
+            os.environ["MPLBACKEND"] = (
+                "Agg"  # plots go to files; matplotlib cannot be imported with a name of no backend
+            )
+            for module in NEEDED_LATER:
+                import_optional(module, "the demo")
+        except (OptionError, CorruptSampleError, FileNotFoundError, ImportError) as error:
             return _refuse(str(error))
         try:
             stack.enter_context(hold(options.out))
@@ -88,7 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             run.say_how_to_resume()
             return exit_status(interrupt)
-        except (CheckpointError, ComparisonError, FloatingPointError, ValueError, OSError) as error:
+        except OSError as error:  # a full disk
+            print(f"error: {error}; mend that, and go on with --resume", file=sys.stderr)
+            return FAILED
+        except (CheckpointError, ComparisonError, FloatingPointError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
     return 0
