@@ -55,6 +55,13 @@ def views(network: nn.Module, rows: slice, step: int) -> dict[str, Any]:
     return {"ref_emb": network(batch(50)[0][rows] + 1), "ref_labels": batch(51)[1][rows]}
 
 
+def listed_views(network: nn.Module, rows: slice, step: int) -> dict[str, Any]:
+    """Two references a row, and triplets of a row with its two."""
+    at = torch.arange(ROWS)[rows] - rows.start
+    twice = {name: t.repeat_interleave(2, 0) for name, t in views(network, rows, step).items()}
+    return {**twice, "indices_tuple": (at, 2 * at, 2 * at + 1)}
+
+
 def mask(network: nn.Module, rows: slice, step: int) -> dict[str, Any]:
     return {"enqueue_mask": (torch.arange(ROWS) % 3 == step)[rows]}
 
@@ -77,6 +84,7 @@ CASES = {
     "summed": Case(losses.MultiSimilarityLoss, gradient="sum", sizes=UNEVEN),
     "second derivative": Case(losses.NTXentLoss, sizes=UNEVEN, penalty=True),
     "views": Case(losses.NTXentLoss, sizes=UNEVEN, extra=views),
+    "views with tuples": Case(losses.TripletMarginLoss, sizes=UNEVEN, extra=listed_views),
     "embedding regulariser": Case(lambda: losses.CircleLoss(embedding_regularizer=regularizers.LpRegularizer())),
     "learned thresholds": Case(lambda: losses.MarginLoss(learn_beta=True, num_classes=CLASSES, nu=0.1), sizes=UNEVEN),
     "Proxy-NCA": Case(lambda: losses.ProxyNCALoss(*PROXIES), sizes=UNEVEN),
