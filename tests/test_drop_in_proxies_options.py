@@ -11,6 +11,7 @@ import torch
 from helpers import randint, randn
 from proxies_beside_theirs import CASES, C, D, batch, outcome, triplets
 
+from dml_kernels import functional as F
 from dml_kernels import losses, reducers, regularizers
 
 
@@ -166,3 +167,22 @@ def test_outliers_of_nothing_and_of_ignored_rows():
     y[:5] = -100
     assert torch.equal(ours.get_outliers(x, y)[0], kept + 5)
     assert math.isfinite(ours(x, y).item())
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-20, 1e-3, 1.0])
+@pytest.mark.parametrize("eps", [1e-12, 0.5])
+def test_normalized_softmax_of_products_is_linear_in_embeddings_of_any_length(length, eps):
+    """x . w^ needs no norm of x: its gradient in a row shorter than eps, the zero row too, is that of any other."""
+    x, y = batch()
+    x = torch.nn.functional.normalize(x.detach()) * length
+    w = randn(C, D, seed=5)
+
+    def ours(x):
+        return F.normalized_softmax_loss(x, w, y, temperature=0.3, metric="dot", eps=eps)
+
+    def dense(x):
+        return torch.nn.functional.cross_entropy(x @ (w / w.norm(dim=1, keepdim=True).clamp_min(eps)).T / 0.3, y)
+
+    x.requires_grad_()
+    torch.testing.assert_close(ours(x), dense(x))
+    torch.testing.assert_close(torch.autograd.grad(ours(x), x), torch.autograd.grad(dense(x), x))

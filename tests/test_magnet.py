@@ -18,6 +18,7 @@ from helpers import (
     assert_all_accurate,
     on_backends,
     on_backends_and,
+    randn,
     worst,
 )
 from magnet_helpers import OPTIONS, evaluate, on_given, on_options, problem
@@ -270,6 +271,24 @@ def test_at_its_floor_the_variance_is_a_constant(backend):
     variance = torch.tensor(1e-9, requires_grad=True)
     F.magnet_loss(x, clusters, classes, variance=variance, backend=backend).backward()
     assert variance.grad == 0
+
+
+@on_backends
+@pytest.mark.parametrize("power", [-40, 36])
+def test_a_change_of_unit_changes_no_digit(power, backend):
+    """In fp32 the square of the variance under- or overflows at either; the loss and its gradients are those at 1."""
+    found = []
+    for unit in (1.0, 2.0**power):
+        x, clusters, classes, _ = problem(12, 4, 5)
+        x = (x.float() * unit).requires_grad_()
+        loss = F.magnet_loss(x, clusters, classes, alpha=3.0, min_variance=1e-37, backend=backend)
+        (plain,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad((first * randn(12, 5, seed=3)).sum(), x)
+        found.append((loss.detach(), first.detach() * unit, plain * unit, second * unit * unit))
+    assert found[0][3].abs().max() > 0.01
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
 @on_backends

@@ -301,6 +301,17 @@ def test_an_empty_batch_gives_0(name):
         assert not with_refs or found["grad w"].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 2])
+@on_names
+def test_few_rows_in_half_precision_give_fp32(name, n, dtype):
+    x = randn(n, 6, seed=0).to(dtype)
+    for y in (torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.full((n,), -100)):
+        value = REGISTRY[name].function(x, y)
+        assert value.dtype == torch.float32
+        assert value.isfinite()
+
+
 @on_names
 def test_an_empty_list_gives_0(name):
     x, y, _ = problem()

@@ -26,6 +26,8 @@ class State(NamedTuple):
     """What the forward and the backward both need. own: which centre is each row's; distance: |r - mu_own|^2.
 
     rows_in: rows in each centre's cluster, None for given centres. measured: the variance before its floor.
+    exact_scale: 0.5 over the variance, in fp64 as the variance is: in fp32 their squares under- or overflow. scale: the
+    same in the dtype of the rows.
     """
 
     r: Tensor
@@ -37,6 +39,7 @@ class State(NamedTuple):
     rows_in: Tensor | None
     distance: Tensor
     measured: Tensor
+    exact_scale: Tensor
     scale: Tensor
 
     @property
@@ -88,11 +91,11 @@ def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine | None = None) -
         own, c, centers = torch.where(counted, clusters, 0), classes, centers.to(acc)
     distance = torch.where(counted[:, None], r - centers[own], 0).square().sum(1)
     if variance is None:
-        measured = distance.sum() / (counted.sum() - 1).clamp_min(1)
+        measured = distance.sum(dtype=torch.float64) / (counted.sum() - 1).clamp_min(1)
     else:
-        measured = variance.to(acc)
+        measured = variance.double()
     scale = 0.5 / torch.where(measured <= spec.min_variance, spec.min_variance, measured)  # NaN stays
-    return State(r, y, counted, centers, c, own, rows_in, distance, measured, scale)
+    return State(r, y, counted, centers, c, own, rows_in, distance, measured, scale, scale.to(acc))
 
 
 def _lse_spec(spec: MagnetSpec) -> Spec:
@@ -123,7 +126,7 @@ def magnet_fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor, Ten
         value = value.sum()
     if spec.reduction == "mean":
         value = value / state.count.clamp_min(1)
-    return value, different, state.measured.clone()
+    return value, different, state.measured.to(value.dtype, copy=True)  # an op returns no input
 
 
 def magnet_bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec) -> list[Tensor | None]:
@@ -154,11 +157,11 @@ def _backward(
     g_r, g_centers, g_scale = _lse_backward(g, different, wanted, state, spec, engine)
     g_measured = torch.zeros_like(state.measured)
     if g_scale is not None:
-        slope = -2 * state.scale.square() * (g_scale + (g * state.distance).sum())
+        slope = -2 * state.exact_scale.square() * (g_scale + (g * state.distance).sum(dtype=torch.float64))
         g_measured = torch.where(state.measured <= spec.min_variance, 0, slope)
     per_distance = g * state.scale
     if batch_variance:
-        per_distance = per_distance + g_measured / (state.count - 1).clamp_min(1)
+        per_distance = per_distance + (g_measured / (state.count - 1).clamp_min(1)).to(per_distance.dtype)
     from_own = 2 * per_distance[:, None] * state.from_own()
     if g_centers is not None:
         g_centers = g_centers - _sum_by(state.own, from_own, g_centers.size(0))

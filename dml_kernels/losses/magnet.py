@@ -169,7 +169,8 @@ def batch_variance(
     chosen = "torch" if chosen == backends.REFERENCE else chosen
     normalize, ignore_index = check_flag("normalize", normalize), check_integer("ignore_index", ignore_index)
     spec = MagnetSpec(0.0, normalize, 0.0, check_eps(eps), ignore_index, "mean", dtype, chosen)
-    return measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
+    measured = measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
+    return measured.to(accumulate_dtype(dtype))
 
 
 def magnet_reference(

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import distances, functional
 from ..batch import Batch
 from ..logspace import log1pexp
-from ..ops.contract import check_pair_indices, values_can_be_read
+from ..ops.contract import accumulate_dtype, check_pair_indices, values_can_be_read
 from ..reducers import ELEMENT, Terms, nonzero
 from .base import LossEntry
 from .comparisons import IGNORED
@@ -62,7 +62,7 @@ class NPairsLoss(MetricLoss):
         if self.collect_stats:
             self.num_pairs = int(used.sum())  # waits for a GPU
         if not anchors.numel():
-            nothing = batch.x.sum(1) * 0
+            nothing = batch.x.sum(1, dtype=accumulate_dtype(batch.x.dtype)) * 0
             return {"loss": Terms.elements(nothing, batch.y, torch.zeros_like(nothing, dtype=torch.bool))}
         classes = torch.where(used, torch.arange(used.numel(), device=used.device), -1)
         lse = functional.masked_logsumexp(

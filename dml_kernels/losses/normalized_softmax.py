@@ -53,7 +53,7 @@ def normalized_softmax_reference(
             return -squared / temperature
         return -torch.where(squared > 0, torch.where(squared > 0, squared, 1).sqrt(), 0) / temperature
 
-    lengths = embeddings.norm(dim=1, keepdim=True) if metric == "dot" else None
+    lengths = embeddings.norm(dim=1, keepdim=True).clamp_min(options.get("eps", 1e-12)) if metric == "dot" else None
     return dense_cross_entropy(logits, embeddings, proxies, labels, lengths, **options)
 
 

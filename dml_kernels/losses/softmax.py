@@ -59,7 +59,8 @@ class Logits(NamedTuple):
     Args:
         scale: multiplies the scores; a number or a () tensor, which gets a gradient.
         target: the positive's logits (N,) and the scale -> its logits after the margin; None without a margin.
-        metric: of the ops. by_length: the length of the embedding multiplies its scores.
+        metric: of the ops. by_length: the length of the embedding multiplies its scores: without a margin they are
+            x . w^, linear in x down to the zero vector; with one a length under eps takes the gradient away.
         by_lengths: those of the embedding and of the proxies do: the scores are x . w as they are.
         policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp.
     """
@@ -77,11 +78,13 @@ class Logits(NamedTuple):
         """Bank rows to a class."""
         return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
 
-    def scale_of(self, embeddings: Tensor, dtype: torch.dtype) -> float | Tensor:
+    def scale_of(self, embeddings: Tensor, dtype: torch.dtype, eps: float = 1e-12) -> float | Tensor:
         """The number or (N,) that multiplies the cosines."""
         if not (self.by_length or self.by_lengths):
             return self.scale
         length = torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype))
+        if self.target is None and self.by_length:  # what the cosine was divided by
+            length = length.clamp_min(eps)
         # A scale must be finite; an embedding that is not has NaN for scores already.
         return torch.where(length.isfinite(), length, 1) * self.scale
 
@@ -151,7 +154,7 @@ def softmax_loss(
     check_class_weight(class_weight, classes)
     embeddings, y, each = _one_label_a_row(embeddings, labels)
     dtype = product_dtype(embeddings, proxies)
-    scale = logits.scale_of(embeddings, dtype)
+    scale = logits.scale_of(embeddings, dtype, eps)
     out = functional.masked_logsumexp(
         embeddings, proxies, y, metric="dot" if logits.by_lengths else logits.metric, normalize=not logits.by_lengths,
         scale=logits.scale if logits.by_lengths else scale, ignore_index=ignore_index, eps=eps,
