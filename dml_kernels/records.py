@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -20,15 +21,32 @@ class Recorded(torch.nn.Module):
     Attributes:
         collect_stats: bool.
         statistics: names of the numbers that a call leaves on the module: 0 before the first one.
+        fixed: names of settings that other things were made from: they cannot be assigned once the module is there.
+        unused: names of what pytorch-metric-learning's module computes with, and this one does not.
+
+    Raises:
+        ValueError: an assignment that would have no effect, or another one than in pytorch-metric-learning.
     """
 
     statistics: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def __init__(self, collect_stats: bool | None = None):
         super().__init__()
         self.collect_stats = collect_stats is not None and check_flag("collect_stats", collect_stats)
         for name in self.statistics:
             setattr(self, name, 0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self).__name__
+        if name in self.unused:
+            raise ValueError(
+                f"{kind} computes with no {name}, which pytorch-metric-learning's does: it can't be assigned"
+            )
+        if name in self.fixed and name in self.__dict__:
+            raise ValueError(f"{name} can't be assigned: make a new {kind}({name}=...)")
+        super().__setattr__(name, value)
 
     @property
     def _record_these(self) -> list[str]:

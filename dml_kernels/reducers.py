@@ -77,6 +77,11 @@ class Reducer(Recorded):
     def __init__(self, *, collect_stats: bool | None = None):
         super().__init__(collect_stats)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("reducer", "default_reducer"):
+            value = accept(value, MeanReducer())
+        super().__setattr__(name, value)
+
     def forward(
         self, parts: Mapping[str, Any], embeddings: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
@@ -188,9 +193,12 @@ class DivisorReducer(Reducer):
 class PerAnchorReducer(Reducer):
     """First the mean of each anchor's pairs (0 without any), then ``reducer`` over the anchors (default: the mean)."""
 
+    unused = ("aggregation_func",)
+    reducer: Any
+
     def __init__(self, reducer: Any = None, **options: Any):
         super().__init__(**options)
-        self.reducer = accept(reducer, MeanReducer())
+        self.reducer = reducer
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
         """Listed pairs are added up by anchor first."""
@@ -202,7 +210,7 @@ class PerAnchorReducer(Reducer):
         values = values.to(accumulate_dtype(values.dtype))
         total, number, active = (
             values.new_zeros(embeddings.size(0)).index_add(0, anchors, terms)
-            for terms in (values, torch.ones_like(values), (values.detach() > 0).to(values))
+            for terms in (values, torch.ones_like(values), nonzero(values))
         )
         own = None if labels is None else labels.to(values.device)
         return self.reduce(name, Terms(total, number, active, TRIPLET if kind == TRIPLET else PAIR, own))
@@ -267,7 +275,7 @@ class MultipleReducers(Reducer):
     def __init__(self, reducers: Mapping[str, Any], default_reducer: Any = None, **options: Any):
         super().__init__(**options)
         self.reducers = torch.nn.ModuleDict({name: accept(r, MeanReducer()) for name, r in reducers.items()})
-        self.default_reducer = accept(default_reducer, MeanReducer())
+        self.default_reducer = default_reducer
 
     def reduce(self, name: str, part: Terms) -> Tensor:
         """By the part's own reducer."""

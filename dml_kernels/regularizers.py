@@ -31,7 +31,14 @@ class Regularizer(Recorded):
 
     def __init__(self, *, reducer: Any = None, collect_stats: bool | None = None):
         super().__init__(collect_stats)
-        self.reducer = reducers.accept(reducer, self.default_reducer())
+        self.reducer = reducer
+
+    unused = ("distance", "same_class_mask", "diff_class_mask")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "reducer":
+            value = reducers.accept(value, self.default_reducer())
+        super().__setattr__(name, value)
 
     def default_reducer(self) -> reducers.Reducer:
         """The mean."""
@@ -119,6 +126,8 @@ class SparseCentersRegularizer(Regularizer):
     Raises:
         ValueError: sizes that are too small, or another number of rows than C K.
     """
+
+    fixed = ("num_classes", "centers_per_class")
 
     def __init__(self, num_classes: int, centers_per_class: int, **options: Any):
         super().__init__(**options)

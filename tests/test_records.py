@@ -41,9 +41,6 @@ OTHERS = [
     (regularizers, pml_regularizers, "SparseCentersRegularizer", {"num_classes": 3, "centers_per_class": 2}),
 ]  # fmt: skip
 
-# There the attribute is not what the constructor was given: radians of degrees, and one over it.
-OTHER_UNITS = {("ArcFaceLoss", "margin"), ("SubCenterArcFaceLoss", "margin"), ("SoftTripleLoss", "gamma")}
-
 
 def batch(classes=4):
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +84,7 @@ def test_collect_stats_is_taken_and_settings_are_found(lib, theirs, name, settin
     expected = recorded(their)
     for key, value in recorded(ours).items():
         # Its ProxyNCALoss says 0 classes: named to the keeper, never set.
-        if expected.get(key) and (name, key) not in OTHER_UNITS:
+        if expected.get(key):
             assert value == expected[key]
     assert {key for key, value in settings.items() if type(value) in (int, float)} <= recorded(ours).keys()
 

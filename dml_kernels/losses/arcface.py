@@ -13,6 +13,7 @@ degrees. Where the cosine is +-1 to rounding, sin theta is 0 and has no gradient
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,12 +78,29 @@ def arcface_reference(
     return dense_cross_entropy(logits, embeddings, proxies, labels, **options)
 
 
-class ArcFaceLoss(SoftmaxLoss):
+class AngularLoss(SoftmaxLoss):
+    """A softmax loss with a margin in degrees, whose attribute ``margin`` is in radians, as in
+    pytorch-metric-learning.
+    """
+
+    def __init__(self, num_classes: int, embedding_size: int, *, settings: Mapping[str, Any], **options: Any):
+        super().__init__(num_classes, embedding_size, settings=settings, **options)
+        self.margin = math.radians(settings["margin"])
+
+    def settings(self) -> Mapping[str, Any]:
+        """The arguments, the margin in degrees."""
+        if not 0 <= self.margin <= math.pi:
+            raise ValueError(f"the attribute margin is an angle in radians, 0 to pi; got {self.margin}. Use "
+                             "math.radians(degrees)")  # fmt: skip
+        return {**super().settings(), "margin": math.degrees(self.margin)}
+
+
+class ArcFaceLoss(AngularLoss):
     """ArcFace; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Args:
         num_classes, embedding_size, options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`.
-        margin, scale: as in :func:`arcface_loss`; ``margin`` stays in degrees (theirs: radians).
+        margin, scale: as in :func:`arcface_loss`: in degrees. The attribute ``margin`` is in radians.
     """
 
     function, logits_of = staticmethod(arcface_loss), staticmethod(angular_logits)

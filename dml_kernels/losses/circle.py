@@ -40,13 +40,15 @@ class CircleLoss(MetricLoss):
         options: those of :class:`MetricLoss`; the distance is CosineSimilarity, the reducer AvgNonZeroReducer.
 
     Attributes:
-        op, on: the optima. delta_p, delta_n: the margins. All follow from m.
+        op, on: the optima. delta_p, delta_n: the margins. All follow from m; none of the five can be assigned.
 
     Raises:
         ValueError: another distance than the cosine.
     """
 
     distance_kinds = (distances.CosineSimilarity,)
+    fixed = ("m", "op", "on", "delta_p", "delta_n")
+    unused = ("soft_plus",)
 
     def __init__(self, m: float = 0.4, gamma: float = 80, **options: Any):
         super().__init__(**options)

@@ -102,6 +102,9 @@ class LargeMarginSoftmaxLoss(SoftmaxLoss):
         margin, scale: as in :func:`large_margin_softmax_loss`.
     """
 
+    # pytorch-metric-learning keeps tables of the first margin, and mixes them with one that is assigned.
+    fixed = (*SoftmaxLoss.fixed, "margin")
+    unused = (*SoftmaxLoss.unused, "max_n", "n_range", "margin_choose_n", "cos_powers", "alternating")
     function, logits_of = staticmethod(large_margin_softmax_loss), staticmethod(multiplied_logits)
 
     def __init__(

@@ -27,6 +27,8 @@ class MetricLoss(Recorded):
 
     # Whether ``ref_emb`` makes sense, and so a memory.
     takes_references = True
+    # Whether the reducer is the loss's own.
+    plain: bool
     # What the distance may be; a loss whose formula fixes it narrows this.
     distance_kinds: tuple[type[distances.Distance], ...] = (distances.Distance,)
 
@@ -40,13 +42,19 @@ class MetricLoss(Recorded):
         collect_stats: bool | None = None,
     ):
         super().__init__(collect_stats)
-        name = type(self).__name__
-        self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, name)
-        self.reducer = reducers.accept(reducer, self.default_reducer())
+        self.distance, self.reducer = distance, reducer
         if embedding_regularizer is not None and not callable(embedding_regularizer):
             raise TypeError(f"embedding_regularizer must be callable on embeddings; got {shown(embedding_regularizer)}")
         self.embedding_regularizer = embedding_regularizer
         self.embedding_reg_weight = check_number("embedding_reg_weight", embedding_reg_weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "distance":
+            value = distances.accept(value, self.default_distance(), self.distance_kinds, type(self).__name__)
+        elif name == "reducer":
+            self.plain = value is None
+            value = reducers.accept(value, self.default_reducer())
+        super().__setattr__(name, value)
 
     def default_distance(self) -> distances.Distance:
         """The distance where none is given."""

@@ -47,6 +47,7 @@ class NPairsLoss(MetricLoss):
 
     takes_references = False
     statistics = ("num_pairs",)
+    unused = ("cross_entropy",)
 
     def default_distance(self) -> distances.Distance:
         """The product of unit vectors."""

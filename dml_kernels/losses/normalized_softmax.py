@@ -72,11 +72,12 @@ class NormalizedSoftmaxLoss(SoftmaxLoss):
 
     def __init__(self, num_classes: int, embedding_size: int, temperature: float | Tensor = 0.05, **options: Any):
         super().__init__(num_classes, embedding_size, settings={"temperature": temperature}, **options)
-        if isinstance(self.distance, distances.LpDistance) and not self.distance.normalize_embeddings:
-            raise ValueError("NormalizedSoftmaxLoss has unit weights; use LpDistance(normalize_embeddings=True)")
+        self.settings()
 
     def settings(self) -> Mapping[str, Any]:
         """Temperature and metric."""
+        if isinstance(self.distance, distances.LpDistance) and not self.distance.normalize_embeddings:
+            raise ValueError("NormalizedSoftmaxLoss has unit weights; use LpDistance(normalize_embeddings=True)")
         return {**super().settings(), "metric": self.distance.metric}
 
 

@@ -49,6 +49,8 @@ class ProxyLoss(MetricLoss):
     """
 
     takes_references = False
+    fixed: tuple[str, ...] = ("num_classes", "embedding_size")
+    unused: tuple[str, ...] = ("cross_entropy", "proxy_labels")
     # The parameter's name; the name of its transpose in pytorch-metric-learning 2.9, if it keeps that; other names
     # under which a checkpoint may hold the (M, D) matrix.
     bank_name = "weight"
@@ -84,18 +86,19 @@ class ProxyLoss(MetricLoss):
         check_reduction(reduction)
         check_class_weight(class_weight, num_classes)
         super().__init__(**metric_options)
-        given = metric_options.get("reducer")
-        if given is not None and reduction != "mean":
-            raise ValueError(f"reducer and reduction={reduction!r} both say how to reduce; give one")
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.bank_rows = num_classes if bank_rows is None else bank_rows
         self.ignore_index, self.reduction = check_integer("ignore_index", ignore_index), reduction
-        self.plain = given is None
+        self._check_one_reduction()
         self.weight_init_func = self.default_weight_init if weight_init_func is None else weight_init_func
         self.weight_regularizer = regularizers.accept(weight_regularizer)
         self.weight_reg_weight = check_number("weight_reg_weight", weight_reg_weight)
         self.register_buffer("class_weight", class_weight, persistent=False)
         self.register_parameter(self.bank_name, self._start(proxies, device, dtype))
+
+    def _check_one_reduction(self) -> None:
+        if not self.plain and self.reduction != "mean":
+            raise ValueError(f"reducer and reduction={self.reduction!r} both say how to reduce; give one")
 
     def _start(
         self, proxies: Tensor | None, device: torch.device | str | None, dtype: torch.dtype | None
@@ -200,6 +203,7 @@ class ProxyLoss(MetricLoss):
                 raise ValueError(f"{type(self).__name__} does not take {name}: the proxies are its references")
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels, one for each embedding")
+        self._check_one_reduction()
         tuples = check_tuples(indices_tuple, embeddings)
         if tuples is None and self.plain:
             value = self.function(embeddings, self.bank, labels, **self.options(), reduction=self.reduction)
@@ -263,7 +267,8 @@ class SoftmaxLoss(ProxyLoss):
         W: its transpose (D, C K), a view that acts for it (``grad``, ``data``, ``requires_grad_``, changes in place).
             Assigned to, its values go into ``weight``, which stays the parameter: a Parameter too is taken by value.
             Optimisers and hooks take ``weight``. SoftTriple calls it ``fc``.
-        Each setting is an attribute too, and may be assigned: ``loss.scale = 30``.
+        Each setting is an attribute too, and may be assigned: ``loss.scale = 30``; in the unit of
+            pytorch-metric-learning's attribute, which is not always that of the argument.
     """
 
     distance_kinds: tuple[type[distances.Distance], ...] = (distances.CosineSimilarity,)

@@ -13,6 +13,7 @@ N x M x K matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,8 +69,10 @@ class SoftTripleLoss(SoftmaxLoss):
 
     Args:
         num_classes, embedding_size, options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`.
-        centers_per_class, la, gamma, margin: as in :func:`soft_triple_loss`; ``gamma`` stays (theirs: 1 / gamma).
+        centers_per_class, la, gamma, margin: as in :func:`soft_triple_loss`. The attribute ``gamma`` is 1 / gamma.
     """
+
+    fixed = (*SoftmaxLoss.fixed, "centers_per_class")
 
     transposed_name = "fc"
     function, logits_of = staticmethod(soft_triple_loss), staticmethod(_logits)
@@ -80,6 +83,13 @@ class SoftTripleLoss(SoftmaxLoss):
     ):  # fmt: skip
         settings = {"centers_per_class": centers_per_class, "la": la, "gamma": gamma, "margin": margin}
         super().__init__(num_classes, embedding_size, settings=settings, **options)
+        self.gamma = 1 / gamma
+
+    def settings(self) -> Mapping[str, Any]:
+        """The arguments, gamma as a temperature."""
+        if not self.gamma > 0:
+            raise ValueError(f"the attribute gamma multiplies similarities: it must be positive; got {self.gamma}")
+        return {**super().settings(), "gamma": 1 / self.gamma}
 
     @staticmethod
     def default_weight_init(weight: Tensor) -> Any:

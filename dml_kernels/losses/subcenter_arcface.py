@@ -16,9 +16,8 @@ from torch import Tensor
 from .. import functional
 from ..ops.checks import check_flag, check_integer, check_number
 from ..ops.contract import accumulate_dtype, check_pair, product_dtype
-from .arcface import angular_logits, turned
+from .arcface import AngularLoss, angular_logits, turned
 from .base import LossEntry, check_label_range, check_labels
-from .proxy_loss import SoftmaxLoss
 from .softmax import Logits, SoftmaxOptions, Unpack, dense_cross_entropy, on_targets, softmax_loss
 
 
@@ -54,13 +53,16 @@ def subcenter_arcface_reference(
     return dense_cross_entropy(logits, embeddings, proxies, labels, **options)
 
 
-class SubCenterArcFaceLoss(SoftmaxLoss):
+class SubCenterArcFaceLoss(AngularLoss):
     """Sub-centre ArcFace; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     Args:
         num_classes, embedding_size, options: of :class:`~dml_kernels.losses.proxy_loss.SoftmaxLoss`.
-        margin, scale, sub_centers: as in :func:`subcenter_arcface_loss`.
+        margin, scale, sub_centers: as in :func:`subcenter_arcface_loss`: in degrees. The attribute ``margin`` is in
+            radians.
     """
+
+    fixed = (*AngularLoss.fixed, "sub_centers")
 
     function, logits_of = staticmethod(subcenter_arcface_loss), staticmethod(_logits)
 

@@ -30,7 +30,12 @@ class Miner(Recorded):
 
     def __init__(self, *, distance: Any = None, collect_stats: bool | None = None):
         super().__init__(collect_stats)
-        self.distance = distances.accept(distance, self.default_distance(), self.distance_kinds, type(self).__name__)
+        self.distance = distance
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "distance":
+            value = distances.accept(value, self.default_distance(), self.distance_kinds, type(self).__name__)
+        super().__setattr__(name, value)
 
     def default_distance(self) -> distances.Distance:
         """The distance where none is given."""

@@ -45,10 +45,13 @@ class DistanceWeightedMiner(UniformMiner):
 
     def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **options: Any):
         super().__init__(**options)
-        if self.distance.metric != "euclidean" or not self.distance.normalize_embeddings:
-            raise ValueError("DistanceWeightedMiner weighs Euclidean distances of unit vectors: use LpDistance()")
+        self._check_distance()
         self.cutoff = check_positive("cutoff", cutoff)
         self.nonzero_loss_cutoff = check_positive("nonzero_loss_cutoff", nonzero_loss_cutoff)
+
+    def _check_distance(self) -> None:
+        if self.distance.metric != "euclidean" or not self.distance.normalize_embeddings:
+            raise ValueError("DistanceWeightedMiner weighs Euclidean distances of unit vectors: use LpDistance()")
 
     def default_distance(self) -> distances.Distance:
         """Euclidean, of unit vectors."""
@@ -56,6 +59,7 @@ class DistanceWeightedMiner(UniformMiner):
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
         """Anchors and positives drawn uniformly; their negatives by Gumbel-max over the streamed bank."""
+        self._check_distance()
         a, p, _ = random_triplets(batch, self.triplets_per_anchor)
         assert batch.y is not None
         found = functional.masked_argmax(
