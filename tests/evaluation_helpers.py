@@ -21,13 +21,18 @@ def clustered(count, classes, width, *, seed=0, spread=1.0):
 
 
 def all_scores(queries, gallery, metric="cosine"):
-    """(N, M) fp32 from fp64, by numpy alone."""
+    """(N, M) fp32 from fp64 by numpy alone, cosines (of a dot product, too) to multiples of 2^-40."""
     queries, gallery = queries.double().numpy(), gallery.double().numpy()
     if metric == "euclidean":
         return -np.linalg.norm(queries[:, None] - gallery[None], axis=2).astype(np.float32)
     if metric == "cosine":
         queries, gallery = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (queries, gallery))
-    return np.einsum("nd,md->nm", queries, gallery).astype(np.float32)
+    products = np.einsum("nd,md->nm", queries, gallery)
+    sizes = 1.0
+    if metric == "dot":
+        sizes = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(gallery, axis=1)
+        sizes = np.where(sizes > 0, sizes, 1.0)
+    return (np.round(products / sizes * 2.0**40) / 2.0**40 * sizes).astype(np.float32)
 
 
 class LargestResult(TorchDispatchMode):

@@ -105,7 +105,7 @@ def _episode_accuracy(vectors: Tensor, shots: int, metric: str) -> float:
     ways = len(vectors)
     prototypes, queries = vectors[:, :shots].mean(dim=1), vectors[:, shots:].flatten(0, 1)
     if metric == "cosine":
-        near = streaming.prepare(queries, True) @ streaming.prepare(prototypes, True).T
+        near = streaming.settle(streaming.prepare(queries, True) @ streaming.prepare(prototypes, True).T)
     else:
         near = -torch.cdist(queries, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
     # Rounded, so that what is equal but for the order of its sums is equal; the first of equals is argmax's answer.

@@ -100,8 +100,10 @@ def pair_scores(
             part = slice(start, start + block)
             a = problem.queries_of(first[part])
             b = streaming.prepare(problem.gallery[second[part]], metric == "cosine")
-            near = -torch.linalg.vector_norm(a - b, dim=1) if metric == "euclidean" else (a * b).sum(dim=1)
-            scores[part] = near.float()
+            if metric == "euclidean":
+                scores[part] = -torch.linalg.vector_norm(a - b, dim=1).float()
+            else:
+                scores[part] = problem.settled((a * b).sum(dim=1), a, b)
             report(len(a))
     return scores
 

@@ -1,12 +1,14 @@
 """The machinery under every measure here: checked inputs, and the top-K of each query over a streamed gallery.
 
-Chunks of queries meet chunks of the gallery, merged into a running top-K. Scores are formed in fp64 and rounded to
-fp32, then packed with the gallery index into one int64 key, so that equal scores rank by lowest index and the ranking
-does not hang on chunk sizes, thread count or the order in which a vendor's top-k happens to meet equal values.
+Chunks of queries meet chunks of the gallery, merged into a running top-K. Scores are formed in fp64 and rounded
+(`settle`, then to fp32), then packed with the gallery index into one int64 key, so that equal scores rank by lowest
+index and the ranking does not hang on chunk sizes, thread count or the order in which a vendor's top-k happens to meet
+equal values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,10 @@ CPU_TILE = (512, 2048)
 CUDA_TILE = (2048, 8192)
 LOWEST_KEY = torch.iinfo(torch.int64).min
 INDEX_MASK = 0xFFFFFFFF
+# Added and taken away again it rounds a small fp64 number to a multiple of 2^-40, the spacing of numbers like it.
+GRID = 1.5 * 2.0**12
+# Sizes of scores that fp32 holds with all their digits.
+SMALLEST, LARGEST = 1e-27, 1e38
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,45 @@ class Problem:
         """Scores of prepared queries (n, D) and gallery entries (m, D), larger is nearer: (n, m) fp32."""
         if self.metric == "euclidean":
             return -torch.cdist(queries, refs, compute_mode="donot_use_mm_for_euclid_dist").float()
-        return (queries @ refs.T).float()
+        return self.settled(queries @ refs.T, queries[:, None], refs)
+
+    def settled(self, products: Tensor, one: Tensor, two: Tensor) -> Tensor:
+        """The products of vectors (..., D), fp64 and overwritten, as scores, fp32."""
+        if self.metric == "cosine":
+            return settle(products).float()
+        sizes = lengths(one), lengths(two)
+        for size in sizes:
+            products /= size
+        settle(products)
+        for size in sizes:
+            products *= size
+        return products.float()
+
+
+def settle(cosines: Tensor) -> Tensor:
+    """Cosines, fp64, to a multiple of 2^-40, in place.
+
+    fp32 keeps many digits of a small number: of a cosine near 0, noise of fp64, which hangs on the order of its sums.
+    So orthogonal vectors, or equal ones nearly orthogonal to a third, would rank by the shape of the tile they are in.
+    """
+    return cosines.add_(GRID).sub_(GRID)
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """Norms of fp64 vectors (..., D), 1 in place of 0, to divide by."""
+    norms = torch.linalg.vector_norm(vectors, dim=-1)
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def prepare(vectors: Tensor, unit: bool) -> Tensor:
     """Vectors in fp64, each divided by its norm where `unit`; one of norm 0 stays."""
-    vectors = vectors.double()
+    wide = vectors.double()
     if not unit:
-        return vectors
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-12)
+        return wide
+    if vectors.dtype == torch.float64:  # its squares can leave fp64's range, those of narrower types cannot
+        largest = wide.abs().amax(dim=1, keepdim=True)
+        wide = wide / torch.where(largest > 0, largest, 1.0)
+    return wide / lengths(wide)[:, None]
 
 
 def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -177,6 +213,7 @@ def check(
             f"{names[0]} {tuple(gallery.shape)} on {gallery.device} does not match "
             f"embeddings {tuple(embeddings.shape)} on {embeddings.device}"
         )
+    _check_reach(embeddings, gallery, metric, names[0])
     device = embeddings.device
     tile = _check_tile(tile, device)
     exclude = _check_exclude(exclude, same_set, embeddings, gallery)
@@ -198,6 +235,20 @@ def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:
     if not found:
         raise ValueError(f"{name} is empty: give at least one depth, such as (1, 10)")
     return found
+
+
+def _check_reach(queries: Tensor, gallery: Tensor, metric: str, name: str) -> None:
+    """Scores of all these vectors stay within what fp32 ranks; those of unit vectors always do."""
+    if metric == "cosine":
+        return
+    ends = (max(abs(end.item()) for end in torch.aminmax(vectors)) for vectors in (queries, gallery))
+    one, two = (math.sqrt(queries.shape[1]) * end for end in ends)
+    reach = one * two if metric == "dot" else one + two
+    if (reach or (one and two)) and not SMALLEST <= reach <= LARGEST:
+        raise ValueError(
+            f"embeddings and {name} make scores of the size {reach:.3g}, which fp32 cannot rank: divide or multiply "
+            "them all by one number, or use metric='cosine'"
+        )
 
 
 def _check_tile(tile: tuple[int, int] | None, device: torch.device) -> tuple[int, int]:
