@@ -59,6 +59,7 @@ def listed_views(network: nn.Module, rows: slice, step: int) -> dict[str, Any]:
     """Two references a row, and triplets of a row with its two."""
     at = torch.arange(ROWS)[rows] - rows.start
     twice = {name: t.repeat_interleave(2, 0) for name, t in views(network, rows, step).items()}
+    twice["ref_emb"] = twice["ref_emb"] * torch.tensor([1, -1]).repeat(len(at))[:, None]
     return {**twice, "indices_tuple": (at, 2 * at, 2 * at + 1)}
 
 
