@@ -329,3 +329,36 @@ def test_the_weights_are_those_of_pytorch_metric_learning():
             noise.distance_log_weight(distance**2, d, 0.5, 1.4),
         ):
             torch.testing.assert_close(ours.exp(), weights, rtol=1e-9, atol=0)
+
+
+@on_backends_and((FP32, FP64, BF16))
+@pytest.mark.parametrize("shape", [(5, 3, 7), (17, 130, 67), (33, 517, 64), (40, 1100, 3)], ids=str)
+def test_of_equal_scores_anywhere_in_the_bank_the_lowest_index_is_chosen(shape, dtype, backend):
+    """Products of small integers are exact in any order, so that copies of a row have equal scores in every block."""
+    n, m, d = shape
+    base = randint(-2, 3, max(2, m // 7) * d, seed=1).view(-1, d)
+    x, copy = randint(-2, 3, n * d, seed=2).view(n, d), randint(0, len(base), m, seed=3)
+    w, c = base[copy], randint(0, 2, m, seed=4)
+    y = torch.zeros(n, dtype=torch.int64)
+    found = F.masked_argmax(x.to(dtype.x), w.to(dtype.w), y, c, metric="dot", normalize=False, backend=backend)
+    s = x @ w.T
+    assert torch.equal(found.same.index, s.masked_fill(c != 0, 1 << 40).argmin(1))
+    assert torch.equal(found.different.index, s.masked_fill(c == 0, -1 << 40).argmax(1))
+
+
+@on_backends_and((FP32, FP64))
+@pytest.mark.parametrize("largest", [False, True])
+def test_an_infinite_score_that_nothing_can_be_worse_than_is_no_candidate(largest, dtype, backend):
+    big = torch.finfo(dtype.x).max
+    x = torch.tensor([[big, 1.0]], dtype=dtype.x)
+    w = torch.tensor([[-4.0, 0.0], [4.0, 0.0]], dtype=dtype.w)  # scores of -inf and inf
+    for label in (0, 1):
+        found = F.masked_argmax(
+            x, w, torch.tensor([label]), torch.tensor([0, 1]), metric="dot", normalize=False, largest_same=largest,
+            largest_different=largest, backend=backend,
+        )  # fmt: skip
+        best = int(largest)
+        for choice, entry in ((found.same, label), (found.different, 1 - label)):
+            assert choice.index.tolist() == [entry if entry == best else -1]
+            assert choice.count.tolist() == [int(entry == best)]
+            assert choice.score.tolist() == [math.inf if largest == (entry == best) else -math.inf]

@@ -386,3 +386,20 @@ def test_more_centres_than_a_tile_of_tritons_holds_go_to_another_backend():
 def test_other_ops_have_no_policy():
     with pytest.raises(RuntimeError, match="normalized_distance has no logit policy"):
         backends.choose("normalized_distance", torch.device("cpu"), torch.float32, "max_pool")
+
+
+@on_backends
+@pytest.mark.parametrize("centres", [2, 5, 64])
+def test_of_equal_centres_the_first_takes_the_gradient(centres, backend):
+    """Scores of small integers, exact in any order; classes that no tile holds a whole number of."""
+    n, classes, d = 9, 37, 5
+    w = randint(-2, 3, classes * d, seed=1).view(classes, 1, d).expand(-1, centres, -1).reshape(-1, d)
+    x, w = randint(-2, 3, n * d, seed=2).view(n, d).double(), w.double().requires_grad_()
+    y = torch.arange(n)
+    out = F.masked_logsumexp(
+        x, w, y, metric="dot", scale=0.1, policy="max_pool", policy_params=(centres,), backend=backend
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad((out.different + out.same).sum(), w)
+    grad = grad.view(classes, centres, d)
+    assert grad[:, 1:].count_nonzero() == 0
+    assert grad[:, 0].count_nonzero() > 0

@@ -112,7 +112,8 @@ class Chooser {
       if (args_.noise) {
         draw(start, j, s, best);
       } else {
-        ++best.count, best.offer(sign * double(s), j, s);
+        const double key = sign * double(s);
+        if (key > -std::numeric_limits<double>::infinity()) ++best.count, best.offer(key, j, s);
       }
     }
   }

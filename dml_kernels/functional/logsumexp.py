@@ -66,6 +66,9 @@ def masked_logsumexp(
           max_pool      S_ij = max_k s_ijk; gradient to the first maximum    (sub-centre ArcFace, Deng et al. 2020)
           softmax_pool  S_ij = sum_k softmax_k(s_ijk / gamma) s_ijk          (SoftTriple, Qian et al. 2019)
 
+      Of equal scores the first counts; copies of a centre can differ in the last bit of theirs, as in
+      :func:`masked_argmax`.
+
     - ``quadratic``, (m,): Circle loss (Sun et al. 2020), ``scale`` its gamma. With v_ij = col_scale_j s_ij::
 
           same       z_ij = -k scale_i relu(1 + m - v_ij) (v_ij - (1 - m) - o) + col_bias_j
