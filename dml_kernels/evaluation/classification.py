@@ -248,5 +248,5 @@ def _check_variance(variance: float | Tensor) -> float:
     if isinstance(variance, Tensor):
         if variance.numel() != 1:
             raise ValueError(f"variance must be one number; got {_shape_of(variance)}")
-        return check_positive("variance", variance.detach().item())
+        return check_positive("variance", variance.detach().reshape(()))
     return check_positive("variance", variance)

@@ -125,6 +125,8 @@ def evaluate_retrieval(
     unknown = [str(name) for name in check_sequence("metrics", metrics, "names") if name not in MEASURES]
     if unknown or not metrics:
         raise ValueError(f"metrics must be some of {', '.join(MEASURES)}; got {', '.join(unknown) or 'none'}")
+    seed = check_integer("seed", seed, 0)
+    clusters = None if clusters is None else check_integer("clusters", clusters, 1)
     problem = _check(embeddings, labels, gallery, gallery_labels, exclude, metric, tile)
     found: dict[str, float] = {}
     if set(metrics) - set(CLUSTERED):

@@ -121,7 +121,7 @@ def proxy_nca_loss(
     """
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
     label_smoothing, exclude_positive = _check_options(label_smoothing, exclude_positive, reduction)
-    ignore_index = check_integer("ignore_index", ignore_index)
+    ignore_index, normalize = check_integer("ignore_index", ignore_index), check_flag("normalize", normalize)
     labels = check_labels(labels, embeddings)
     if label_to_proxy is not None:
         _check_map(label_to_proxy, proxies.size(0))

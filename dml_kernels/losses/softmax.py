@@ -153,6 +153,9 @@ def softmax_loss(
     classes = proxies.size(0) // logits.centres
     check_class_weight(class_weight, classes)
     embeddings, y, each = _one_label_a_row(embeddings, labels)
+    if isinstance(logits.scale, Tensor) and logits.scale.device != embeddings.device:
+        where = f"{logits.scale.device} and embeddings on {embeddings.device}"
+        raise ValueError(f"scale (called temperature or la in some losses) is on {where}; move one with .to()")
     dtype = product_dtype(embeddings, proxies)
     scale = logits.scale_of(embeddings, dtype, eps)
     out = functional.masked_logsumexp(
@@ -186,6 +189,8 @@ def softmax_loss(
 
 def _one_label_a_row(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
     """Rows, their labels (rows,) and how many rows stand for one embedding: L where labels are (N, L)."""
+    if isinstance(labels, Tensor):
+        check_tensor("labels", labels)
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return embeddings, check_labels(labels, embeddings), 1
     n, each = labels.shape
