@@ -6,6 +6,7 @@ a buffer that stays in the GPU's cache. Memory beside the gradients is bounded b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -63,11 +64,16 @@ def lift(bound: Tensor) -> Tensor:
 
 
 def slope_bound(x: Operand, w: Operand, metric: str) -> Tensor | float:
-    """A bound on |E| / |dS|: the Euclidean slope is largest at the nearest pair that is not a near one."""
+    """A bound on |E| / |dS|: the Euclidean slope is largest at the nearest pair that is not a near one.
+
+    Two rows of zeros are at distance 0, where the slope is 0: they must not take the lift from all others.
+    """
     if metric != "euclidean":
         return 1.0 if metric == "dot" else 2.0
-    nearest = (x.sq.amin() + w.sq.amin()).clamp_min(1e-30)
-    return 4 / nearest.sqrt()
+    (a, least_a), (b, least_b) = (
+        (side.sq.amin(), torch.where(side.sq > 0, side.sq, math.inf).amin()) for side in (x, w)
+    )
+    return 4 / torch.minimum(least_a + b, a + least_b).clamp_min(1e-30).sqrt()
 
 
 class Gradients:

@@ -81,6 +81,18 @@ def test_the_rarer_dtypes_are_accurate(which, dtype):
 
 
 @in_both_forms
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "unit"])
+def test_rows_of_zeros_on_both_sides_take_no_gradient_from_the_others_in_fp16(normalize):
+    problem = Problem.random(33, 70, 20, "euclidean", normalize)
+    problem.tensors["x"][3] = problem.tensors["w"][5] = 0
+    found, truth = problem.run(FP16, B), problem.run(FP64, "torch")
+    for name, zero in (("grad x", 3), ("grad w", 5)):
+        others = torch.arange(len(truth[name])) != zero
+        size = truth[name][others].abs().max().item()
+        torch.testing.assert_close(found[name][others].double(), truth[name][others], rtol=0, atol=0.01 * size)
+
+
+@in_both_forms
 @pytest.mark.parametrize("dtype", MIXES, ids=lambda d: d.name)
 def test_two_dtypes_are_accurate(dtype):
     check(shaped, (33, 70, 20, *METRICS[MIXES.index(dtype) % 6]), dtype, B)
