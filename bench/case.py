@@ -34,6 +34,7 @@ class Tolerance:
 TOLERANCES = {
     torch.float32: Tolerance(value=1e-5, rows=2e-4),
     torch.bfloat16: Tolerance(value=5e-2, rows=0.1),
+    torch.float16: Tolerance(value=1e-2, rows=2e-2),
     torch.float64: Tolerance(value=1e-10, rows=1e-9),
 }
 PEER_SLACK = 3

@@ -73,7 +73,7 @@ def drawn(which, shape, given, dtype):
     return problems[0], worst(sticks)
 
 
-@on_backends_and((FP32, FP64, BF16, MIXED, FP16, *MIXES[:2]))
+@on_backends_and((FP32, FP64, BF16, MIXED, FP16, MIXES[0]))  # without centres x alone has a dtype
 @pytest.mark.parametrize("shape", [(31, 9, 24), (20, 100, 3)], ids=str)
 @on_given
 @on_options
