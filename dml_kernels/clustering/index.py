@@ -189,7 +189,8 @@ class ClusterIndex:
     def refresh(self, embeddings: Embeddings, *, whole: bool = False, progress: Progress = None) -> RefreshReport:
         """Cluster anew the next slice of the classes, or all of them (the first time, or with `whole`).
 
-        embeddings  (n, D) of a floating dtype, on the CPU (memory-mapped too) or CUDA, read in blocks; or a function
+        embeddings  (n, D) of a floating dtype, on the CPU (memory-mapped too) or CUDA, read in blocks and clustered as
+                    fp32 (take the mean off first where fp64 vectors lie far from the origin); or a function
                     that is given (b,) int64 indices, b <= block_examples, and returns their (b, D) embeddings. It is
                     called without gradients, on whole classes in the order of their labels; whether the model is in
                     eval mode is the caller's

@@ -8,7 +8,8 @@ identification  1:K, CMC; open set: DIR at a false alarm rate, rejection
 few_shot        N-way K-shot by the nearest class mean
 
 Nothing of size N x M is built; the result does not depend on the sizes of the tiles. CPU and CUDA tensors. Labels
-may be a tensor, an array, a list or a pandas column, read by position.
+may be a tensor, an array, a list or a pandas column, read by position. Every value is a class, -100 too (but for the
+cluster classes of `k_nearest_clusters`): leave rows without a label out.
 """
 
 from .classification import Classification, k_nearest_clusters, k_nearest_neighbours
