@@ -43,14 +43,19 @@ NUMBERS = [
     "\udcff",
 ]
 IN_RANGE_OF = {"--epochs": "0 1.5", "--batch-size": "0 1 1.5 20000", "--embedding-size": "0 9000 64.0", "--lr": "0 101"}
-IN_RANGE_OF |= {"--seed": "1.5", "--train-classes": "0 1 1000", "--held-out": "0 16", "--unseen-classes": "0 401"}
+IN_RANGE_OF |= {
+    "--seed": "1.5 4294967296",
+    "--train-classes": "0 1 1000",
+    "--held-out": "0 16",
+    "--unseen-classes": "0 401",
+}
 IN_RANGE_OF |= {
     "--cost-classes": "-5 1 10000001",
     "--threads": "0 100000",
     "--softmax-scale": "0 1e5",
     "--alpha": "1e5",
 }
-IN_RANGE_OF |= {"--clusters-per-class": "0 15 100", "--examples-per-cluster": "0 3 15 128"}
+IN_RANGE_OF |= {"--clusters-per-class": "0 14 100", "--examples-per-cluster": "0 3 15 128"}
 NAMES = ["", "x", "CPU", "cpu ", "proxy-nca,magnet"]
 
 
@@ -138,12 +143,12 @@ def test_a_folder_that_cannot_be_written_is_named(number, tmp_path, monkeypatch,
 def test_sizes_at_the_ends_of_their_ranges_are_taken():
     edges = {
         "train_classes": 999,
-        "held_out": 15,
+        "held_out": 14,
         "unseen_classes": 1,
         "clusters_per_class": 1,
         "examples_per_cluster": 1,
     }
-    found = options.parse(["--batch-size", "999", "--seed", str(2**63 - 1)])
+    found = options.parse(["--batch-size", "999", "--seed", str(2**32 - 1)])
     for name, value in edges.items():
         setattr(found, name, value)
     options.fit(found, 1000, 16)

@@ -56,7 +56,7 @@ def make_parser() -> Parser:
         help="dimensions of the embedding (default %(default)s)")
     add("--lr", type=number(0, 100, above=True), default=proxy.lr, metavar="RATE",
         help="Adam's first rate, falling along half a cosine; ten times it for proxies (default %(default)s)")
-    add("--seed", type=integer(0, 2**63 - 1), default=proxy.seed, metavar="SEED",
+    add("--seed", type=integer(0, 2**32 - 1), default=proxy.seed, metavar="SEED",
         help="of weights, batches, clusters and the choice of held-out drawings (default %(default)s)")
     add("--train-classes", type=integer(2, 1 << 20), metavar="C",
         help="characters to train on (default 600, quick 80); the rest of the 1,000 is unseen")
@@ -78,7 +78,7 @@ def make_parser() -> Parser:
     add = parser.add_argument_group(MagnetRecipe.title).add_argument
     add("--alpha", type=number(0, 1e4), default=magnet.alpha, metavar="A", help="the margin (default %(default)s)")
     add("--clusters-per-class", type=integer(1, 1 << 20), default=magnet.clusters_per_class, metavar="K",
-        help="at most as many as a character has training drawings (default %(default)s)")
+        help="fewer than a character has training drawings (default %(default)s)")
     add("--examples-per-cluster", type=integer(1, 1 << 20), default=magnet.examples_per_cluster, metavar="E",
         help="drawings of a cluster in a batch, of N / E clusters (default %(default)s)")
     # fmt: on
@@ -114,7 +114,10 @@ def fit(options: argparse.Namespace, classes: int, faces: int) -> None:
         )
     if options.loss != ProxyNCARecipe.key:
         why = f"a character has {kept} drawings to train on"
-        _at_most("--clusters-per-class", options.clusters_per_class, kept, why)
+        _at_most("--held-out", options.held_out, faces - 2, "Magnet needs two drawings of each character for training")
+        _at_most(
+            "--clusters-per-class", options.clusters_per_class, kept - 1, f"{why}, and clusters of one have no spread"
+        )
         _at_most("--examples-per-cluster", options.examples_per_cluster, kept, why)
         if options.batch_size % options.examples_per_cluster or options.batch_size < 2 * options.examples_per_cluster:
             raise OptionError(
