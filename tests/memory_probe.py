@@ -16,7 +16,7 @@ from dml_kernels.losses import REGISTRY, CrossBatchMemory
 from dml_kernels.ops import normalized_distance as distance_ops
 from dml_kernels.profiling import peak_extra_bytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") -> dict:

@@ -63,10 +63,11 @@ def test_a_frozen_bank_allocates_nothing_of_its_size(backend):
 
 
 @on_backends
-def test_bf16_rows_make_no_bf16_copy_of_fp32_proxies(backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rows_of_another_dtype_make_no_copy_of_fp32_proxies(dtype, backend):
     m, d = 20_000, 128
     loss = losses.ProxyNCALoss(m, d)
-    x, y = torch.randn(200, d, dtype=torch.bfloat16, requires_grad=True), torch.arange(200)
+    x, y = torch.randn(200, d, dtype=dtype, requires_grad=True), torch.arange(200)
 
     def step():
         F.proxy_nca_loss(x, loss.proxies, y, backend=backend).backward()
@@ -99,6 +100,7 @@ def probe(what, *arguments):
         (256, 300_000, 64, "fp32"),
         (8, 200_000, 128, "fp32"),
         pytest.param(256, 300_000, 64, "bf16", marks=pytest.mark.slow),
+        pytest.param(256, 300_000, 64, "fp16", marks=pytest.mark.slow),
         pytest.param(4096, 20_000, 64, "fp32", marks=pytest.mark.slow),
         pytest.param(1024, 20_000, 512, "fp32", marks=pytest.mark.slow),
         pytest.param(64, 1_000_000, 128, "fp32", marks=pytest.mark.slow),
