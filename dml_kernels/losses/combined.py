@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cross_batch_memory import CrossBatchMemory
 from .metric_loss import MetricLoss
 
 
@@ -82,6 +83,9 @@ class SelfSupervisedLoss(torch.nn.Module):
             raise TypeError("loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as NTXentLoss(); "
                             f"got {type(loss).__name__}")  # fmt: skip
         self.loss, self.symmetric = loss, symmetric
+
+    # The same losses as a memory's: those of pairs that take references.
+    supported_losses = staticmethod(CrossBatchMemory.supported_losses)
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:
         """The loss of two views (N, D)."""
