@@ -11,6 +11,7 @@
 | ``hinge_kernels.py`` | kernels of masked_hinge_sum |
 | ``argmax_kernels.py``, ``noise.py`` | kernels of masked_argmax; its draws' bits |
 | ``logsumexp.py``, ``hinge.py``, ``argmax.py``, ``matrices.py`` | the ops: what is launched, in which order |
+| ``guard.py`` | shapes and dtypes that kernels read by address, checked at the door |
 | ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
 | ``configs.py``, ``precision.py`` | tiles and forms by architecture; arithmetic of fp32 products |
 | ``model.py`` | the cost model, by which the form of the backward is chosen |
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.contract import Bank, Spec
+from ..ops.contract import Bank, Spec, check_pair
 
 name = "triton"
 OPS = (
@@ -120,18 +121,23 @@ def normalize_fwd(x: Tensor, eps: float) -> Tensor:
 
 
 def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    _host("guard").same_shape(grad, *x.shape)
     return _host("matrices").normalize_bwd(grad, x, eps)
 
 
 def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
+    check_pair(x, w)
     return _host("matrices").normalized_distance_fwd(x, w, metric, normalize, eps, dtype)
 
 
 def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor | None, ...]:
+    check_pair(x, w)
+    _host("guard").same_shape(grad, x.size(0), w.size(0))
     return _host("matrices").normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+    _guard(bank, spec)
     return _host("logsumexp").masked_logsumexp_fwd(bank, spec)
 
 
@@ -140,16 +146,31 @@ def keeps_mean(bank: Bank, spec: Spec) -> bool:
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor | None = None) -> list[Tensor | None]:
+    _guard(bank, spec)
+    _host("guard").vectors(bank.x.size(0), (*grads, *lse))
     return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec, mean)
 
 
+def _guard(bank: Bank, spec: Spec) -> None:
+    guard = _host("guard")
+    guard.comparison(*bank[:5], spec.centres)
+    guard.vectors(bank.x.size(0), (bank.scale,))
+    guard.vectors(bank.w.size(0) // spec.centres, (bank.col_scale, bank.col_bias))
+
+
 def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
+    _host("guard").comparison(*lines[:5])
+    _host("guard").vectors(lines.x.size(0), lines.offset)
     return _host("hinge").masked_hinge_sum_fwd(lines, spec)
 
 
 def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Tensor | None]:
+    _host("guard").comparison(*lines[:5])
+    _host("guard").vectors(lines.x.size(0), (*lines.offset, *slopes))
     return _host("hinge").masked_hinge_sum_bwd(slopes, needs, lines, spec)
 
 
 def masked_argmax_fwd(inputs, spec) -> list[Tensor]:
+    _host("guard").comparison(*inputs[:5])
+    _host("guard").vectors(inputs.x.size(0), (inputs.low, inputs.high))
     return _host("argmax").masked_argmax_fwd(inputs, spec)

@@ -254,3 +254,23 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
             assert kept[4].shape == (n, d)
             logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec, kept[4])
         assert largest <= max(64 << 20, 16 * n * d * 4)
+
+
+def test_what_a_kernel_reads_by_address_is_checked_at_the_door():
+    """A registered op takes anything; a kernel would read beside the memory it was given."""
+    x, w, y = torch.randn(4, 3), torch.randn(6, 3), torch.arange(4)
+    ops = torch.ops.dml_kernels
+    spec = ("dot", True, [1.0, 0.0, 1.0, 0.0], 1e-12, -100, torch.float32, False, False, "linear", [], "triton")
+    bank = (x, w, y, None, None, None, None, None)
+    grad, nothing = torch.randn(4), torch.empty(0)
+    needs = [True, True, False, False, False]
+    with pytest.raises(ValueError, match="grad must be floating of shape"):
+        ops.normalize_bwd(torch.randn(3, 4), x, 1e-12, "triton")
+    with pytest.raises(ValueError, match="grad must be floating of shape"):
+        ops.normalized_distance_bwd(torch.randn(6, 4), x, w, [True, True], "dot", True, 1e-12, torch.float32, "triton")
+    with pytest.raises(ValueError, match="y must have shape"):
+        ops.masked_logsumexp_fwd(x, w, y[:2], *bank[3:], *spec)
+    with pytest.raises(ValueError, match="a vector must be floating"):
+        ops.masked_logsumexp_bwd(grad[:2], grad, nothing, nothing, grad, grad, None, needs, *bank, *spec)
+    out = ops.masked_logsumexp_fwd(*bank, *spec)
+    ops.masked_logsumexp_bwd(grad, grad, nothing, nothing, *out[:2], None, needs, *bank, *spec)
