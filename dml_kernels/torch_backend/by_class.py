@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..class_ranges import ClassRanges
 
-# Entries of a block's tile; several buffers of that size are alive at once.
+# Entries of a block's tile; several buffers of that size are alive at once. Of its own classes half as many: their
+# counts and places take 8 bytes an entry.
 TILE = 1 << 19
 # A block's rows share the entries of all its classes: more rows, more of the tile that is masked out.
 MOST_ROWS = 256
@@ -53,7 +54,7 @@ class Block(NamedTuple):
 
 
 def blocks(ranges: ClassRanges, keep: Tensor) -> Iterator[Block]:
-    """The rows of ``keep`` (N,) bool, by class, in blocks whose tile has at most TILE entries or one row."""
+    """The rows of ``keep`` (N,) bool, by class, in blocks of at most TILE / 2 pairs with their classes, or one row."""
     rows = keep.nonzero().squeeze(1)
     rows = rows[torch.argsort(ranges.start[rows], stable=True)]
     starts, counts = torch.unique_consecutive(ranges.start[rows], return_counts=True)
@@ -72,7 +73,7 @@ def _share_out(groups: Iterator[tuple[int, int, int]]) -> Iterator[list[tuple[in
     r, q = 0, 0
     for start, stop, n in groups:
         while n:
-            take = min(n, MOST_ROWS - r, TILE // (q + stop - start) - r)
+            take = min(n, MOST_ROWS - r, TILE // 2 // (q + stop - start) - r)
             if take <= 0 and parts:
                 yield parts
                 parts, r, q = [], 0, 0

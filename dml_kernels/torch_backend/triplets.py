@@ -118,8 +118,8 @@ class _Block:
             return k, torch.stack(by_threshold, 1)
         k = torch.searchsorted(t, s, out_int32=True)
         bins = k + torch.arange(r, device=s.device, dtype=torch.int32)[:, None] * (p + 1)
-        exactly = torch.bincount(bins.view(-1), minlength=r * (p + 1)).view(r, p + 1)
-        return k, exactly[:, 1:].flip(1).cumsum(1).flip(1)
+        fewer = torch.bincount(bins.view(-1), minlength=r * (p + 1)).view(r, p + 1).cumsum_(1)
+        return k, fewer[:, -1:] - fewer[:, :-1]
 
     def swapped(self, b: Side) -> Scores | None:
         """(Q, C) the scores of the block's positives with a tile's entries."""
