@@ -29,6 +29,7 @@ from helpers import (
 
 from dml_kernels import distances, functional, losses
 from dml_kernels.losses import REGISTRY, family, proxy_loss, softmax
+from dml_kernels.ops import backend as backends
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -293,3 +294,24 @@ def test_an_option_that_no_softmax_loss_has_is_named(name):
     for call, args in ((entry.function, arrays), (entry.reference, arrays), (entry.loss, (9, 4))):
         with pytest.raises(TypeError, match="'smoothing'"):
             call(*args, smoothing=0.1)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_entry_names_the_op_and_policy_that_the_loss_runs_on(name, monkeypatch):
+    entry, asked, choose = REGISTRY[name], [], backends.choose
+
+    def choose_and_tell(op, device, dtype, policy="linear", *rest, **more):
+        asked.append((op, policy))
+        return choose(op, device, dtype, policy, *rest, **more)
+
+    monkeypatch.setattr(backends, "choose", choose_and_tell)
+    x, y = randn(12, 4, seed=1), torch.arange(12) % 3
+    inputs = {
+        "proxies": lambda: (x, randn(4 * entry.centres, 4, seed=2), y),
+        "clusters": lambda: (x, torch.arange(12) % 4, torch.tensor([0, 0, 1, 1])),
+        "pairs": lambda: (x, y),
+    }[entry.family]()
+    for options in entry.options:
+        asked.clear()
+        entry.function(*inputs, **options)
+        assert (entry.op, entry.policy) in asked, options

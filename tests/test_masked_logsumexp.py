@@ -281,7 +281,7 @@ def test_zero_rows_are_harmless(backend):
 
 @on_backends
 @on_metrics
-def test__default_to_the_column_index(metric, normalize, backend):
+def test_bank_labels_default_to_the_column_index(metric, normalize, backend):
     x, w, y = randn(9, 6, seed=1), randn(300, 6, seed=2), randint(0, 300, 9, seed=3)
     call = {"metric": metric, "normalize": normalize, "sums": True, "backend": backend}
     by_index, by_label = (F.masked_logsumexp(x, w, y, c, **call) for c in (None, torch.arange(300)))
@@ -290,7 +290,7 @@ def test__default_to_the_column_index(metric, normalize, backend):
 
 
 @on_backends
-def test_ignore_index_without__leaves_every_column_in(backend):
+def test_ignore_index_without_bank_labels_leaves_every_column_in(backend):
     # As in torch.nn.functional.cross_entropy: class 3 is ignored as a target and stays in everyone's denominator.
     x, w, y = randn(6, 5, seed=1), randn(8, 5, seed=2), torch.tensor([0, 3, 2, 7, 3, 1])
     out = F.masked_logsumexp(x, w, y, metric="dot", ignore_index=3, backend=backend)

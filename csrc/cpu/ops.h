@@ -137,7 +137,7 @@ void masked_hinge_sum_bwd(const Problem<P>&, const Labels&, const HingeArgs&, co
 
 enum class LogWeight : std::int64_t { uniform = 0, distance = 1 };
 
-// masked_argmax, see dml_kernels/functional_pairs.py.
+// masked_argmax, see dml_kernels/functional/pairs.py.
 struct ArgmaxArgs {
   Vector low, high;      // open bounds of each row's scores, null where not given
   bool same, different;  // which sets are asked for

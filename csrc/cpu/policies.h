@@ -1,5 +1,5 @@
-// Logit policies: what lies between a row's scores in a tile and its logits. The formulas are those of
-// dml_kernels/functional.py, masked_logsumexp.
+// Logit policies: what lies between a row's scores in a tile and its logits. masked_logsumexp in
+// dml_kernels/functional/logsumexp.py has the formulas.
 #pragma once
 #include <algorithm>
 #include <cstdint>

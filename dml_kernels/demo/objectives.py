@@ -27,7 +27,7 @@ class Recipe(ABC):
 
     key: ClassVar[str]  # in options and names of files
     title: ClassVar[str]
-    op: ClassVar[str]  # that the loss runs on
+    op: ClassVar[str]  # which a backend must run for the loss
 
     epochs: int = 6
     batch_size: int = 128
@@ -50,7 +50,7 @@ class Recipe(ABC):
 class ProxyNCARecipe(Recipe):
     key: ClassVar[str] = "proxy-nca"
     title: ClassVar[str] = "Proxy-NCA"
-    op: ClassVar[str] = "masked_logsumexp"
+    op: ClassVar[str] = losses.REGISTRY["ProxyNCALoss"].op
 
     softmax_scale: float = 1.0
     exclude_positive: bool = False
@@ -68,7 +68,7 @@ class ProxyNCARecipe(Recipe):
 class MagnetRecipe(Recipe):
     key: ClassVar[str] = "magnet"
     title: ClassVar[str] = "Magnet"
-    op: ClassVar[str] = "magnet_loss"
+    op: ClassVar[str] = losses.REGISTRY["MagnetLoss"].op
 
     alpha: float = 4.0
     clusters_per_class: int = 3

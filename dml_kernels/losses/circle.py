@@ -101,4 +101,5 @@ ENTRY = LossEntry(
     paper="Sun et al. 2020, arXiv 2002.10857",
     options=({}, {"m": 0.25, "gamma": 8.0}),
     family="pairs",
+    policy="quadratic",
 )

@@ -89,4 +89,5 @@ ENTRY = LossEntry(
         {"pos_margin": 1.0, "neg_margin": 2.5, "distance": distances.LpDistance(normalize_embeddings=False)},
     ),
     family="pairs",
+    op="masked_hinge_sum",
 )

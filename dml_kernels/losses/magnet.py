@@ -306,6 +306,7 @@ ENTRY = LossEntry(
     reference=magnet_reference,
     paper="Rippel et al. 2016, arXiv 1511.05939",
     family="clusters",
+    op="magnet_loss",
     options=(
         {},
         {"normalize": True, "alpha": 2.0},

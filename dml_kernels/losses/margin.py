@@ -146,4 +146,5 @@ ENTRY = LossEntry(
         {"beta": 0.3, "distance": distances.CosineSimilarity()},
     ),
     family="pairs",
+    op="masked_hinge_sum",
 )

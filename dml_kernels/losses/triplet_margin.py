@@ -160,4 +160,5 @@ ENTRY = LossEntry(
         {"margin": 0.1, "smooth_loss": True, "swap": True},
     ),
     family="pairs",
+    op="triplet_sum",
 )

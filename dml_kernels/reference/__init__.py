@@ -1,4 +1,7 @@
-"""Dense, literal versions of the ops, differentiated by autograd. Tests only: never chosen, N x M x D memory."""
+"""Dense, literal versions of the ops, differentiated by autograd: what the tests compare with.
+
+No call runs here unless it asks for the backend ``reference`` by name. Memory grows as N x M x D.
+"""
 
 from __future__ import annotations
 

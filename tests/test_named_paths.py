@@ -1,0 +1,35 @@
+"""Paths that comments, docstrings and pages name are there: a move or a new name takes them along."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("dml_kernels", "csrc", "tests", "bench", "docs")
+NAMED = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w")
+WRITTEN_LATER = ("bench/results",)  # by a command
+
+
+def sources():
+    yield from ROOT.glob("*.md")
+    for folder in FOLDERS:
+        for suffix in ("py", "md", "h", "cpp", "cu", "cuh"):
+            yield from (ROOT / folder).rglob(f"*.{suffix}")
+
+
+def missing(text):
+    """Paths in a text that are not there. NAME stands for any name."""
+    # Patterns of tests write a dot as "\\.".
+    found = (m.group() for m in NAMED.finditer(text.replace("\\", "")))
+    return [p for p in found if "NAME" not in p and p not in WRITTEN_LATER and not (ROOT / p).exists()]
+
+
+def test_named_paths_exist():
+    wrong = {str(p.relative_to(ROOT)): missing(p.read_text()) for p in sources() if p != Path(__file__)}
+    assert {name: paths for name, paths in wrong.items() if paths} == {}
+
+
+def test_a_missing_path_is_found():
+    assert missing("see csrc/cpu/tiles.h, dml_kernels/functional_pairs.py.") == ["dml_kernels/functional_pairs.py"]
+    assert missing("`dml_kernels/losses/`, dml_kernels/losses/NAME.py, x/dml_kernels/y") == []
