@@ -302,7 +302,9 @@ MB = 1 << 20
 
 # Examples, and how many a class has: few, half of all, in one class all.
 @pytest.mark.parametrize(
-    ("n", "each", "variant"), [(6000, 8, ""), (3000, 1500, ""), (4000, 2000, ""), (600, 300, "swap")], ids=str
+    ("n", "each", "variant"),
+    [(6000, 8, ""), (3000, 1500, ""), (4000, 2000, ""), (6000, 3000, ""), (600, 300, "swap")],
+    ids=str,
 )
 def test_memory_is_bounded(n, each, variant):
     out = json.loads(run_in_child("memory_probe", "triplets", str(n), str(each), "32", variant))

@@ -95,7 +95,7 @@ class _Block:
         """The bank in tiles: the entries, their side, their scores, and which pairs are not negatives."""
         m, d = self.points.w.shape
         rows = self.block.rows.numel() if self.p is None else max(self.block.rows.numel(), self.block.cols.numel())
-        step = max(32, by_class.TILE // max(rows, d))
+        step = max(32, by_class.TILE // 2 // max(rows, d))
         step -= step % (8 * LANE) if step > 8 * LANE else 0
         for start in range(0, m, step):
             k = slice(start, min(start + step, m))
