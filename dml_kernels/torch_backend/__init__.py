@@ -1,7 +1,8 @@
 """The ``torch`` backend: a loop over bank chunks in plain PyTorch, forward, backward and double backward by hand.
 
 Runs wherever nothing is compiled, on any device and dtype PyTorch multiplies. Memory is bounded: a few temporaries of
-N x chunk, where N x chunk stays near ``tiles.CHUNK_ELEMENTS`` whatever the bank's size.
+N x chunk, where N x chunk stays near ``tiles.CHUNK_ELEMENTS`` whatever the bank's size. The same call gives the same
+bits at the same number of threads: PyTorch's products split their sums by it.
 
 | file | what is there |
 |---|---|
