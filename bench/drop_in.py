@@ -157,7 +157,10 @@ def rows(records: list[Record]) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-HEADER = ("loss", "size", "ms", "theirs", "faster", "MB", "theirs", "less", "values differ", "gradients")
+HEADER = (
+    "loss", "size", "ms", "ms, PML", "PML / ours", "MB", "MB, PML", "PML / ours", "value differs by",
+    "gradient differs by",
+)  # fmt: skip
 
 
 def write(page: Path, records: list[Record], line: str) -> None:
@@ -204,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except AssertionError as error:
             wrong.append(str(error))
     others = share_of_others(before, Usage.now()) or 0
-    tables.show("A step, beside pytorch-metric-learning's class of that name", HEADER, rows(records))
-    line = f"{machine.line(found)}. Others took {others:.0%} of the cores."
+    tables.show("A step, here and by the class of that name in pytorch-metric-learning (PML)", HEADER, rows(records))
+    line = f"{machine.line(found)}. Other processes took {others:.0%} of the cores."
     print(line)
     path = options.out / f"drop_in-{time.strftime('%Y%m%d-%H%M%S')}.json"
     write_json(path, {"machine": found, "records": [asdict(record) for record in records]})

@@ -14,7 +14,7 @@ PAGE = "docs/switching.md"
 THEIR_LOSS = "pytorch-metric-learning's own, which takes the tuples of `dml_kernels.miners`"
 THEIR_MINER = "pytorch-metric-learning's own, whose tuples `dml_kernels.losses` take"
 THEIR_SAMPLER = "pytorch-metric-learning's own"
-OWN_LOSS = "`dml_kernels.functional` for a loss of your own; CONTRIBUTING.md says how to add one here"
+OWN_LOSS = "`dml_kernels.functional` for a loss of your own; docs/design.md says how to add one here"
 
 ABSENT: dict[str, dict[str, str]] = {
     "losses": {
