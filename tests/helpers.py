@@ -20,7 +20,9 @@ from dml_kernels import functional as F
 from dml_kernels.losses import LossEntry
 from dml_kernels.ops import backend as backends
 
-BACKENDS = ("torch", pytest.param("cpu", marks=pytest.mark.cpp))
+# The backends that tests run on, and the marks of these tests.
+MARKS: dict[str, Any] = {"torch": (), "cpu": pytest.mark.cpp}
+BACKENDS = tuple(pytest.param(name, marks=marks) for name, marks in MARKS.items())
 on_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -74,21 +76,19 @@ EVERY_DTYPE = (*DTYPES, *MIXES)
 
 def on_backends_and(dtypes: tuple[Dtype, ...]) -> Any:
     """Parametrises over `dtype` and `backend`, the backend fastest."""
-    marks = {"torch": (), "cpu": pytest.mark.cpp}
-    pairs = [(d, b) for d in dtypes for b in marks]
+    pairs = [(d, b) for d in dtypes for b in MARKS]
     return pytest.mark.parametrize(
-        ("dtype", "backend"), [pytest.param(d, b, marks=marks[b], id=f"{d.name}-{b}") for d, b in pairs]
+        ("dtype", "backend"), [pytest.param(d, b, marks=MARKS[b], id=f"{d.name}-{b}") for d, b in pairs]
     )
 
 
 def backends_of(entry: LossEntry, dtype: torch.dtype = torch.float32) -> list[Any]:
     """The backends that have a loss's op and policy. Without the extension all: the mark `cpp` then speaks."""
-    marks = {"torch": (), "cpu": pytest.mark.cpp}
     device = torch.device("cpu")
     absent = {"cpu"} if not build_info.load() else set()
     return [
         pytest.param(name, marks=mark)
-        for name, mark in marks.items()
+        for name, mark in MARKS.items()
         if name in absent or backends.BACKENDS[name].can_run(entry.op, device, dtype, entry.policy) is None
     ]
 
