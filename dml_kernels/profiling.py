@@ -94,14 +94,16 @@ def interleaved_times(
     rounds: int = 3,
     *,
     warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, name -> one entry a round; every round runs every variant once.
 
     The order turns by one place a round, so that no variant always follows the same one. The garbage
-    collector is off while a call runs. synchronize is called before each clock reading
-    (torch.cuda.synchronize); progress after each call, warm-up included.
+    collector is off while a call runs. clock gives seconds (time.thread_time leaves out what others do on the
+    core). synchronize is called before each clock reading (torch.cuda.synchronize); progress after each call,
+    warm-up included.
     """
     if rounds < 1 or not variants:
         raise ValueError(f"need at least one round and one variant; got {rounds} and {len(variants)}")
@@ -114,10 +116,10 @@ def interleaved_times(
         for name in names[shift:] + names[:shift]:
             with _no_garbage_collection():
                 wait()
-                start = time.perf_counter()
+                start = clock()
                 variants[name]()
                 wait()
-                elapsed = time.perf_counter() - start
+                elapsed = clock() - start
             if turn >= warmup:
                 times[name].append(elapsed)
             if progress:

@@ -79,6 +79,8 @@ def test_interleaved_times_turn_the_order_and_drop_the_warmup():
     assert [len(samples) for samples in times.values()] == [3, 3, 3]
     assert gc.isenabled()
     assert profiling.interleaved_medians({"a": lambda: None}, rounds=2, warmup=0)["a"] >= 0
+    ticks = iter(range(100))
+    assert profiling.interleaved_times({"a": lambda: next(ticks)}, 2, clock=lambda: next(ticks)) == {"a": [2, 2]}
     with pytest.raises(ValueError, match="round"):
         profiling.interleaved_times({}, 3)
 

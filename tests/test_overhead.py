@@ -1,0 +1,51 @@
+"""`python -m bench.overhead`: what it counts, and what a call of a loss may do only once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench import overhead
+from dml_kernels.ops import checks, masked_logsumexp
+
+
+def test_hops_are_the_packages_own_functions():
+    # check_positive -> check_number, one file; nothing of PyTorch is counted.
+    assert overhead.hops(lambda: checks.check_positive("scale", 1.0)) == (2, 1, 0)
+    assert overhead.hops(lambda: torch.nn.Linear(2, 2)(torch.ones(1, 2))) == (0, 0, 0)
+
+
+def test_ops_are_those_that_the_dispatcher_sees():
+    seen = [str(op) for op, _ in overhead.ops_of(lambda: torch.ones(3) * 2)]
+    assert seen == ["aten.ones.default", "aten.mul.Tensor"]
+
+
+@pytest.mark.cpp
+def test_layers_lie_one_under_the_other():
+    x, y = overhead.batch("proxies")
+    call = overhead.functional.masked_logsumexp
+    found = overhead.layers("masked_logsumexp", lambda: call(x, x.detach() + 1, y, scale=8.0, backend="cpu"))
+    assert [name.split(": ")[1] for name in found] == [
+        "autograd Function", "registered op", "the cpu backend's method", "C++",
+    ]  # fmt: skip
+    ends = [overhead.ops_of(layer)[0][0] for layer in found.values()]
+    assert ends[:2] == [masked_logsumexp.fwd] * 2
+    assert "dml_kernels_cpu" in str(ends[3])
+
+
+def test_the_command_prints_a_row_for_each_loss_and_layer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(overhead, "REPEATS", 1)
+    threads = torch.get_num_threads()
+    try:
+        assert overhead.main(["--losses", "ArcFaceLoss,NTXentLoss", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    (path,) = tmp_path.iterdir()
+    records = {r["name"]: r for r in json.loads(path.read_text())["records"]}
+    assert {"ArcFaceLoss", "NTXentLoss", "proxy_nca: function"} <= set(records)
+    assert 0 < records["ArcFaceLoss"]["forward"] < records["ArcFaceLoss"]["step"]
+    assert "ArcFaceLoss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        overhead.main(["--losses", "ArcLoss"])
