@@ -42,3 +42,16 @@ class ClassRanges(NamedTuple):
             negatives = negatives - (there & (left_out != y) & (left_out != ignore_index)).long()
         negatives = torch.where(y == ignore_index, 0, negatives)
         return ClassRanges(order, start, stop, own, stop - start - (own >= 0).long(), negatives)
+
+
+def count_pairs(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """``positives`` and ``negatives`` alone, in half as many steps."""
+    labels = c.sort().values
+    positives = torch.searchsorted(labels, y, right=True) - torch.searchsorted(labels, y)
+    others = (c != ignore_index).sum()
+    if exclude is not None and c.numel():
+        left_out = torch.where(exclude >= 0, c[exclude.clamp_min(0)], ignore_index)
+        positives = positives - (left_out == y).long()
+        others = others - (left_out != ignore_index).long()
+    ignored = y == ignore_index
+    return positives.masked_fill(ignored, 0), (others - positives).masked_fill(ignored, 0)

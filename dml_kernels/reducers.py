@@ -123,7 +123,7 @@ class Reducer(Recorded):
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
     """total / count, and 0 (connected) where nothing was counted."""
-    return torch.where(count == 0, total * 0, total / count.clamp_min(torch.finfo(count.dtype).tiny))
+    return total / count.masked_fill(count == 0, torch.inf)
 
 
 class MeanReducer(Reducer):

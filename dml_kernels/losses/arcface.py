@@ -33,13 +33,11 @@ def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear",
     m = math.radians(margin)
 
     def target(z: Tensor, s: float | Tensor) -> Tensor:
-        cosine = z / s
-        squared_sine = (1 - cosine) * (1 + cosine)
-        # NaN stays: only what is known not to be positive is 0.
-        flat = squared_sine <= 0
-        sine = torch.where(flat, 0, torch.where(flat, 1, squared_sine).sqrt())
-        turned = cosine * math.cos(m) - sine * math.sin(m)
-        return s * torch.where(cosine >= -math.cos(m), turned, cosine - m * math.sin(m))
+        # s sin theta. Where z is s to rounding it is 1e-75, which is 0 beside any logit, and the clamp stops the
+        # gradient, whose slope is infinite there. NaN stays.
+        sine = (s * s - z * z).clamp_min(1e-150).sqrt()
+        turned = torch.sub(z * math.cos(m), sine, alpha=math.sin(m))
+        return torch.where(z >= s * -math.cos(m), turned, z - s * (m * math.sin(m)))
 
     return Logits(check_scale("scale", scale), target, policy=policy, policy_params=(centres,) if centres > 1 else ())
 

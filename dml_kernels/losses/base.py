@@ -104,11 +104,13 @@ def row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
 
 
 def reduce_rows(rows: Tensor, mass: Tensor, reduction: str) -> Tensor:
-    """``mean``: the sum over the sum of ``mass`` (N,), 0 where that is 0. ``sum``. ``none``: the rows."""
+    """``mean``: the sum over the sum of ``mass`` (N,), numbers or booleans, 0 where that is 0. ``sum``. ``none``: the
+    rows.
+    """
     if reduction == "none":
         return rows
     total = rows.sum()
     if reduction == "sum":
         return total
     count = mass.sum()
-    return total / torch.where(count == 0, 1, count)
+    return total / (count.clamp_min(1) if mass.dtype == torch.bool else torch.where(count == 0, 1, count))

@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 from .. import functional
 from ..batch import IGNORE_INDEX, Batch
-from ..class_ranges import ClassRanges
+from ..class_ranges import count_pairs
 from ..distances import Distance
 from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..logspace import logaddexp
@@ -130,8 +130,8 @@ class Streamed(Compared):
 
     def counts(self) -> Counts:
         """By binary search in the sorted labels: shapes do not depend on the values."""
-        ranges = ClassRanges.of(self.y, self.c, self.batch.exclude, IGNORED)
-        return Counts(ranges.positives.to(self.dtype), ranges.negatives.to(self.dtype))
+        positives, negatives = count_pairs(self.y, self.c, self.batch.exclude, IGNORED)
+        return Counts(positives.to(self.dtype), negatives.to(self.dtype))
 
     def _empty(self) -> Tensor:
         return self.batch.x.sum(1, dtype=self.dtype)

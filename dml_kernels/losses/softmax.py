@@ -164,20 +164,24 @@ def softmax_loss(
         sums=label_smoothing > 0, policy=logits.policy, policy_params=logits.policy_params, backend=backend,
     )  # fmt: skip
     counted = y != ignore_index
+    ignored = ~counted
     if logits.by_lengths:  # (M,) lengths, whose gradient takes tensors of the bank's size
         lengths = torch.linalg.vector_norm(proxies, dim=1, dtype=accumulate_dtype(dtype))
         scale = scale * lengths[torch.where(counted, y, 0).clamp(0, classes - 1)]
     # Logits of 64 have few digits left behind the point in fp32: the few numbers of a row are compared in fp64.
-    positive = out.same.masked_fill(~counted, 0).double()
+    positive = out.same.masked_fill(ignored, 0).double()
     if logits.target is not None:
-        positive = logits.target(positive, scale)
-    rows = logspace.log1pexp((out.different - positive).masked_fill(~counted, -math.inf))
+        positive = logits.target(positive, scale.double() if isinstance(scale, Tensor) else scale)
+    gap = out.different - positive  # of an ignored row -inf less a number
+    if isinstance(scale, Tensor):  # which may have no number for it
+        gap = gap.masked_fill(ignored, -math.inf)
+    rows = logspace.log1pexp(gap)
     if label_smoothing:
         assert out.sum_different is not None
         mean = (out.sum_different + positive) / classes
-        rows = rows + label_smoothing * (positive - mean).masked_fill(~counted, 0)
+        rows = rows + label_smoothing * (positive - mean).masked_fill(ignored, 0)
     rows = rows.to(out.same.dtype)
-    mass = counted.to(rows.dtype)
+    mass = counted
     if class_weight is not None:
         mass = torch.where(counted, row_weight(class_weight, y, rows), 0)
         rows = torch.where(counted, rows * mass, 0)
@@ -189,10 +193,9 @@ def softmax_loss(
 
 def _one_label_a_row(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
     """Rows, their labels (rows,) and how many rows stand for one embedding: L where labels are (N, L)."""
-    if isinstance(labels, Tensor):
-        check_tensor("labels", labels)
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return embeddings, check_labels(labels, embeddings), 1
+    check_tensor("labels", labels)
     n, each = labels.shape
     if n != embeddings.size(0) or each == 0:
         raise ValueError(

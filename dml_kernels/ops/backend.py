@@ -133,11 +133,12 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str
 def order(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int] | None = None) -> list[str]:
     """The backends' names, the one to be preferred for N x M x D first."""
     names = list(BACKENDS)
+    if device.type == "cpu":  # Triton's interpreter is there to prove kernels: whoever wants it asks for it
+        names.remove(triton_backend.name)
+        return [*names, triton_backend.name]
     large = size is not None and size[0] * size[1] * size[2] > SMALL
     if device.type == "cuda" and large and dtype != torch.float64:
         names.sort(key=lambda name: {"cuda": 1, "torch": 2}.get(name, 0))
-    if device.type == "cpu":  # Triton's interpreter is there to prove kernels: whoever wants it asks for it
-        names.sort(key=lambda name: name == triton_backend.name)
     return names
 
 

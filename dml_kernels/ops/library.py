@@ -29,9 +29,31 @@ def register(name: str, schema: str, implementation: Callable[..., Any], fake: C
     return getattr(torch.ops.dml_kernels, name).default
 
 
+class _Bound:
+    """What ``Signature.bind`` gives of arguments that are complete and in order."""
+
+    def __init__(self, args: tuple[Any, ...]):
+        self.args = args
+        self.kwargs: dict[str, Any] = {}
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that gets every argument by position: there is nothing to bind."""
+
+    def bind(self, /, *args: Any) -> Any:
+        """The arguments as they are; the function itself refuses a wrong number of them."""
+        return _Bound(args)
+
+
 def known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Works out the signature of ``forward`` once: ``apply`` binds to it on every call and would rebuild it."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+    """Works out the signature of ``forward`` once: ``apply`` binds to it on every call, which of twenty arguments
+    takes longer than a small kernel.
+    """
+    parameters = inspect.signature(function.forward).parameters.values()
+    function.forward.__signature__ = _Positional(list(parameters))  # type: ignore[attr-defined]
     return function
 
 
