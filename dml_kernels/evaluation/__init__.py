@@ -1,15 +1,16 @@
-"""Judging embeddings, streamed.
+"""Evaluating embeddings, streamed.
 
-retrieval       Recall@K, precision@1, R-precision, MAP@R, MRR
-clustering      NMI and AMI of a k-means partition (faiss, scikit-learn)
-classification  soft k nearest clusters, k nearest neighbours
-verification    1:1, ROC-AUC, TAR at a FAR, EER, best threshold, accuracy by folds; `pairs` draws and scores them
-identification  1:K, CMC; open set: DIR at a false alarm rate, rejection
-few_shot        N-way K-shot by the nearest class mean
+- ``retrieval``: Recall@K, precision@1, R-precision, MAP@R, MRR.
+- ``clustering``: NMI and AMI of a k-means partition (faiss, scikit-learn).
+- ``classification``: soft k nearest clusters, k nearest neighbours.
+- ``verification``: 1:1; ROC-AUC, TAR at a FAR, EER, best threshold, accuracy by folds. ``pairs`` draws pairs and scores
+  them.
+- ``identification``: 1:K; CMC, and for the open set DIR at a false alarm rate, and rejection.
+- ``few_shot``: N-way K-shot by the nearest class mean.
 
-Nothing of size N x M is built; the result does not depend on the sizes of the tiles. CPU and CUDA tensors. Labels
-may be a tensor, an array, a list or a pandas column, read by position. Every value is a class, -100 too (but for the
-cluster classes of `k_nearest_clusters`): leave rows without a label out.
+Nothing of size N x M is built, and the result does not depend on the sizes of the tiles. Embeddings may be on the CPU
+or on CUDA. Labels may be a tensor, an array, a list or a pandas column, and are read by position. Every value is a
+class, including -100 (except in the cluster classes of ``k_nearest_clusters``), so leave out rows without a label.
 """
 
 from .classification import Classification, k_nearest_clusters, k_nearest_neighbours

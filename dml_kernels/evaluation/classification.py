@@ -5,11 +5,11 @@ to an embedding r and sigma^2 the variance of the embeddings about their centres
 
     p(c | r) = sum_{l: class(mu_l) = c} exp(-|r - mu_l|^2 / 2 sigma^2) / sum_l exp(-|r - mu_l|^2 / 2 sigma^2)
 
-kNN is the majority vote: p(c | r) is the share of r's k nearest references that are of class c.
+kNN is the majority vote: p(c | r) is the share of the k references nearest to r that are of class c.
 
-Both find the k nearest as retrieval does (`streaming`). The weights of kNC stay in log space and take their distances
-again in fp64 from differences, so that an embedding far from every centre, where each exponential is 0, still has its
-class and finite log-probabilities.
+Both find the k nearest as retrieval does (``streaming``). The weights of kNC stay in log space, and their distances are
+computed again in fp64 from differences, so that an embedding far from every centre, where each exponential is 0, still
+has a class and finite log-probabilities.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from .streaming import Problem
 
 __all__ = ["Classification", "k_nearest_clusters", "k_nearest_neighbours"]
 
-NO_CLASS = -100  # fills `classes` where fewer classes than asked for are among the k nearest
-LARGEST = 1e35  # far beyond it distances overflow fp32, in which they are ranked
+NO_CLASS = -100  # fills `classes` where fewer classes than requested are among the k nearest
+LARGEST = 1e35  # far beyond it distances overflow fp32, the dtype in which they are ranked
 
 
 @dataclass(frozen=True)
 class Classification:
     """The most probable classes of N embeddings, best first.
 
-    classes (N, top) int64 and log_probabilities (N, top) fp32. An embedding with fewer than `top` classes among its
-    k nearest has -100 and -inf in the places left over.
+    An embedding with fewer than ``top`` classes among its k nearest has -100 and -inf in the remaining places.
+
+    Attributes:
+        classes: (N, top) int64.
+        log_probabilities: (N, top) fp32.
     """
 
     classes: Tensor
@@ -48,10 +51,15 @@ class Classification:
         return self.classes[:, 0]
 
     def error(self, labels: Tensor, top: int = 1) -> float:
-        """Fraction of the embeddings whose label (N,) is not among their `top` most probable classes.
+        """Fraction of the embeddings whose label is not among their ``top`` most probable classes.
 
-        Raises ValueError for labels of another shape or `top` out of [1, the number of classes kept]; TypeError for
-        labels that are no integers.
+        Args:
+            labels: (N,) integers.
+            top: from 1 to the number of classes kept.
+
+        Raises:
+            ValueError: labels of another shape, or ``top`` out of range.
+            TypeError: labels that are not integers.
         """
         count, kept = self.classes.shape
         labels = streaming.check_integers("labels", labels, count, self.classes.device)
@@ -79,24 +87,30 @@ def k_nearest_clusters(
 ) -> Classification:
     """Soft k-nearest-cluster classification (kNC; formula at the top of the module).
 
-    embeddings      (N, D) floating point, CPU or CUDA
-    centers         (K, D) cluster centres, on the same device; an empty cluster's may hold anything, NaN too
-    center_classes  (K,) integers: the class of each cluster; clusters of class `ignore_index` are left out
-    variance        sigma^2 > 0, a number or a tensor of one: sum |r - mu_own|^2 / (n - 1) of the training set, all
-                    dimensions summed
-    k               how many clusters vote. All do where k is at or above the number of clusters not left out; at the
-                    k-th place equal distances (in fp32) go to the lowest cluster.
-    top             how many classes to keep for each embedding
-    normalize       divide embeddings by their norm first, for centres that are means of unit vectors; the centres
-                    are taken as they are
-    empty           (K,) bool, True for clusters to be left out
-    tile, progress  as `evaluate`
+    Extra memory: O(N + K D), and about 28 bytes per entry of a tile (100 where k is larger than the tile is wide).
 
-    Returns a Classification. Classes equally probable (in fp32) rank lowest first. Extra memory: O(N + K D), and per
-    tile some 28 bytes an entry (100 where k is larger than the tile is wide).
+    Args:
+        embeddings: (N, D) floating point, CPU or CUDA.
+        centers: (K, D) cluster centres, on the same device; that of an empty cluster may hold anything, NaN included.
+        center_classes: (K,) integers: the class of each cluster.
+        variance: sigma^2 > 0, a number or a tensor of one: sum |r - mu_own|^2 / (n - 1) over the training set, summed
+            over all dimensions.
+        k: how many clusters vote; all of them where fewer are there. At the k-th place, equal distances (in fp32) go to
+            the lowest cluster.
+        top: how many classes to keep for each embedding.
+        normalize: divide the embeddings by their norm first, for centres that are means of unit vectors; the centres
+            are used as they are.
+        empty: (K,) bool, True for clusters to leave out.
+        ignore_index: clusters of this class are left out too.
+        tile, progress: as in :func:`evaluate`; progress counts embeddings.
 
-    Raises ValueError for wrong shapes, an empty set, k or top under 1, NaN, infinity or values over 1e35, a variance
-    that is not a positive number, or when every cluster is left out; TypeError for wrong dtypes.
+    Returns:
+        Classification. Classes of equal probability (in fp32) rank lowest first.
+
+    Raises:
+        ValueError: wrong shapes, an empty set, k or top under 1, NaN, infinity or values over 1e35, a variance that is
+            not a positive number, or every cluster left out.
+        TypeError: wrong dtypes.
     """
     normalize, ignore_index = check_flag("normalize", normalize), check_integer("ignore_index", ignore_index)
     centers, center_classes = _without_empty(centers, center_classes, empty, ignore_index)
@@ -113,7 +127,7 @@ def k_nearest_clusters(
     with reporter(progress, len(embeddings), "classification", "embeddings") as report:
         for rows, _, found in streaming.stream_all(problem, k):
             squared = _squared_distances(problem, rows, found)
-            # Less the smallest before the division: the nearest then has weight 1, however small sigma^2 is.
+            # The smallest is subtracted before the division: the nearest then has weight 1, however small sigma^2 is.
             logits = (squared.amin(dim=1, keepdim=True) - squared) / (2 * sigma2)
             groups = _Groups(problem.gallery_labels[found])
             scores = groups.logsumexp(logits) - torch.logsumexp(logits, dim=1, keepdim=True)
@@ -136,17 +150,20 @@ def k_nearest_neighbours(
 ) -> Classification:
     """k-nearest-neighbour classification by majority vote; a tied vote goes to the class with the nearest member.
 
-    embeddings      (N, D) floating point, CPU or CUDA
-    ref_embeddings  (M, D) references with their classes `ref_labels` (M,) integers, on the same device
-    k               how many neighbours vote; all references that an embedding can be given where k is above that
-    top             how many classes to keep for each embedding
-    exclude         (N,) int64 reference left out for each embedding, -1 for none: `arange(N)` leaves each its own copy
-                    out where the references are the embeddings
-    metric          "cosine", "dot" or "euclidean"; equally near references (in fp32) rank by lowest index
-    tile, progress  as `evaluate`
+    Memory and errors are those of :func:`k_nearest_clusters`.
 
-    Returns a Classification; its log_probabilities are the logarithms of the shares of the vote. Memory and errors as
-    `k_nearest_clusters`.
+    Args:
+        embeddings: (N, D) floating point, CPU or CUDA.
+        ref_embeddings, ref_labels: (M, D) references on the same device, and their classes, (M,) integers.
+        k: how many neighbours vote; all where fewer are there.
+        top: how many classes to keep for each embedding.
+        exclude: (N,) int64 reference that is left out for each embedding, -1 for none; ``arange(N)`` leaves out the own
+            copy of each embedding where the references are the embeddings.
+        metric: ``cosine``, ``dot`` or ``euclidean``; references at equal distance (in fp32) rank by lowest index.
+        tile, progress: as in :func:`evaluate`; progress counts embeddings.
+
+    Returns:
+        Classification; its log_probabilities are the logarithms of the shares of the vote.
     """
     names = ("ref_embeddings", "ref_labels")
     streaming.check_vectors(names[0], ref_embeddings)
@@ -188,13 +205,13 @@ class _Groups:
         return torch.zeros_like(self.group).scatter_add_(1, self.group, torch.ones_like(self.group))
 
     def first_places(self) -> Tensor:
-        """The place of each group's nearest, k where there is no group."""
+        """The place of the nearest member of each group, k where there is no group."""
         depth = self.group.shape[1]
         return torch.full_like(self.group, depth).scatter_reduce(1, self.group, self.order, "amin")
 
     def keep_best(self, out: Classification, rows: Tensor, rank: Tensor, log_probabilities: Tensor) -> None:
         """Store the groups of largest rank, the lowest class among equals."""
-        # Places without a class rank last, and behind a class whose score underflowed to -inf: the sort is stable.
+        # Places without a class rank last, after a class whose score underflowed to -inf: the sort is stable.
         best = rank.argsort(dim=1, descending=True, stable=True)[:, : out.classes.shape[1]]
         width = best.shape[1]
         out.classes[rows, :width] = self.classes.gather(1, best)
@@ -202,7 +219,7 @@ class _Groups:
 
 
 def _squared_distances(problem: Problem, rows: Tensor, found: Tensor) -> Tensor:
-    """|r - mu|^2 of each row's found centres, (n, k) fp64, from differences; never more than a tile of entries."""
+    """|r - mu|^2 of the centres found for each row, (n, k) fp64, from differences, a tile of entries at a time."""
     queries = problem.queries_of(rows)
     squared = torch.empty(found.shape, dtype=torch.float64, device=found.device)
     width = max(1, problem.tile[0] * problem.tile[1] // queries.numel())
@@ -223,7 +240,7 @@ def _new_result(problem: Problem, top: int) -> Classification:
 def _without_empty(
     centers: Tensor, center_classes: Tensor, empty: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Centres (finite, by the caller's check) and classes of the clusters that are not left out."""
+    """Centres (the caller checks that they are finite) and classes of the clusters that are not left out."""
     check_tensor("centers", centers)
     if centers.dim() != 2:
         raise ValueError(f"centers must be a (clusters, dimensions) tensor; got {_shape_of(centers)}")

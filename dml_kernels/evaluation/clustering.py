@@ -1,13 +1,13 @@
-"""Do clusters of the embeddings agree with the classes? NMI and AMI of a k-means partition.
+"""How well clusters of the embeddings agree with the classes: NMI and AMI of a k-means partition.
 
 With U the classes and V the clusters of the same N examples, entropies H and mutual information I(U, V),
 
     NMI = I(U, V) / ((H(U) + H(V)) / 2)                                     (Manning et al. 2008, section 16.3)
     AMI = (I(U, V) - E[I]) / ((H(U) + H(V)) / 2 - E[I])                     (Vinh, Epps and Bailey 2010)
 
-E[I] is the expectation over random partitions of the same sizes. NMI grows with the number of clusters even for
-noise, which AMI takes away; neither sees much of an embedding (Musgrave et al. 2020, arXiv 2003.08505, section 2.3).
-k-means by faiss from greedy k-means++, the scores by scikit-learn.
+E[I] is the expectation over random partitions of the same sizes. NMI grows with the number of clusters even for noise;
+AMI corrects for that. Neither says much about an embedding (Musgrave et al. 2020, arXiv 2003.08505, section 2.3).
+k-means is that of faiss, started from greedy k-means++; the scores come from scikit-learn.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ BLOCK = 1 << 20  # entries of the embeddings converted and assigned at a time
 
 @dataclass(frozen=True)
 class ClusteringResult:
-    """nmi in [0, 1]; ami at most 1 and about 0 for noise, NaN where not asked for; assignments (N,) int64, CPU."""
+    """What cluster_agreement returns.
+
+    Attributes:
+        nmi: in [0, 1].
+        ami: at most 1, about 0 for noise; NaN unless requested.
+        clusters: how many clusters were made.
+        assignments: (N,) int64 on the CPU: the cluster of each example.
+    """
 
     nmi: float
     ami: float
@@ -53,21 +60,26 @@ def cluster_agreement(
     training_rows: int = 1 << 18,
     progress: Progress = None,
 ) -> ClusteringResult:
-    """NMI and AMI (formulas at the top of the module) of `labels` and a k-means partition of the embeddings.
+    """NMI and AMI (formulas at the top of the module) of the labels and a k-means partition of the embeddings.
 
-    embeddings      (N, D) floating point, CPU or CUDA; labels (N,) integers
-    clusters        k; default: the number of classes among the labels
-    normalize       unit vectors first
-    iterations      of Lloyd's, which start from greedy k-means++; seed: of that and of the sample
-    adjusted        AMI too; its expectation takes time in (classes x clusters), minutes at 10,000 of each
-    training_rows   the most examples that k-means is trained on, a sample without repeats; all N are assigned
-    progress        called with the number of examples just assigned; True: a tqdm bar
+    One class and one cluster agree fully: NMI and AMI are 1, by scikit-learn's convention. Extra memory: 4 D + 100
+    bytes for each of min(N, training_rows), the centroids, O(N) for the assignments, and fixed blocks.
 
-    Extra memory: 4 D + 100 bytes for each of min(N, training_rows), the centroids, O(N) for the assignments, and fixed
-    blocks. One class and one cluster agree fully: NMI and AMI 1, by scikit-learn's convention.
+    Args:
+        embeddings: (N, D) floating point, CPU or CUDA.
+        labels: (N,) integers.
+        clusters: k; default: the number of classes among the labels.
+        normalize: divide the embeddings by their norm first.
+        iterations: of Lloyd's algorithm, which starts from greedy k-means++.
+        seed: of k-means++ and of the sample.
+        adjusted: compute AMI too; its expectation takes time in (classes x clusters), minutes at 10,000 of each.
+        training_rows: the most examples that k-means is trained on, a sample without repeats; all N are assigned.
+        progress: called with the number of examples just assigned; True: a tqdm bar.
 
-    Raises ValueError for wrong shapes, an empty set, NaN or infinity, clusters out of [1, N] or above training_rows;
-    TypeError for wrong dtypes; ImportError without faiss or scikit-learn.
+    Raises:
+        ValueError: wrong shapes, an empty set, NaN or infinity, clusters out of [1, N] or above training_rows.
+        TypeError: wrong dtypes.
+        ImportError: faiss or scikit-learn is missing.
     """
     streaming.check_vectors("embeddings", embeddings)
     labels = streaming.check_integers("labels", labels, len(embeddings), torch.device("cpu"))
@@ -86,7 +98,7 @@ def cluster_agreement(
     generator = torch.Generator().manual_seed(seed)
     everyone = torch.arange(count)
     sample = everyone if count <= training_rows else torch.randperm(count, generator=generator)[:training_rows]
-    # About their mean: far from the origin single precision would lose the distances.
+    # The mean is subtracted: far from the origin single precision would lose the distances.
     mean = torch.zeros(width, dtype=torch.float64, device=embeddings.device)
     for _, part in _blocks(embeddings, everyone, normalize):
         mean += part.sum(dim=0) / count
@@ -119,7 +131,7 @@ def cluster_agreement(
 
 
 def _blocks(embeddings: Tensor, rows: Tensor, unit: bool) -> Iterator[tuple[int, Tensor]]:
-    """(start, fp64 vectors) of the rows asked for, a bounded block at a time."""
+    """(start, fp64 vectors) of the requested rows, a bounded block at a time."""
     block = max(1, BLOCK // embeddings.shape[1])
     for start in range(0, len(rows), block):
         index = rows[start : start + block].to(embeddings.device)

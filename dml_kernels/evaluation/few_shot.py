@@ -1,9 +1,9 @@
 """Few-shot classification: N ways, K shots, by the nearest class mean.
 
-An episode draws N classes and of each K supports and Q queries, all different (Vinyals et al. 2016, arXiv 1606.04080).
-With c_n the mean of class n's supports, its prototype (Snell, Swersky and Zemel 2017, arXiv 1703.05175), a query x is
-given the class argmin_n |x - c_n|, or argmax_n cos(x, c_n). An episode's accuracy is over its N Q queries; reported are
-the mean over E episodes and the half-width of its 95% confidence interval, 1.96 std / sqrt(E).
+An episode draws N classes, and K supports and Q queries of each, all different (Vinyals et al. 2016, arXiv 1606.04080).
+With c_n the mean of the supports of class n, its prototype (Snell, Swersky and Zemel 2017, arXiv 1703.05175), a query x
+gets the class argmin_n |x - c_n|, or argmax_n cos(x, c_n). The accuracy of an episode is over its N Q queries. The
+result is the mean over E episodes and the half-width of its 95% confidence interval, 1.96 std / sqrt(E).
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ __all__ = ["FewShotResult", "few_shot_accuracy"]
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """accuracy, mean over episodes in [0, 1]; confidence, half-width of its 95% interval (NaN for one episode).
+    """What few_shot_accuracy returns.
 
-    classes: how many were drawn from; skipped_classes: how many have fewer than shots + queries examples.
+    Attributes:
+        accuracy: the mean over episodes, in [0, 1].
+        confidence: the half-width of its 95% interval, NaN for one episode.
+        episodes: how many were drawn.
+        classes: from how many classes they were drawn.
+        skipped_classes: how many classes have fewer than shots + queries examples.
     """
 
     accuracy: float
@@ -51,18 +56,23 @@ def few_shot_accuracy(
 ) -> FewShotResult:
     """Accuracy of N-way K-shot episodes by the nearest class mean (formulas at the top of the module).
 
-    embeddings      (N, D) floating point, CPU or CUDA; labels (N,) integers
-    ways, shots     N and K; queries: of each class, Q
-    episodes        how many, drawn with `seed`: the same seed gives the same episodes for any embeddings
-    metric          "euclidean" or "cosine"; equal distances go to the class drawn first
-    normalize       unit embeddings before the means are taken; the means themselves stay as they are
-    progress        called with the number of episodes just finished; True: a tqdm bar
+    Classes with fewer than shots + queries examples are left out and counted. Memory: O(N), and the vectors of one
+    episode in fp64.
 
-    Classes with fewer than shots + queries examples are left out and counted. Memory: O(N), and one episode's vectors
-    in fp64.
+    Args:
+        embeddings: (N, D) floating point, CPU or CUDA.
+        labels: (N,) integers.
+        ways, shots, queries: N, K and Q: classes of an episode, and supports and queries of each class.
+        episodes: how many are drawn.
+        metric: ``euclidean`` or ``cosine``; equal distances go to the class drawn first.
+        normalize: divide the embeddings by their norm before the means are taken; the means stay as they are.
+        seed: the same seed gives the same episodes for any embeddings.
+        progress: called with the number of episodes just finished; True: a tqdm bar.
 
-    Raises ValueError for wrong shapes, NaN or infinity, counts that are not positive (ways under 2), or when fewer
-    than `ways` classes have enough examples; TypeError for wrong dtypes.
+    Raises:
+        ValueError: wrong shapes, NaN or infinity, counts that are not positive (ways under 2), or fewer than ``ways``
+            classes with enough examples.
+        TypeError: wrong dtypes.
     """
     streaming.check_vectors("embeddings", embeddings)
     labels = streaming.check_integers("labels", labels, len(embeddings), torch.device("cpu"))
@@ -101,13 +111,13 @@ def few_shot_accuracy(
 
 
 def _episode_accuracy(vectors: Tensor, shots: int, metric: str) -> float:
-    """Of (ways, shots + queries, D) fp64, supports first."""
+    """The accuracy of one episode, vectors (ways, shots + queries, D) fp64 with the supports first."""
     ways = len(vectors)
     prototypes, queries = vectors[:, :shots].mean(dim=1), vectors[:, shots:].flatten(0, 1)
     if metric == "cosine":
         near = streaming.settle(streaming.prepare(queries, True) @ streaming.prepare(prototypes, True).T)
     else:
         near = -torch.cdist(queries, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
-    # Rounded, so that what is equal but for the order of its sums is equal; the first of equals is argmax's answer.
+    # Rounded, so that scores that differ only by the order of their sums are equal; argmax returns the first of equals.
     found = near.float().argmax(dim=1).view(ways, -1)
     return (found == torch.arange(ways, device=found.device)[:, None]).double().mean().item()

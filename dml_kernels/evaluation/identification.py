@@ -1,7 +1,7 @@
-"""Identification, 1:K: whose embedding is this, and is it anybody's in the gallery? Closed and open set.
+"""Identification, 1:K: to which identity of the gallery does an embedding belong, if to any? Closed and open set.
 
-The score of a probe and an identity is that of the identity's nearest gallery vector ("max") or of its mean ("mean").
-Over the probes whose identity is in the gallery (known) and those whose identity is not (unknown),
+The score of a probe and an identity is that of the identity's nearest gallery vector ("max") or of the mean of its
+vectors ("mean"). Over the probes whose identity is in the gallery (known) and those whose identity is not (unknown),
 
     rank of a known probe       1 + identities scored above its own; of equal scores the lowest label comes first
     CMC(r)                      known probes of rank <= r / known probes, every probe answered: closed set
@@ -9,10 +9,10 @@ Over the probes whose identity is in the gallery (known) and those whose identit
     DIR(t, r)                   known probes of rank <= r whose own score is >= t / known probes
     DIR at FAR f                DIR at the lowest threshold t with FAR(t) <= f
 
-FAR is the false alarm rate, FPIR in NIST's and IJB's papers, DIR the detection and identification rate, TPIR there:
-Phillips, Grother and Micheals, "Evaluation Methods in Face Recognition", Handbook of Face Recognition 2011;
+FAR is the false alarm rate and DIR the detection and identification rate; the papers of NIST and IJB call them FPIR and
+TPIR. See Phillips, Grother and Micheals, "Evaluation Methods in Face Recognition", Handbook of Face Recognition 2011;
 Grother and Phillips, "Models of large population recognition performance", CVPR 2004; IJB-C (Maze et al. 2018). With
-fewer than 1 / f unknown probes FAR f cannot be told: NaN and a warning.
+fewer than 1 / f unknown probes FAR f cannot be measured: the result is NaN, with a warning.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ __all__ = ["Identification", "IdentificationResult", "evaluate_identification", 
 
 @dataclass(frozen=True)
 class Identification:
-    """The k nearest identities of N probes: identities (N, k) int64, labels of the gallery, and scores (N, k) fp32."""
+    """The k nearest identities of N probes.
+
+    Attributes:
+        identities: (N, k) int64 labels of the gallery.
+        scores: (N, k) fp32.
+    """
 
     identities: Tensor
     scores: Tensor
 
     def predictions(self, threshold: float, unknown: int = -1) -> Tensor:
-        """The nearest identity where its score reaches the threshold, else `unknown` (rejected): (N,) int64."""
+        """The nearest identity where its score reaches the threshold, else ``unknown`` (rejected): (N,) int64."""
         unknown = check_integer("unknown", unknown)
         return torch.where(self.scores[:, 0].double() >= threshold, self.identities[:, 0], unknown)
 
@@ -51,9 +56,13 @@ class Identification:
 class IdentificationResult:
     """Fractions in [0, 1] (formulas at the top of the module).
 
-    rank_1 and cmc (rank -> CMC) of the known probes, NaN without any. dir_at_far: {(f, rank): DIR}, and
-    threshold_at_far: {f: lowest threshold}, for `Identification.predictions`; NaN where there are too few unknown
-    probes. known, unknown, identities: how many probes of each kind, and identities in the gallery.
+    Attributes:
+        rank_1: CMC at rank 1, NaN without known probes.
+        cmc: rank -> CMC of the known probes, NaN without any.
+        dir_at_far: (f, rank) -> DIR at FAR f, NaN where there are too few unknown probes.
+        threshold_at_far: f -> the lowest threshold, for ``Identification.predictions``; NaN likewise.
+        known, unknown: how many probes of each kind.
+        identities: how many identities the gallery holds.
     """
 
     rank_1: float
@@ -78,17 +87,22 @@ def identify(
 ) -> Identification:
     """The k nearest identities of each probe, nearest first; equal scores rank by lowest label.
 
-    probes          (N, D) floating point, CPU or CUDA
-    gallery         (M, D) enrolled vectors with their identities gallery_labels (M,) integers, several each or one
-    template        "max": an identity scores as its nearest vector; "mean": as the mean of its vectors, unit ones where
-                    metric is "cosine"
-    metric, tile    as `evaluate`
-    progress        called with the number of probes just finished; True: a tqdm bar
+    Extra memory: O(N k + M) and about 40 bytes per entry of a tile; for ``mean`` also the templates, 8 bytes an entry.
 
-    Extra memory: O(N k + M) and per tile some 40 bytes an entry; for "mean" the templates too, 8 bytes an entry.
+    Args:
+        probes: (N, D) floating point, CPU or CUDA.
+        gallery: (M, D) enrolled vectors.
+        gallery_labels: (M,) integers: the identity of each enrolled vector; an identity has one vector or more.
+        k: from 1 to the number of identities.
+        template: ``max``: an identity scores as its nearest vector; ``mean``: as the mean of its vectors, which are
+            unit vectors where ``metric`` is ``cosine``.
+        metric, tile: as in :func:`evaluate`.
+        progress: called with the number of probes just finished; True: a tqdm bar.
 
-    Raises ValueError for wrong shapes, an empty set, k out of [1, identities], NaN or infinity, an unknown metric or
-    template; TypeError for wrong dtypes.
+    Raises:
+        ValueError: wrong shapes, an empty set, k out of [1, identities], NaN or infinity, an unknown metric or
+            template.
+        TypeError: wrong dtypes.
     """
     problem, names = _check(probes, gallery, gallery_labels, template, metric, tile)
     k = check_integer("k", k)
@@ -130,11 +144,14 @@ def evaluate_identification(
 ) -> IdentificationResult:
     """CMC at the ranks and, where there are unknown probes, DIR at each false alarm rate and rank.
 
-    probe_labels    (N,) integers: a label that the gallery lacks makes a probe unknown
-    ranks           those above the number of identities count as that
-    far             false alarm rates in (0, 1]; the threshold is set by the unknown probes given here
-    Others, memory and errors as `identify` with k = max(ranks). Without unknown probes both open-set dictionaries are
-    empty.
+    Memory and errors are those of :func:`identify` with k = max(ranks). Without unknown probes both open-set
+    dictionaries are empty.
+
+    Args:
+        probes, gallery, gallery_labels, template, metric, tile, progress: as in :func:`identify`.
+        probe_labels: (N,) integers; a label that the gallery lacks makes a probe unknown.
+        ranks: a rank above the number of identities counts as that number.
+        far: false alarm rates in (0, 1]; the unknown probes given here determine the threshold.
     """
     rates = check_far(far)
     depths = streaming.check_depths("ranks", ranks)
@@ -158,7 +175,7 @@ def evaluate_identification(
 
     alarms = found.scores[~known, 0].sort(descending=True).values
     thresholds = {rate: _threshold(alarms, rate) for rate in rates} if len(alarms) else {}
-    # A NaN threshold gives no answer, and not the answer "none".
+    # A NaN threshold gives no answer; it must not count as "nothing detected".
     detected = {
         (rate, rank): math.nan if math.isnan(cut) else share(mated & (own.double() >= cut), rank)
         for rate, cut in thresholds.items()
@@ -176,11 +193,11 @@ def evaluate_identification(
 
 
 def _threshold(alarms: Tensor, rate: float) -> float:
-    """The lowest threshold that at most rate * len(alarms) of the unknown probes' best scores (descending) reach."""
+    """The lowest threshold that at most rate * len(alarms) best scores (descending) of the unknown probes reach."""
     if rate * len(alarms) < 1:
         warnings.warn(f"FAR {rate:g} needs {math.ceil(1 / rate)} unknown probes; got {len(alarms)}", stacklevel=4)
         return math.nan
-    # Counted as verification counts: alarms / probes <= rate, in one rounding.
+    # As in verification: alarms / probes <= rate, with one rounding.
     allowed = int((torch.arange(1, len(alarms) + 1, dtype=torch.float64) / len(alarms) <= rate).sum())
     if allowed == len(alarms):
         return -math.inf
@@ -188,9 +205,9 @@ def _threshold(alarms: Tensor, rate: float) -> float:
 
 
 def _identity_keys(problem: Problem, rows: Tensor, order: Tensor) -> Iterator[Tensor]:
-    """Yield keys (len(rows), identities) of whole identities; order: the gallery by identity, numbered from 0."""
+    """Yield keys (len(rows), identities) of whole identities; ``order`` sorts the gallery by identity, from 0 on."""
     queries = problem.queries_of(rows)
-    unfinished = torch.full((len(rows),), -math.inf, device=rows.device)  # the best of the identity that goes on
+    unfinished = torch.full((len(rows),), -math.inf, device=rows.device)  # the best of an identity that a tile cuts
     for start in range(0, len(order), problem.tile[1]):
         part = order[start : start + problem.tile[1]]
         owners = problem.gallery_labels[part]

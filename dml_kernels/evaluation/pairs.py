@@ -18,14 +18,20 @@ BLOCK = 1 << 19  # entries of vectors gathered at a time
 def sample_pairs(
     labels: Tensor, *, max_positives: int = 100_000, negatives: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of rows of `labels` (N,) integers: (first, second, same), two (P,) int64 and a (P,) bool, on the CPU.
+    """Draw pairs of rows for verification, without repeats and never of a row with itself. Memory O(N + P).
 
-    All pairs of one class or, where there are more, max_positives of them drawn evenly; and as many pairs of two
-    classes (or `negatives`, or all there are where they are fewer). No pair twice, none of a row with itself; the same
-    seed gives the same pairs. Mated pairs come first. Memory O(N + P).
+    Args:
+        labels: (N,) integers.
+        max_positives: the most pairs of one class; where there are more, so many are drawn uniformly.
+        negatives: the most pairs of two classes; default: as many as there are pairs of one class.
+        seed: the same seed gives the same pairs.
 
-    Raises ValueError where there is no pair of one kind or counts are not positive; TypeError for labels that are no
-    integers.
+    Returns:
+        (first, second, same), two (P,) int64 and a (P,) bool, on the CPU. Pairs of one class come first.
+
+    Raises:
+        ValueError: one kind of pair is missing, or a count is not positive.
+        TypeError: labels that are not integers.
     """
     labels = integers_by_position("labels", labels, booleans=True).cpu()
     if labels.dim() != 1:
@@ -39,7 +45,7 @@ def sample_pairs(
     generator = torch.Generator().manual_seed(seed)
 
     def draw(partners: Tensor, first_partner: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Pairs of a place and one of its partners, which follow each other from first_partner on."""
+        """Pairs of a place and one of its partners, which are consecutive from first_partner on."""
         running = partners.cumsum(0)
         chosen = _choose(int(running[-1]) if len(running) else 0, most, generator)
         one = torch.searchsorted(running, chosen, right=True)
@@ -58,7 +64,7 @@ def sample_pairs(
 
 
 def _choose(count: int, most: int, generator: torch.Generator) -> Tensor:
-    """All of range(count), or `most` of them drawn evenly without repeats: int64, ascending."""
+    """All of range(count), or ``most`` of them drawn uniformly without repeats: int64, ascending."""
     if count <= most:
         return torch.arange(count)
     if count <= 2 * most:
@@ -81,8 +87,17 @@ def pair_scores(
 ) -> Tensor:
     """Scores of listed pairs, (P,) fp32: the cosine, the dot product, or minus the Euclidean distance.
 
-    first, second: (P,) integers, rows of embeddings (N, D), and of ref_embeddings (M, D) where that is given.
-    Memory O(P) beside blocks of a fixed size. Raises as `verify`; ValueError for an index out of range.
+    Memory: O(P), in addition to blocks of a fixed size.
+
+    Args:
+        embeddings: (N, D) floating point.
+        first: (P,) integers: rows of ``embeddings``.
+        second: (P,) integers: rows of ``ref_embeddings``, or of ``embeddings`` without it.
+        ref_embeddings: (M, D), on the same device.
+        metric, progress: as in :func:`evaluate`; progress counts pairs.
+
+    Raises:
+        ValueError, TypeError: as :func:`verify`; ValueError also for an index out of range.
     """
     problem = streaming.check(embeddings, None, ref_embeddings, None, None, metric, None)
     device = problem.queries.device
@@ -119,5 +134,5 @@ def check_pairs(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("scores hold NaN or infinity")
     same = streaming.check_integers("same", same, len(scores), torch.device("cpu"))
     if not bool(((same == 0) | (same == 1)).all()):
-        raise ValueError("same must hold 0 and 1 (or False and True) alone: is each pair of one class?")
+        raise ValueError("same must hold only 0 and 1 (or False and True): is each pair of one class?")
     return scores.detach().cpu(), same.bool()

@@ -1,17 +1,17 @@
 """Retrieval metrics, streamed: Recall@K, R-precision, MAP@R and MRR without an N x M matrix.
 
-For a query i let R_i be the number of gallery entries of its class (itself left out) and rel_i(j) be 1 when its j-th
-nearest gallery entry is of its class, else 0. Every metric is a mean over the queries with R_i > 0:
+For a query i let R_i be the number of gallery entries of its class (without the query itself), and let rel_i(j) be 1
+when its j-th nearest gallery entry is of its class, else 0. Every metric is a mean over the queries with R_i > 0:
 
     Recall@k_i      1 if any of rel_i(1) ... rel_i(k) is 1, else 0      (Jegou et al., 2011; as used on CUB, SOP)
     R-precision_i   (1 / R_i) sum_{j <= R_i} rel_i(j)
     MAP@R_i         (1 / R_i) sum_{j <= R_i} rel_i(j) P_i(j),   P_i(j) = (1 / j) sum_{l <= j} rel_i(l)
     MRR_i           1 / min {j : rel_i(j) = 1}, over the whole ranking
 
-Precision@1 is Recall@1. R-precision, MAP@R and their motive are in Musgrave, Belongie and Lim, "A Metric Learning
-Reality Check", ECCV 2020, arXiv 2003.08505. All are fractions in [0, 1].
+Precision@1 is Recall@1. Musgrave, Belongie and Lim, "A Metric Learning Reality Check", ECCV 2020, arXiv 2003.08505,
+motivate R-precision and MAP@R. All are fractions in [0, 1].
 
-Method: `streaming`, with K the larger of max(k) and the largest R_i of a chunk of queries.
+The method is that of ``streaming``, where K is the larger of max(k) and the largest R_i of a chunk of queries.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ MEASURES = ("precision_at_1", "recall", *AT_R, "mean_reciprocal_rank", *CLUSTERE
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Metrics of one pass: fractions in [0, 1], means over `queries`.
+    """Metrics of one pass: fractions in [0, 1], means over the queries that counted.
 
-    recall: k -> Recall@k. queries: how many counted. skipped: how many were left out because the gallery
-    holds no other member of their class. mean_reciprocal_rank: None where it was not asked for.
+    Attributes:
+        recall: k -> Recall@k.
+        map_at_r, r_precision, precision_at_1: the other metrics.
+        queries: how many queries counted.
+        skipped: how many were left out because the gallery holds no other member of their class.
+        mean_reciprocal_rank: None unless it was requested.
     """
 
     recall: dict[int, float]
@@ -69,24 +73,32 @@ def evaluate(
 ) -> RetrievalResult:
     """Recall@k for every k, MAP@R and R-precision in one streamed pass (formulas at the top of the module).
 
-    embeddings      (N, D) floating point, CPU or CUDA: the queries
-    labels          (N,) integers: their classes
-    ref_embeddings  (M, D) gallery with `ref_labels` (M,), on the same device; both or neither. Without them the
-                    queries are the gallery and each leaves itself out, by index: an equal vector elsewhere counts.
-    exclude         (N,) int64 gallery index left out for each query, -1 for none; for a gallery that holds
-                    the queries too. Default: none with a gallery of its own, arange(N) without.
-    metric          "cosine"; "dot"; or "euclidean" (nearest first; differences taken directly: exact, slow;
-                    on unit vectors it ranks as "cosine" does)
-    reciprocal_rank also the mean reciprocal rank, exact at any depth: queries without a hit among the neighbours of
-                    the pass go through the gallery twice more
-    tile            (queries, gallery entries) scored at a time; bounds the memory, does not change the result
-    progress        called with the number of queries just finished; True: a tqdm bar
+    Extra memory: O(N + M), and about 28 bytes per entry of a tile.
 
-    Returns a RetrievalResult. A query whose class has no other member in the gallery is left out of every
-    mean and counted in `skipped`. Extra memory: O(N + M), and per tile about 28 bytes an entry.
+    Args:
+        embeddings: (N, D) floating point, CPU or CUDA: the queries.
+        labels: (N,) integers: their classes.
+        k: depths of Recall@k.
+        ref_embeddings, ref_labels: the gallery (M, D) on the same device, and its labels (M,); both or neither. Without
+            them the queries are the gallery, and each query leaves itself out, by index: an equal vector elsewhere
+            counts.
+        exclude: (N,) int64 gallery index that is left out for each query, -1 for none; for a gallery that contains the
+            queries. Default: none where a gallery is given, else arange(N).
+        metric: ``cosine``, ``dot``, or ``euclidean`` (nearest first; from differences, so exact but slow; on unit
+            vectors it ranks as ``cosine`` does).
+        reciprocal_rank: also compute the mean reciprocal rank, exactly at any depth: for queries without a hit among
+            the neighbours of the pass, the gallery is read twice more.
+        tile: (queries, gallery entries) that are scored at a time; bounds the memory, does not change the result.
+        progress: called with the number of queries just finished; True: a tqdm bar.
 
-    Raises ValueError for wrong shapes, an empty set, k out of [1, reachable gallery], NaN or infinite
-    embeddings, an unknown metric, or when no query has a positive; TypeError for wrong dtypes.
+    Returns:
+        RetrievalResult. A query whose class has no other member in the gallery is left out of every mean and counted in
+        ``skipped``.
+
+    Raises:
+        ValueError: wrong shapes, an empty set, k out of [1, reachable gallery], NaN or infinite embeddings, an unknown
+            metric, or no query with a positive.
+        TypeError: wrong dtypes.
     """
     reciprocal_rank = check_flag("reciprocal_rank", reciprocal_rank)
     problem = _check(embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile)
@@ -110,17 +122,22 @@ def evaluate_retrieval(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> dict[str, float]:
-    """The metrics named, flat and ready for a log: {"precision_at_1": ..., "recall_at_8": ..., "queries": ...}.
+    """The requested metrics in a flat dictionary: {"precision_at_1": ..., "recall_at_8": ..., "queries": ...}.
 
-    metrics         of "precision_at_1", "recall" (gives "recall_at_k" for every k), "r_precision",
-                    "mean_average_precision_at_r", "mean_reciprocal_rank", "nmi", "ami". Without the two at R only
-                    max(k) neighbours are looked for, however large the classes are.
-    clusters, seed  of the k-means behind nmi and ami, which look at the queries alone (`cluster_agreement`; on unit
-                    vectors where metric is "cosine")
-    gallery, exclude, metric, tile, progress, memory and errors: as `evaluate`, which calls the gallery ref_embeddings
+    Memory and errors are those of :func:`evaluate`; an unknown name is a ValueError too.
 
-    "queries" and "skipped" count the queries that entered the means and those whose class the gallery does not hold.
-    Raises ValueError for an unknown name too.
+    Args:
+        embeddings, labels, k, exclude, metric, tile, progress: as in :func:`evaluate`.
+        gallery, gallery_labels: what :func:`evaluate` calls ref_embeddings and ref_labels.
+        metrics: names out of ``precision_at_1``, ``recall`` (gives ``recall_at_k`` for every k), ``r_precision``,
+            ``mean_average_precision_at_r``, ``mean_reciprocal_rank``, ``nmi``, ``ami``. Without the two metrics at R,
+            only max(k) neighbours are searched, however large the classes are.
+        clusters, seed: of the k-means behind nmi and ami, which use only the queries (see ``cluster_agreement``), as
+            unit vectors where ``metric`` is ``cosine``.
+
+    Returns:
+        The metrics by name; "queries" and "skipped" count the queries in the means, and those whose class the gallery
+        lacks.
     """
     unknown = [str(name) for name in check_sequence("metrics", metrics, "names") if name not in MEASURES]
     if unknown or not metrics:
@@ -158,7 +175,7 @@ def evaluate_retrieval(
 def _measure(
     problem: Problem, ks: tuple[int, ...], at_r: bool, reciprocal: bool, report: Callable[[int], object]
 ) -> RetrievalResult:
-    """The pass. Without at_r, max(ks) neighbours are enough, and the two metrics at R are NaN."""
+    """One pass over the queries. Without at_r, max(ks) neighbours are enough, and the two metrics at R are NaN."""
     positives = _count_positives(problem)
     counted = positives > 0
     if not bool(counted.any()):
@@ -168,7 +185,7 @@ def _measure(
     first_hit = torch.full((len(positives),), unseen, device=device)
     average_precision = torch.full((len(positives),), math.nan, dtype=torch.float64, device=device)
     r_precision = average_precision.clone()
-    # Queries with like R share a chunk, so that one large class does not widen everybody's top-K.
+    # Queries with similar R share a chunk, so that one large class does not widen the top-K of all.
     order = torch.argsort(positives, stable=True)
     order = order[counted[order]]
     skipped = len(positives) - len(order)
@@ -213,7 +230,8 @@ def recall_at_k(
 ) -> dict[int, float]:
     """k -> Recall@k: the fraction of queries with a member of their class among their k nearest.
 
-    Arguments and errors as `evaluate`, which gives MAP@R in the same pass; max(k) neighbours are sought here, not R.
+    Arguments and errors are those of :func:`evaluate`, which gives MAP@R in the same pass. Here only max(k) neighbours
+    are searched, not R.
     """
     found = evaluate_retrieval(embeddings, labels, ref_embeddings, ref_labels, metrics=("recall",), k=k, **options)
     return {int(depth): found[f"recall_at_{int(depth)}"] for depth in k}
@@ -222,7 +240,7 @@ def recall_at_k(
 def map_at_r(embeddings: Tensor, labels: Tensor, **options: Any) -> float:
     """Mean average precision at R, Musgrave et al. 2020, arXiv 2003.08505 (formula at the top of the module).
 
-    Arguments and errors as `evaluate`, which gives Recall@k in the same pass.
+    Arguments and errors are those of :func:`evaluate`, which gives Recall@k in the same pass.
     """
     return evaluate(embeddings, labels, (1,), **options).map_at_r
 
@@ -238,8 +256,8 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest gallery entries of each query: (scores, indices), (N, k) fp32 and int64, nearest first.
 
-    Score: the cosine, the dot product, or minus the Euclidean distance; equal scores rank by lowest index.
-    Arguments and errors as `evaluate`.
+    The score is the cosine, the dot product, or minus the Euclidean distance; equal scores rank by lowest index.
+    Arguments and errors are those of :func:`evaluate`.
     """
     problem = streaming.check(embeddings, None, ref_embeddings, None, exclude, metric, tile)
     (k,) = _check_k((check_integer("k", k),), problem.reachable)
@@ -266,7 +284,7 @@ def _check(
 
 
 def _count_positives(problem: Problem) -> Tensor:
-    """R of each query, (N,) int64: gallery entries of its class, less the excluded one where it is of that class."""
+    """R of each query, (N,) int64: gallery entries of its class, without the excluded one if that is of the class."""
     classes, counts = torch.unique(problem.gallery_labels, return_counts=True)
     place = torch.searchsorted(classes, problem.labels).clamp(max=len(classes) - 1)
     positives = torch.where(classes[place] == problem.labels, counts[place], 0)

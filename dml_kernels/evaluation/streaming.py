@@ -1,9 +1,9 @@
-"""The machinery under every measure here: checked inputs, and the top-K of each query over a streamed gallery.
+"""What every measure here is built on: checked inputs, and the top-K of each query over a streamed gallery.
 
-Chunks of queries meet chunks of the gallery, merged into a running top-K. Scores are formed in fp64 and rounded
-(`settle`, then to fp32), then packed with the gallery index into one int64 key, so that equal scores rank by lowest
-index and the ranking does not hang on chunk sizes, thread count or the order in which a vendor's top-k happens to meet
-equal values.
+Chunks of queries are compared with chunks of the gallery, and merged into a running top-K. Scores are formed in fp64
+and rounded (``settle``, then to fp32), then packed with the gallery index into one int64 key. So equal scores rank by
+lowest index, and the ranking does not depend on chunk sizes, on the number of threads, or on the order in which a
+vendor's top-k meets equal values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALLEST, LARGEST = 1e-27, 1e38
 class Problem:
     """Checked inputs: queries (N, D), gallery (M, D), their labels, and the index left out for each query.
 
-    unit_queries: the queries alone are divided by their norm (`cosine` divides both).
+    ``unit_queries``: only the queries are divided by their norm (``cosine`` divides both).
     """
 
     queries: Tensor
@@ -49,7 +49,7 @@ class Problem:
 
     @property
     def reachable(self) -> int:
-        """Gallery entries that every query can be given."""
+        """How many gallery entries every query can rank."""
         return len(self.gallery) - int(bool((self.exclude >= 0).any()))
 
     def queries_of(self, rows: Tensor) -> Tensor:
@@ -80,10 +80,11 @@ class Problem:
 
 
 def settle(cosines: Tensor) -> Tensor:
-    """Cosines, fp64, to a multiple of 2^-40, in place.
+    """Round fp64 cosines to a multiple of 2^-40, in place.
 
-    fp32 keeps many digits of a small number: of a cosine near 0, noise of fp64, which hangs on the order of its sums.
-    So orthogonal vectors, or equal ones nearly orthogonal to a third, would rank by the shape of the tile they are in.
+    fp32 keeps many digits of a small number, so of a cosine near 0 it keeps the noise of fp64, which depends on the
+    order of the sums. Orthogonal vectors, or equal ones nearly orthogonal to a third, would rank by the shape of their
+    tile.
     """
     return cosines.add_(GRID).sub_(GRID)
 
@@ -95,7 +96,7 @@ def lengths(vectors: Tensor) -> Tensor:
 
 
 def prepare(vectors: Tensor, unit: bool) -> Tensor:
-    """Vectors in fp64, each divided by its norm where `unit`; one of norm 0 stays."""
+    """Vectors in fp64, each divided by its norm where ``unit``; a vector of norm 0 stays as it is."""
     wide = vectors.double()
     if not unit:
         return wide
@@ -106,15 +107,15 @@ def prepare(vectors: Tensor, unit: bool) -> Tensor:
 
 
 def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (rows, scores, indices) for chunks of the queries in `order`, nearest first.
+    """Yield (rows, scores, indices) for chunks of the queries in ``order``, nearest first.
 
-    wanted (N,): how many neighbours each query needs; a chunk gets the most that one of its rows needs.
+    ``wanted`` (N,): how many neighbours each query needs; a chunk gets the most that one of its rows needs.
     """
     query_chunk, ref_chunk = problem.tile
     start = 0
     while start < len(order):
         rows = order[start : start + query_chunk]
-        # Running top-K beside the tile: fewer rows where K is large, so that the memory keeps its bound.
+        # The running top-K takes memory in addition to the tile: fewer rows where K is large keep the bound.
         depth = int(wanted[rows].max())
         rows = rows[: max(1, query_chunk * ref_chunk // (ref_chunk + depth))]
         keys = _top_keys(problem, rows, int(wanted[rows].max()))
@@ -123,13 +124,13 @@ def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Te
 
 
 def stream_all(problem: Problem, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`stream` over every query in order, each with its `depth` nearest."""
+    """``stream`` over every query in order, each with its ``depth`` nearest."""
     everyone = torch.arange(len(problem.queries), device=problem.queries.device)
     return stream(problem, everyone, torch.full_like(everyone, depth))
 
 
 def tile_keys(problem: Problem, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, keys) for each tile of the gallery, keys (len(rows), tile) int64; an excluded entry's is lowest."""
+    """Yield (start, keys) for each gallery tile, keys (len(rows), tile) int64; that of an excluded entry is lowest."""
     queries = problem.queries_of(rows)
     exclude = problem.exclude[rows]
     for start in range(0, len(problem.gallery), problem.tile[1]):
@@ -141,7 +142,7 @@ def tile_keys(problem: Problem, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
-    """The `depth` largest keys of each row over the whole gallery, (len(rows), depth) int64, largest first."""
+    """The ``depth`` largest keys of each row over the whole gallery, (len(rows), depth) int64, largest first."""
     best: Tensor | None = None
     for _, keys in tile_keys(problem, rows):
         merged = keys if best is None else torch.cat([best, keys], dim=1)
@@ -153,8 +154,8 @@ def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
 def first_ranks(problem: Problem, rows: Tensor) -> Tensor:
     """Rank (1 is nearest) of the nearest gallery entry of each row's own class, (len(rows),) int64.
 
-    Two passes over the gallery: the best key of the own class, then how many keys are above it. Rows whose class has
-    no entry must not be among them.
+    Two passes over the gallery: the first finds the best key of the own class, the second counts the keys above it. The
+    gallery must hold an entry of the class of every row.
     """
     best = torch.full((len(rows),), LOWEST_KEY, dtype=torch.int64, device=rows.device)
     for start, keys in tile_keys(problem, rows):
@@ -198,9 +199,9 @@ def check(
     names: tuple[str, str] = ("ref_embeddings", "ref_labels"),
     unit_queries: bool = False,
 ) -> Problem:
-    """Check all inputs; without a gallery the queries are it, and each is left out for itself.
+    """Check all inputs; without a gallery the queries are the gallery, and each query leaves itself out.
 
-    names: what the caller calls the gallery and its labels. Errors as the public functions state them.
+    ``names``: what the caller calls the gallery and its labels. The errors are those that the public functions state.
     """
     same_set = ref_embeddings is None
     check_choice("metric", metric, METRICS)
@@ -229,7 +230,7 @@ def check(
 
 
 def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:
-    """Integers, one at least."""
+    """Depths as integers; at least one."""
     given = check_sequence(name, depths, "integers, such as (1, 10)")
     found = tuple(check_integer(f"{name}[{i}]", depth) for i, depth in enumerate(given))
     if not found:
@@ -238,7 +239,7 @@ def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_reach(queries: Tensor, gallery: Tensor, metric: str, name: str) -> None:
-    """Scores of all these vectors stay within what fp32 ranks; those of unit vectors always do."""
+    """Refuse vectors whose scores leave the range that fp32 can rank; scores of unit vectors never do."""
     if metric == "cosine":
         return
     ends = (max(abs(end.item()) for end in torch.aminmax(vectors)) for vectors in (queries, gallery))
@@ -247,7 +248,7 @@ def _check_reach(queries: Tensor, gallery: Tensor, metric: str, name: str) -> No
     if (reach or (one and two)) and not SMALLEST <= reach <= LARGEST:
         raise ValueError(
             f"embeddings and {name} make scores of the size {reach:.3g}, which fp32 cannot rank: divide or multiply "
-            "them all by one number, or use metric='cosine'"
+            "all of them by one number, or use metric='cosine'"
         )
 
 
@@ -285,7 +286,7 @@ def check_vectors(name: str, vectors: Tensor) -> None:
 
 
 def check_integers(name: str, values: Any, count: int, device: torch.device, *, booleans: bool = True) -> Tensor:
-    """Integers (count,), in whatever `labels` reads, as int64 on `device`, or an error that names them."""
+    """Integers (count,), in any form that ``labels`` reads, as int64 on ``device``, or an error that names them."""
     out = integers_by_position(name, values, booleans=booleans)
     if out.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), one for each vector; got {tuple(out.shape)}")

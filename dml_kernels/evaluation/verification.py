@@ -1,21 +1,21 @@
 """Verification, 1:1: are two embeddings of one class? ROC-AUC, TAR at a FAR, EER, best threshold, cross-validation.
 
-A pair is accepted where its score reaches a threshold t. Over the pairs of one class (mated) and of two (not mated),
+A pair is accepted where its score reaches a threshold t. Over the pairs of one class (mated) and of two (other),
 
     TAR(t) = accepted mated pairs / mated pairs           (true accept rate, 1 - FRR)
     FAR(t) = accepted other pairs / other pairs           (false accept rate)
     TAR at FAR f    max {TAR(t) : FAR(t) <= f}: no interpolation
     ROC-AUC         the area under TAR over FAR: P(mated score > other score) + P(equal) / 2
-    EER             where FAR = 1 - TAR, on the ROC's straight pieces
-    accuracy        max over t of (accepted mated + rejected other) / pairs; `balanced`: of (TAR + 1 - FAR) / 2
-    by folds        each fold's accuracy at the t that is best on all others; their mean, and std / sqrt(folds)
+    EER             where FAR = 1 - TAR, on the straight pieces of the ROC
+    accuracy        max over t of (accepted mated + rejected other) / pairs; ``balanced``: of (TAR + 1 - FAR) / 2
+    by folds        accuracy of each fold at the t that is best on all others; their mean, and std / sqrt(folds)
 
-TAR at a FAR as in IJB-A to IJB-C (Klare et al. 2015; Maze et al. 2018); accuracy by folds is the protocol of LFW
-(Huang et al. 2007; Huang and Learned-Miller 2014). With fewer than 1 / f other pairs no false accept is allowed at FAR
-f: NaN and a warning then. Some 30 allowed ones are needed for a figure that holds to about 30% (Doddington et al. 2000,
-"rule of 30").
+TAR at a FAR is defined as in IJB-A to IJB-C (Klare et al. 2015; Maze et al. 2018); accuracy by folds is the protocol of
+LFW (Huang et al. 2007; Huang and Learned-Miller 2014). With fewer than 1 / f other pairs no false accept is allowed at
+FAR f: the result is then NaN, with a warning. About 30 allowed ones are needed for a figure that is right to about 30%
+(Doddington et al. 2000, "rule of 30").
 
-Scores are those of retrieval: formed in fp64, rounded to fp32.
+The scores are those of retrieval: formed in fp64, rounded to fp32.
 """
 
 from __future__ import annotations
@@ -53,15 +53,21 @@ BINS = 1 << 16
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What the pairs' scores give (formulas at the top of the module).
+    """What the scores of the pairs give (formulas at the top of the module); rates are fractions in [0, 1].
 
-    roc_auc, eer, accuracy, tar_at_far: fractions in [0, 1]; tar_at_far and threshold_at_far by FAR, NaN where there
-    are too few other pairs. best_threshold is where accuracy is largest: half way between the lowest score accepted and
-    the highest rejected; inf where nothing should be accepted. mated, other: how many pairs.
+    Where scores were counted in bins, the three errors bound how far the figures are from their exact values. They are
+    computed from the counts, not estimated. best_threshold is then the edge of a bin, and accuracy a lower bound.
 
-    bin_width is 0 where every score was kept. Else scores were counted in bins that wide, roc_auc lies within
-    roc_auc_error of its exact value, eer within eer_error, TAR at f in [tar, tar + tar_error]; computed from the bins'
-    counts, not estimated. best_threshold is then a bin's edge and accuracy a lower bound.
+    Attributes:
+        roc_auc, eer: area under the ROC, equal error rate.
+        tar_at_far, threshold_at_far: by FAR; NaN where there are too few other pairs.
+        best_threshold: where accuracy is largest: half way between the lowest accepted score and the highest rejected
+            one; inf where nothing should be accepted.
+        accuracy: at that threshold.
+        mated, other: how many pairs of each kind.
+        bin_width: 0 where every score was kept.
+        roc_auc_error, eer_error: bounds on |error| of roc_auc and eer.
+        tar_error: by FAR; TAR lies in [tar, tar + tar_error].
     """
 
     roc_auc: float
@@ -80,7 +86,7 @@ class VerificationResult:
 
 @dataclass(frozen=True)
 class FoldAccuracy:
-    """Mean accuracy in [0, 1], its standard error, and each fold's accuracy and threshold."""
+    """Mean accuracy in [0, 1], its standard error, and the accuracy and threshold of each fold."""
 
     mean: float
     standard_error: float
@@ -103,17 +109,21 @@ def verify(
 ) -> VerificationResult:
     """Verification over every pair, streamed: all i < j, or with a gallery all N x M.
 
-    embeddings, labels, ref_embeddings, ref_labels, metric, tile: as `evaluate`
-    far             false accept rates in (0, 1] at which TAR is wanted
-    balanced        accuracy counts both kinds of pair half; plain accuracy of all pairs is near 1 for "never"
-    bins            None: exact up to 4,194,304 pairs, else 65,536 bins over the possible scores ([-1, 1] for cosine:
-                    3.1e-5 wide); or a number of bins
-    progress        called with the number of embeddings whose pairs are finished; True: a tqdm bar
+    Extra memory: about 40 bytes per entry of a tile and 16 bytes per bin; where exact, about 100 bytes per pair.
 
-    Extra memory: per tile some 40 bytes an entry, and 16 bytes a bin; where exact, some 100 bytes a pair.
+    Args:
+        embeddings, labels, ref_embeddings, ref_labels, metric, tile: as in :func:`evaluate`.
+        far: false accept rates in (0, 1] at which TAR is computed.
+        balanced: both kinds of pair count half in the accuracy; the plain accuracy over all pairs is near 1 even if no
+            pair is ever accepted.
+        bins: None: exact up to 4,194,304 pairs, else 65,536 bins over the possible scores ([-1, 1] for cosine: 3.1e-5
+            wide); or a number of bins.
+        progress: called with the number of embeddings whose pairs are finished; True: a tqdm bar.
 
-    Raises ValueError for wrong shapes, NaN or infinity, a far or bins out of range, or when either kind of pair is
-    missing; TypeError for wrong dtypes; ImportError without scikit-learn.
+    Raises:
+        ValueError: wrong shapes, NaN or infinity, ``far`` or ``bins`` out of range, or one kind of pair missing.
+        TypeError: wrong dtypes.
+        ImportError: scikit-learn is missing.
     """
     if (ref_embeddings is None) != (ref_labels is None):
         raise ValueError("ref_embeddings and ref_labels belong together: give both or neither")
@@ -154,12 +164,16 @@ def verify_pairs(
     balanced: bool = False,
     progress: Progress = None,
 ) -> VerificationResult:
-    """Verification over listed pairs, such as a protocol's or those of `sample_pairs`.
+    """Verification over listed pairs, such as those of a protocol or of :func:`sample_pairs`.
 
-    first, second   (P,) integers: rows of embeddings, and of ref_embeddings where that is given
-    same            (P,) bool or integers: is the pair of one class?
-    balanced        accuracy counts both kinds of pair half, however many there are of each
-    Others and errors as `verify`. Extra memory: O(P), and fixed blocks.
+    Errors are those of :func:`verify`. Extra memory: O(P), and fixed blocks.
+
+    Args:
+        embeddings, ref_embeddings, far, metric: as in :func:`verify`.
+        first, second: (P,) integers: rows of embeddings, and of ref_embeddings where that is given.
+        same: (P,) bool or integers: is the pair of one class?
+        balanced: both kinds of pair count half in the accuracy, however many there are of each.
+        progress: called with the number of pairs just finished; True: a tqdm bar.
     """
     scores = pair_scores(embeddings, first, second, ref_embeddings=ref_embeddings, metric=metric, progress=progress)
     return verify_scores(scores, same, far=far, balanced=balanced)
@@ -168,9 +182,12 @@ def verify_pairs(
 def verify_scores(
     scores: Tensor, same: Tensor, *, far: Sequence[float] = (1e-3, 1e-2), balanced: bool = False
 ) -> VerificationResult:
-    """Verification from scores (P,) floating point, larger for likelier pairs, and same (P,) bool or integers.
+    """Exact verification from given scores. Errors are those of :func:`verify`.
 
-    Exact. Errors as `verify`; minus a distance is a score.
+    Args:
+        scores: (P,) floating point, larger for pairs that are more likely of one class; for example minus a distance.
+        same: (P,) bool or integers: is the pair of one class?
+        far, balanced: as in :func:`verify`.
     """
     scores, same = check_pairs(scores, same)
     balanced = check_flag("balanced", balanced)
@@ -182,13 +199,17 @@ def fold_accuracy(
 ) -> FoldAccuracy:
     """Accuracy of held-out folds, each at the threshold that is best on the others (the protocol of LFW).
 
-    scores, same    (P,), as `verify_scores`
-    fold_of         (P,) integers: the fold of each pair, where a protocol lists them. Give it where identities must not
-                    be shared between folds, as in LFW. Default: `folds` folds, both kinds of pair spread evenly
-                    over them, drawn with `seed`: identities are shared then, and the accuracy is a little kind.
+    Args:
+        scores, same: (P,), as in :func:`verify_scores`.
+        folds, seed: without ``fold_of``, so many folds are drawn with this seed, both kinds of pair spread evenly over
+            them. Folds then share identities, and the accuracy is slightly too high.
+        fold_of: (P,) integers: the fold of each pair, where a protocol lists them. Give it where folds must not share
+            identities, as in LFW.
 
-    Raises ValueError for wrong shapes, NaN, fewer than 2 folds, or where the others of a fold hold one kind of pair
-    alone; TypeError for wrong dtypes; ImportError without scikit-learn.
+    Raises:
+        ValueError: wrong shapes, NaN, fewer than 2 folds, or only one kind of pair outside a fold.
+        TypeError: wrong dtypes.
+        ImportError: scikit-learn is missing.
     """
     scores, same = check_pairs(scores, same)
     if fold_of is None:
@@ -263,7 +284,7 @@ def _range(problem: Problem) -> tuple[float, float]:
 def _summary(
     scores: Any, same: Any, weights: Any, far: tuple[float, ...], balanced: bool, width: float
 ) -> VerificationResult:
-    """From fp64 scores, or the lower edges of bins with their counts as weights: accepted is what reaches a score."""
+    """The result from fp64 scores, or from the lower edges of bins with their counts as weights."""
     counts = np.ones_like(same, dtype=np.int64) if weights is None else weights
     mated, other = int(counts[same].sum()), int(counts[~same].sum())
     if not mated or not other:
@@ -305,7 +326,7 @@ def _summary(
 
 
 def _equal_error(fpr: Any, tpr: Any) -> tuple[float, float]:
-    """The ROC's crossing of FAR = FRR, and how far it can be from that of a curve known at these points alone."""
+    """Where the ROC crosses FAR = FRR, and how far that can be from the crossing of the exact curve."""
     gap = fpr + tpr - 1
     after = max(int(np.argmax(gap >= 0)), 1)
     before = after - 1
