@@ -273,7 +273,7 @@ def wide_gradient(backend: str, n: int, m: int) -> dict:
     found = []
 
     def run():
-        found.extend(distance_ops.bwd(grad, x, w, [True, True], "sqeuclidean", False, 1e-12, torch.float32, backend))
+        found.extend(distance_ops.bwd(grad, [True, True], x, w, "sqeuclidean", False, 1e-12, torch.float32, backend))
 
     peak = peak_extra_bytes(run)
     a, b = x.double(), w.double()

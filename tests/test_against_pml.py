@@ -109,6 +109,6 @@ def test_minus_1_is_refused_or_ignored_never_nan(backend, pml):
 def test_arguments_of_theirs_that_mean_nothing_here_are_refused(pml):
     ours = losses.ProxyNCALoss(5, 3)
     x, y = torch.ones(2, 3), torch.tensor([0, 1])
-    for extra in ({"ref_emb": x}, {"ref_labels": y}):
+    for extra in ({"ref_emb": x + 1}, {"ref_labels": y + 1}):
         with pytest.raises(ValueError, match=next(iter(extra))):
             ours(x, y, **extra)

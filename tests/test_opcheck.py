@@ -13,6 +13,7 @@ from dml_kernels.ops import magnet, normalize, normalized_distance, proxy_nca
 from dml_kernels.ops import masked_argmax as argmax
 from dml_kernels.ops import masked_hinge_sum as hinge
 from dml_kernels.ops import masked_logsumexp as lse
+from dml_kernels.ops.signatures import ArgmaxSpec, DistanceSpec, HingeSpec, MagnetSpec, ProxySpec, Spec
 
 N, M, D = 5, 40, 3
 # Autograd is not registered with the ops but around them: opcheck then compares without gradients.
@@ -52,9 +53,13 @@ def bank(dtype, which):
 
 
 def spec(dtype, which, backend):
-    metric, unit = {"full": ("sqeuclidean", True), "strided": ("euclidean", False), "bare": ("dot", True)}[which]
     logit = [2.0, 0.1, -1.0, 0.3] if which == "full" else [1.0, 0.0, 1.0, 0.0]
-    return metric, unit, logit, 1e-12, -100, dtype, which != "bare", True, "linear", [], backend
+    return Spec(**comparison(dtype, which, backend), logit=logit, ignore_index=-100, sums=which != "bare", keep=True)
+
+
+def comparison(dtype, which, backend):
+    metric, unit = {"full": ("sqeuclidean", True), "strided": ("euclidean", False), "bare": ("dot", True)}[which]
+    return {"metric": metric, "normalize": unit, "eps": 1e-12, "dtype": dtype, "backend": backend}
 
 
 WHICH = pytest.mark.parametrize("which", ["full", "strided", "bare"])
@@ -79,8 +84,8 @@ def test_masked_logsumexp_with_a_policy(policy, params, backend):
         col_scale[:columns],
         col_bias[:columns],
     )
-    numbers = spec(torch.float32, "full", backend)[:-3]
-    check_logsumexp((x, w, y, c, exclude, scale, col_scale, col_bias), (*numbers, policy, params, backend))
+    numbers = spec(torch.float32, "full", backend)._replace(policy=policy, policy_params=params)
+    check_logsumexp((x, w, y, c, exclude, scale, col_scale, col_bias), numbers)
 
 
 def check_logsumexp(b, s):
@@ -101,15 +106,15 @@ def check_logsumexp(b, s):
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
 def test_normalized_distance(metric, dtype, backend):
     x, w, *_ = bank(dtype, "strided")
-    spec = (metric, True, 1e-12, dtype)
-    check(normalized_distance.fwd, (x, w, *spec, backend))
+    spec = DistanceSpec(metric=metric, normalize=True, eps=1e-12, dtype=dtype, backend=backend)
+    check(normalized_distance.fwd, (x, w, *spec))
     grad = randn(N, M, seed=9).to(dtype)
     for g in (grad, grad[:1, :1].expand(N, M)):
         for needs in ([True, True], [True, False], [False, True]):
-            check(normalized_distance.bwd, (g, x, w, needs, *spec, backend))
+            check(normalized_distance.bwd, (g, needs, x, w, *spec))
     check(
         normalized_distance.dbl,
-        (randn(N, D, seed=3).to(dtype), randn(M, D, seed=4).to(dtype), grad, x, w, *spec, backend),
+        (randn(N, D, seed=3).to(dtype), randn(M, D, seed=4).to(dtype), grad, x, w, *spec),
     )
 
 
@@ -120,7 +125,7 @@ def test_normalize(dtype, backend):
     check(normalize.fwd, (x.t(), 1e-12, backend))
     check(normalize.bwd, (g, x, 1e-12, backend))
     check(normalize.bwd, (g[:1].expand_as(g), x.t().contiguous().t(), 1e-12, backend))
-    check(normalize.dbl, (v, g, x, 1e-12))
+    check(normalize.dbl, (v, g, x, 1e-12, backend))
 
 
 @on_backends
@@ -130,7 +135,10 @@ def test_proxy_nca(smoothing, dtype, backend):
     x, w, *_ = bank(dtype, "strided")
     scale, weight = (randn(N, seed=4).to(acc(dtype)), torch.rand(N).to(acc(dtype))) if smoothing else (None, None)
     for reduction in ("mean", "none"):
-        spec = (2.0, not smoothing, smoothing, 1e-12, -100, reduction, dtype, backend)
+        spec = ProxySpec(
+            factor=2.0, exclude_positive=not smoothing, label_smoothing=smoothing, eps=1e-12, ignore_index=-100,
+            reduction=reduction, dtype=dtype, backend=backend,
+        )  # fmt: skip
         inputs = (x, w, torch.tensor([0, 2, -100, 2, 7]), scale, weight)
         check(proxy_nca.fwd, (*inputs, *spec))
         value, same, different = proxy_nca.fwd(*inputs, *spec)
@@ -145,7 +153,10 @@ def test_magnet(given, dtype, backend):
     x, centers, *_ = bank(dtype, "strided")
     centers, variance = (centers, torch.tensor(0.5, dtype=acc(dtype))) if given else (None, None)
     for reduction in ("mean", "none"):
-        spec = (1.0, given, 1e-6, 1e-12, -100, reduction, dtype, backend)
+        spec = MagnetSpec(
+            alpha=1.0, normalize=given, min_variance=1e-6, eps=1e-12, ignore_index=-100, reduction=reduction,
+            dtype=dtype, backend=backend,
+        )  # fmt: skip
         inputs = (x, torch.tensor([0, 2, -100, 2, 7]), torch.arange(M) % 3, centers, variance)
         check(magnet.fwd, (*inputs, *spec))
         value, different, _ = magnet.fwd(*inputs, *spec)
@@ -163,8 +174,9 @@ def test_masked_hinge_sum(which, dtype, backend):
         (None, None) if which == "bare" else (randn(N, seed=4).to(acc(dtype)), torch.tensor(0.4, dtype=acc(dtype)))
     )
     inputs = (x, w, y, c, exclude, t_same, t_different)
-    metric, unit, *_ = spec(dtype, which, backend)
-    s = (metric, unit, [2.0, 0.1, -1.0, 0.3], relative, 1e-12, -100, dtype, backend)
+    s = HingeSpec(
+        **comparison(dtype, which, backend), hinge=[2.0, 0.1, -1.0, 0.3], relative=relative, ignore_index=-100
+    )
     check(hinge.fwd, (*inputs, *s))
     out = hinge.fwd(*inputs, *s)
     grads = [randn(N, seed=9).to(acc(dtype)) for _ in range(2)]
@@ -183,12 +195,14 @@ def test_masked_hinge_sum(which, dtype, backend):
 def test_masked_argmax(which, dtype, backend):
     x, w, y, c, exclude, *_ = bank(dtype, which)
     low, high = (None, None) if which == "bare" else (randn(N, seed=4).to(acc(dtype)) - 3, randn(N, seed=5).to(dtype))
-    metric, unit, *_ = spec(dtype, which, backend)
     wanted, noise = {"full": ([True, True], False), "strided": ([False, True], False), "bare": ([True, False], True)}[
         which
     ]
-    s = (metric, unit, wanted, [False, True], noise, 7, "distance" if noise else "uniform", [0.5, 1.4])
-    check(argmax.fwd, (x, w, y, c, exclude, low, high, *s, 1e-12, -100, dtype, backend))
+    s = ArgmaxSpec(
+        **comparison(dtype, which, backend), wanted=wanted, largest=[False, True], noise=noise, seed=7,
+        log_weight="distance" if noise else "uniform", cutoffs=[0.5, 1.4], ignore_index=-100,
+    )  # fmt: skip
+    check(argmax.fwd, (x, w, y, c, exclude, low, high, *s))
 
 
 def test_every_registered_op_is_checked_here():

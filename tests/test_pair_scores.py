@@ -117,7 +117,7 @@ def test_the_ops_pass_opcheck(metric, unit):
     opcheck(ops.fwd, (x, w, rows, cols, *spec), test_utils=tests)
     s = ops.fwd(x, w, rows, cols, *spec)
     for needs in ([True, True], [True, False]):
-        opcheck(ops.bwd, (torch.ones_like(s), s, x, w, rows, cols, needs, *spec), test_utils=tests)
+        opcheck(ops.bwd, (torch.ones_like(s), s, needs, x, w, rows, cols, *spec), test_utils=tests)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ..ops import normalize as normalize_op
 
 
 class Engine(NamedTuple):
-    """The ops as plain calls: normalize(x, eps), normalize_bwd(grad, x, eps), lse(bank, spec) and
+    """The ops as plain calls: normalize(rows, spec), normalize_bwd(grad, rows, spec), lse(bank, spec) and
     lse_bwd(grads, lse, needs, bank, spec).
     """
 
@@ -32,8 +32,8 @@ class Engine(NamedTuple):
     def functions(backend: str) -> Engine:
         """The same ops, as Functions with derivatives."""
         return Engine(
-            lambda x, eps: normalize_op.normalize(x, eps, backend),
-            lambda grad, x, eps: normalize_op._Backward.apply(grad, x, eps, backend),
+            normalize_op.normalize,
+            lambda grad, rows, spec: normalize_op._Backward.apply(grad, *rows, spec),
             lse_op.masked_logsumexp,
-            lambda grads, lse, needs, bank, spec: lse_op._Backward.apply(*grads, *lse, None, needs, *bank, *spec),
+            lambda grads, lse, needs, bank, spec: lse_op._Backward.apply(*grads, *lse, None, needs, *bank, spec),
         )

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.contract import Spec, accumulate_dtype
-from ..ops.magnet import Clustered, MagnetSpec, other_classes
+from ..ops.contract import accumulate_dtype
+from ..ops.magnet import other_classes
+from ..ops.signatures import Clustered, MagnetSpec, NormalizeSpec, Rows, Spec
 from .engine import Engine
 
 
@@ -79,7 +80,7 @@ def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine | None = None) -
     engine = engine or Engine.functions(spec.backend)
     x, clusters, classes, centers, variance = inputs
     acc, ignore = accumulate_dtype(spec.dtype), spec.ignore_index
-    r = engine.normalize(x.to(acc), spec.eps) if spec.normalize else x.to(acc)
+    r = engine.normalize(Rows(x.to(acc)), _unit_spec(spec)) if spec.normalize else x.to(acc)
     counted = clusters != ignore
     y = torch.where(counted, classes[torch.where(counted, clusters, 0)], ignore)
     counted = y != ignore
@@ -98,10 +99,14 @@ def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine | None = None) -
     return State(r, y, counted, centers, c, own, rows_in, distance, measured, scale, scale.to(acc))
 
 
+def _unit_spec(spec: MagnetSpec) -> NormalizeSpec:
+    return NormalizeSpec(eps=spec.eps, backend=spec.backend)
+
+
 def _lse_spec(spec: MagnetSpec) -> Spec:
     return Spec(
-        "sqeuclidean", False, [1.0, 0.0, 1.0, 0.0], spec.eps, spec.ignore_index, spec.dtype, False, False, "linear", [],
-        spec.backend,
+        metric="sqeuclidean", normalize=False, logit=[1.0, 0.0, 1.0, 0.0], eps=spec.eps, ignore_index=spec.ignore_index,
+        dtype=spec.dtype, backend=spec.backend,
     )  # fmt: skip
 
 
@@ -172,7 +177,7 @@ def _backward(
             means = (g_centers / state.rows_in.clamp_min(1)[:, None])[state.own]
             g_x = g_x + torch.where(state.counted[:, None], means, 0)
         if spec.normalize:
-            g_x = engine.normalize_bwd(g_x, inputs.x.to(g_x.dtype), spec.eps)
+            g_x = engine.normalize_bwd(g_x, Rows(inputs.x.to(g_x.dtype)), _unit_spec(spec))
     found = (g_x, g_centers if need_centers else None, g_measured if need_variance else None)
     sources = (inputs.x, inputs.centers, inputs.variance)
     return [None if f is None or t is None else f.to(t.dtype) for f, t in zip(found, sources, strict=True)]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import logspace
-from ..ops.proxy_nca import Proxied, ProxySpec, bank_of
+from ..ops.proxy_nca import bank_of
+from ..ops.signatures import Proxied, ProxySpec
 from .engine import Engine
 
 

@@ -17,9 +17,9 @@ from ..ops import contract
 from ..ops import positive_pair_sum as _pairs
 from ..ops import triplet_sum as _triplets
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_sequence
+from ..ops.signatures import Bank, Pairs, PairSpec, Points, TripletSpec
 from ..reference import by_class
-from ..torch_backend.positives import KINDS, Pairs, PairSpec, term
-from ..torch_backend.triplets import Points, TripletSpec
+from ..torch_backend.positives import KINDS, term
 
 
 class TermSums(NamedTuple):
@@ -86,7 +86,9 @@ def positive_pair_sum(
     numbers = [check_number(f"params[{i}]", value) for i, value in enumerate(given)]
     if len(numbers) != KINDS[kind]:
         raise ValueError(f"kind {kind!r} takes {KINDS[kind]} params; got {len(numbers)}")
-    spec = PairSpec(kind, numbers, base, unit, eps, ignore_index, dtype)
+    spec = PairSpec(
+        kind=kind, params=numbers, metric=base, normalize=unit, eps=eps, ignore_index=ignore_index, dtype=dtype
+    )
     v = contract.apart(v, u)
     if chosen == backends.REFERENCE:
         same, _ = by_class.members(y, c, exclude, ignore_index)
@@ -145,7 +147,10 @@ def triplet_sum(
         same, different = by_class.members(y, c, exclude, ignore_index)
         s, between = (reference.scores(t, w, base, unit, eps) for t in (x, w))
         return TermSums(*by_class.triplet_sum(s, same, different, margin, smooth, between if swap else None))
-    spec = TripletSpec(margin, smooth, swap, base, unit, eps, ignore_index, dtype)
+    spec = TripletSpec(
+        margin=margin, smooth=smooth, swap=swap, metric=base, normalize=unit, eps=eps,
+        ignore_index=ignore_index, dtype=dtype,
+    )  # fmt: skip
     return TermSums(*_triplets.triplet_sum(Points(x, contract.apart(w, x), y, c, exclude), spec))
 
 
@@ -171,5 +176,5 @@ def _labelled(
     if c is not None:
         return y, contract.apart(c, y), ignore_index
     if contract.values_can_be_read(y):
-        contract.check_values(contract.Bank(x, w, y, None, exclude, None, None, None), ignore_index)
+        contract.check_values(Bank(x, w, y, exclude=exclude), ignore_index)
     return torch.where(y == ignore_index, -1, y), torch.arange(w.size(0), device=x.device), -1

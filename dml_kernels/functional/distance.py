@@ -11,6 +11,7 @@ from ..ops import contract
 from ..ops import normalize as _normalize
 from ..ops import normalized_distance as _distance
 from ..ops.checks import check_tensor
+from ..ops.signatures import DistanceSpec, Matrices, NormalizeSpec, Rows
 
 
 def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
@@ -36,7 +37,7 @@ def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> T
     chosen = backends.choose("normalize", x.device, x.dtype, argument=backend)
     if chosen == backends.REFERENCE:
         return reference.normalize(x, eps)
-    return _normalize.normalize(rows, eps, chosen).view(x.shape)
+    return _normalize.normalize(Rows(rows), NormalizeSpec(eps=eps, backend=chosen)).view(x.shape)
 
 
 def normalized_distance(
@@ -83,5 +84,5 @@ def matrix_in(
     chosen = backends.choose("normalized_distance", x.device, dtype, argument=backend, size=size)
     if chosen == backends.REFERENCE:
         return reference.normalized_distance(x.to(dtype), w.to(dtype), base, unit, eps)
-    w = w.view_as(w) if w is x else w
-    return _distance.normalized_distance(x, w, base, unit, eps, dtype, chosen)
+    spec = DistanceSpec(metric=base, normalize=unit, eps=eps, dtype=dtype, backend=chosen)
+    return _distance.normalized_distance(Matrices(x, contract.apart(w, x)), spec)

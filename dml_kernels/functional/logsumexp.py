@@ -13,7 +13,7 @@ from ..ops import backend as backends
 from ..ops import contract
 from ..ops import masked_logsumexp as _lse
 from ..ops.checks import check_flag, check_integer, check_number
-from ..ops.contract import Bank, Spec
+from ..ops.signatures import Bank, Spec
 
 
 class MaskedLogSumExp(NamedTuple):
@@ -131,7 +131,10 @@ def masked_logsumexp(
         if policy == "quadratic":
             logit = [-logit[0], logit[1] + 1 - params[0], logit[2], logit[3] + params[0]]
         keep = torch.is_grad_enabled() and x.requires_grad
-        spec = Spec(base, unit, logit, eps, ignore_index, dtype, sums, keep, policy, params, chosen)
+        spec = Spec(
+            metric=base, normalize=unit, logit=logit, eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
+            sums=sums, keep=keep, policy=policy, policy_params=params,
+        )  # fmt: skip
         out = _lse.masked_logsumexp(bank, spec)
     return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
 

@@ -15,6 +15,7 @@ from ..ops import masked_argmax as _argmax
 from ..ops import masked_hinge_sum as _hinge
 from ..ops import pair_scores as _pairs
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, shown
+from ..ops.signatures import ArgmaxSpec, Hinged, HingeSpec, Listed, ScoresSpec, Search
 
 Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
 
@@ -118,8 +119,11 @@ def masked_hinge_sum(
             eps=eps,
         ))  # fmt: skip
     w, c, t_different = contract.apart(w, x), contract.apart(c, y), contract.apart(t_different, t_same)
-    inputs = _hinge.Hinged(x, w, y, c, exclude, t_same, t_different)
-    spec = _hinge.HingeSpec(base, unit, numbers, relative, eps, ignore_index, dtype, chosen)
+    inputs = Hinged(x, w, y, c, exclude, t_same, t_different)
+    spec = HingeSpec(
+        metric=base, normalize=unit, hinge=numbers, relative=relative, eps=eps, ignore_index=ignore_index,
+        dtype=dtype, backend=chosen,
+    )  # fmt: skip
     return MaskedHingeSum(*_hinge.masked_hinge_sum(inputs, spec))
 
 
@@ -199,11 +203,12 @@ def masked_argmax(
                 log_weight=log_weight, cutoffs=cutoffs, exclude=exclude, ignore_index=ignore_index, eps=eps,
             ))  # fmt: skip
     else:
-        inputs = _argmax.Search(x, contract.apart(w, x), y, contract.apart(c, y), exclude, low, high)
+        inputs = Search(x, contract.apart(w, x), y, contract.apart(c, y), exclude, low, high)
         noise, seed = noise_seed is not None, noise_seed or 0
-        spec = _argmax.ArgmaxSpec(
-            base, unit, wanted, largest, noise, seed, log_weight, cutoffs, eps, ignore_index, dtype, chosen
-        )
+        spec = ArgmaxSpec(
+            metric=base, normalize=unit, wanted=wanted, largest=largest, noise=noise, seed=seed, log_weight=log_weight,
+            cutoffs=cutoffs, eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
+        )  # fmt: skip
         found = _argmax.masked_argmax(inputs, spec)
     return MaskedArgmax(*(Choice(*found[3 * i : 3 * i + 3]) if wanted[i] else None for i in range(2)))
 
@@ -242,7 +247,9 @@ def pair_scores(
         contract.check_vector(name, index, rows.numel(), x, integer=True)
     base, unit = contract.split_metric(metric, normalize)
     w = contract.apart(w, x)
-    return _pairs.pair_scores(x, w, rows, cols, base, unit, contract.check_eps(eps), contract.product_dtype(x, w))
+    acc = contract.accumulate_dtype(contract.product_dtype(x, w))
+    spec = ScoresSpec(metric=base, normalize=unit, eps=contract.check_eps(eps), dtype=acc)
+    return _pairs.pair_scores(Listed(x, w, rows, cols), spec)
 
 
 def _check(

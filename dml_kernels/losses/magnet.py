@@ -35,7 +35,8 @@ from ..ops.contract import (
     check_vector,
     product_dtype,
 )
-from ..ops.magnet import Clustered, MagnetSpec, magnet
+from ..ops.magnet import magnet
+from ..ops.signatures import Clustered, MagnetSpec
 from .base import LossEntry, as_int64, check_reduction
 
 
@@ -99,10 +100,12 @@ def _loss_and_variance(
     n, d = embeddings.shape
     size = (n, min(n, classes.numel()) if centers is None else classes.numel(), d)
     chosen = backends.choose("magnet_loss", embeddings.device, dtype, argument=backend, size=size)
-    options = (alpha, normalize, min_variance, eps, ignore_index, reduction)
-    if chosen == backends.REFERENCE:
-        return _dense(embeddings, clusters, classes, centers, variance, *options)
-    return magnet(Clustered(embeddings, clusters, classes, centers, variance), MagnetSpec(*options, dtype, chosen))
+    inputs = Clustered(embeddings, clusters, classes, centers, variance)
+    spec = MagnetSpec(
+        alpha=alpha, normalize=normalize, min_variance=min_variance, eps=eps, ignore_index=ignore_index,
+        reduction=reduction, dtype=dtype, backend=chosen,
+    )  # fmt: skip
+    return _dense(inputs, spec) if chosen == backends.REFERENCE else magnet(inputs, spec)
 
 
 def magnet_loss(
@@ -168,7 +171,10 @@ def batch_variance(
     chosen = backends.choose("normalize", embeddings.device, accumulate_dtype(dtype))
     chosen = "torch" if chosen == backends.REFERENCE else chosen
     normalize, ignore_index = check_flag("normalize", normalize), check_integer("ignore_index", ignore_index)
-    spec = MagnetSpec(0.0, normalize, 0.0, check_eps(eps), ignore_index, "mean", dtype, chosen)
+    spec = MagnetSpec(
+        alpha=0.0, normalize=normalize, min_variance=0.0, eps=check_eps(eps), ignore_index=ignore_index,
+        reduction="mean", dtype=dtype, backend=chosen,
+    )  # fmt: skip
     measured = measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
     return measured.to(accumulate_dtype(dtype))
 
@@ -188,16 +194,17 @@ def magnet_reference(
     eps: float = 1e-12,
 ) -> Tensor:
     """The paper's loss, cluster by cluster and row by row; independent of the ops. Tests only."""
-    return _dense(
-        embeddings, clusters, cluster_classes, centers, variance, alpha, normalize, min_variance, eps, ignore_index,
-        reduction,
-    )[0]  # fmt: skip
+    given = None if variance is None else torch.as_tensor(variance, dtype=embeddings.dtype)
+    spec = MagnetSpec(
+        alpha=alpha, normalize=normalize, min_variance=min_variance, eps=eps, ignore_index=ignore_index,
+        reduction=reduction, dtype=embeddings.dtype, backend=backends.REFERENCE,
+    )  # fmt: skip
+    return _dense(Clustered(embeddings, clusters, cluster_classes, centers, given), spec)[0]
 
 
-def _dense(
-    x: Tensor, clusters: Tensor, classes: Tensor, centers: Tensor | None, variance: float | Tensor | None,
-    alpha: float, normalize: bool, min_variance: float, eps: float, ignore_index: int, reduction: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _dense(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor]:
+    x, clusters, classes, centers, variance = inputs
+    alpha, normalize, min_variance, eps, ignore_index, reduction, _, _ = spec
     r = x / x.norm(dim=1, keepdim=True).clamp_min(eps) if normalize else x
     ids, class_of = clusters.tolist(), classes.tolist()
     counted = [i for i, k in enumerate(ids) if k != ignore_index and class_of[k] != ignore_index]
@@ -208,7 +215,7 @@ def _dense(
     distance = {i: (r[i] - mu[ids[i]]).square().sum() for i in counted}
     measured = sum(distance.values(), r.new_zeros(())) / max(len(counted) - 1, 1)
     if variance is not None:
-        measured = torch.as_tensor(variance, dtype=r.dtype)
+        measured = variance.to(r.dtype)
     sigma2 = measured if measured > min_variance or measured.isnan() else torch.full_like(measured, min_variance)
     rows = [x[i].sum() * 0 for i in range(len(ids))]
     for i in counted:

@@ -24,7 +24,8 @@ from .. import distances, functional, logspace
 from ..ops import backend as backends
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
 from ..ops.contract import check_eps, check_matrix, check_pair, check_vector, product_dtype
-from ..ops.proxy_nca import Proxied, ProxySpec, proxy_nca
+from ..ops.proxy_nca import proxy_nca
+from ..ops.signatures import Proxied, ProxySpec
 from .base import (
     LossEntry,
     check_class_weight,
@@ -147,8 +148,9 @@ def proxy_nca_loss(
         )  # fmt: skip
         return reduce_rows(rows, mass, reduction)
     spec = ProxySpec(
-        check_number("softmax_scale", factor), exclude_positive, label_smoothing, check_eps(eps),
-        ignored, reduction, dtype, chosen,
+        factor=check_number("softmax_scale", factor), exclude_positive=exclude_positive,
+        label_smoothing=label_smoothing, eps=check_eps(eps), ignore_index=ignored, reduction=reduction, dtype=dtype,
+        backend=chosen,
     )  # fmt: skip
     # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
     proxies = proxies.view_as(proxies) if proxies is embeddings else proxies

@@ -19,8 +19,8 @@ import torch
 
 from .. import torch_backend, triton_backend
 from . import cpu_backend, cuda_backend
-from .contract import Bank, Spec
 from .library import Choices
+from .signatures import Bank, Spec
 
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax",

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .contract import Spec
 from .library import Choices
+from .signatures import Clustered, DistanceSpec, MagnetSpec, ProxySpec, Spec
 
 METRIC_CODES = Choices("metric", {"dot": 0, "sqeuclidean": 1, "euclidean": 2})
 REDUCTION_CODES = Choices("reduction", {"none": 0, "sum": 1, "mean": 2})
@@ -18,25 +18,30 @@ def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor 
     return x, w, *(t if t is None else t.contiguous() for t in (y, c, exclude))
 
 
-def clustered(inputs: Any) -> tuple[Any, ...]:
-    """Of magnet: ids contiguous, the rest as it is."""
+def clustered(inputs: Clustered) -> tuple[Any, ...]:
+    """The tensors of magnet: ids contiguous, the rest as it is."""
     x, clusters, classes, centers, variance = inputs
     return x, clusters.contiguous(), classes.contiguous(), centers, variance
 
 
+def distance_numbers(spec: DistanceSpec) -> tuple[Any, ...]:
+    """The numbers of normalized_distance."""
+    return METRIC_CODES[spec.metric], spec.normalize, spec.eps
+
+
 def lse_numbers(spec: Spec) -> tuple[Any, ...]:
-    """Of masked_logsumexp."""
+    """The numbers of masked_logsumexp."""
     return METRIC_CODES[spec.metric], spec.normalize, *spec.logit, spec.eps, spec.ignore_index
 
 
-def proxy_numbers(spec: Any) -> tuple[Any, ...]:
-    """Of proxy_nca."""
+def proxy_numbers(spec: ProxySpec) -> tuple[Any, ...]:
+    """The numbers of proxy_nca."""
     reduction = REDUCTION_CODES[spec.reduction]
     return spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index, reduction
 
 
-def magnet_numbers(spec: Any) -> tuple[Any, ...]:
-    """Of magnet."""
+def magnet_numbers(spec: MagnetSpec) -> tuple[Any, ...]:
+    """The numbers of magnet."""
     return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,55 +24,12 @@ from .checks import (
     shown,
 )
 from .library import EXTENSION
+from .signatures import Bank
 
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
 # Logit policies, and the names of their parameters.
 POLICIES = {"linear": (), "quadratic": ("m",), "max_pool": ("K",), "softmax_pool": ("K", "gamma")}
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class Bank(NamedTuple):
-    """The tensors of one comparison of rows with a bank.
-
-    x (N, D) rows; w (M, D) bank; y (N,) int64 row labels; c (M,) int64 bank labels or None for the column index;
-    exclude (N,) int64 bank index left out for that row, -1 for none; scale () or (N,); col_scale, col_bias (M,).
-    Where K centres a class are pooled, w is (M K, D), class by class, and a column is a class.
-    """
-
-    x: Tensor
-    w: Tensor
-    y: Tensor
-    c: Tensor | None
-    exclude: Tensor | None
-    scale: Tensor | None
-    col_scale: Tensor | None
-    col_bias: Tensor | None
-
-
-class Spec(NamedTuple):
-    """The numbers of one comparison: how a score becomes a logit, and who computes it.
-
-    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j. Under the
-    policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight. ``keep``: a gradient in x
-    will be asked for, so a backend may keep what makes that cheaper (``backend.keeps_mean``).
-    """
-
-    metric: str
-    normalize: bool
-    logit: list[float]
-    eps: float
-    ignore_index: int
-    dtype: torch.dtype
-    sums: bool
-    keep: bool
-    policy: str
-    policy_params: list[float]
-    backend: str
-
-    @property
-    def centres(self) -> int:
-        """Bank rows to a column: K where centres are pooled, else 1."""
-        return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 
 from ..torch_backend import scale_grad
-from .compiled_arguments import METRIC_CODES, clustered, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
-from .contract import Bank, Spec, accumulate_dtype
+from .compiled_arguments import (
+    METRIC_CODES,
+    clustered,
+    distance_numbers,
+    labelled,
+    lse_numbers,
+    magnet_numbers,
+    proxy_numbers,
+    wanted,
+)
+from .contract import accumulate_dtype
 from .library import EXTENSION, Choices, gradients_like
+from .signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 
 name = "cpu"
 POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
@@ -45,23 +55,23 @@ def _ops():
     return torch.ops.dml_kernels_cpu
 
 
-def normalize_fwd(x: Tensor, eps: float) -> Tensor:
-    return _ops().normalize_fwd(x, eps)
+def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_fwd(rows.x, spec.eps)
 
 
-def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    return _ops().normalize_bwd(grad, x, eps)
+def normalize_bwd(grad: Tensor, rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_bwd(grad, rows.x, spec.eps)
 
 
-def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
-    out = x.new_empty((x.size(0), w.size(0)), dtype=dtype)
-    _ops().distance_fwd(out, x, w, METRIC_CODES[metric], normalize, eps)
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    out = inputs.x.new_empty((inputs.x.size(0), inputs.w.size(0)), dtype=spec.dtype)
+    _ops().distance_fwd(out, *inputs, *distance_numbers(spec))
     return out
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> list[Tensor | None]:
-    targets = gradients_like((x, w), needs, x)
-    _ops().distance_bwd(*targets, grad, x, w, METRIC_CODES[metric], normalize, eps)
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> list[Tensor | None]:
+    targets = gradients_like(inputs, needs, inputs.x)
+    _ops().distance_bwd(*targets, grad, *inputs, *distance_numbers(spec))
     return wanted(targets, needs)
 
 

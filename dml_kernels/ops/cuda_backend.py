@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from ..torch_backend import scale_grad
-from .compiled_arguments import METRIC_CODES, clustered, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
-from .contract import Bank, Spec, accumulate_dtype
+from .compiled_arguments import (
+    clustered,
+    distance_numbers,
+    labelled,
+    lse_numbers,
+    magnet_numbers,
+    proxy_numbers,
+    wanted,
+)
+from .contract import accumulate_dtype
 from .library import EXTENSION, gradients_like
+from .signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 
 name = "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -59,25 +68,25 @@ def _ops():
     return getattr(torch.ops, namespace)
 
 
-def normalize_fwd(x: Tensor, eps: float) -> Tensor:
-    return _ops().normalize_fwd(x, eps)
+def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_fwd(rows.x, spec.eps)
 
 
-def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    return _ops().normalize_bwd(grad, x, eps)
+def normalize_bwd(grad: Tensor, rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_bwd(grad, rows.x, spec.eps)
 
 
-def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
-    out = x.new_empty((x.size(0), w.size(0)), dtype=dtype)
-    _ops().distance_fwd(out, x, w, METRIC_CODES[metric], normalize, eps)
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    out = inputs.x.new_empty((inputs.x.size(0), inputs.w.size(0)), dtype=spec.dtype)
+    _ops().distance_fwd(out, *inputs, *distance_numbers(spec))
     return out
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> list[Tensor | None]:
-    targets = gradients_like((x, w), needs, x)
-    if x.size(0) == 0:
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> list[Tensor | None]:
+    targets = gradients_like(inputs, needs, inputs.x)
+    if inputs.x.size(0) == 0:
         return wanted(_zeroed(targets), needs)
-    _ops().distance_bwd(*targets, grad, x, w, METRIC_CODES[metric], normalize, eps)
+    _ops().distance_bwd(*targets, grad, *inputs, *distance_numbers(spec))
     return wanted(targets, needs)
 
 

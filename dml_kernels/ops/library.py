@@ -17,15 +17,44 @@ EXTENSION = build_info.load()
 LIBRARY = torch.library.Library("dml_kernels", "DEF")
 
 
-def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+_TYPES = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "torch.dtype": "ScalarType", "list[float]": "float[]",
+    "list[bool]": "bool[]", "str": "str", "bool": "bool", "int": "int", "float": "float",
+}  # fmt: skip
+
+
+def schema(*tuples: type) -> str:
+    """The fields of NamedTuples as an op's schema names them."""
+    fields = (field for t in tuples for field in t.__annotations__.items())
+    return ", ".join(f"{_TYPES[kind.__forward_arg__]} {name}" for name, kind in fields)
+
+
+def register(
+    name: str, inputs: type, spec: type, results: int, implementation: Callable[..., Any], fake: Callable[..., Any],
+    before: str = "",
+) -> Any:  # fmt: skip
     """Define ``dml_kernels::name`` and return the callable overload.
 
     The implementation chooses among backends itself, so it serves every device; autograd stays with the
     ``torch.autograd.Function`` around the op, as a formula registered here would give a silent zero under jvp.
+
+    Args:
+        inputs, spec: the NamedTuples of the op's tensors and numbers: its schema has their fields, one by one.
+        results: the number of tensors that it returns.
+        implementation, fake: called with what comes ``before``, a tuple of tensors and one of numbers.
+        before: the schema of what a derivative gets in addition, in front of the fields.
     """
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dml_kernels::{name}", fake, lib=LIBRARY)
+    first = before.count(",") + 1 if before else 0
+    second = first + len(inputs._fields)  # type: ignore[attr-defined]
+
+    def gathered(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*args[:first], inputs(*args[first:second]), spec(*args[second:]))
+
+    returned = "Tensor" if results == 1 else "(" + ", ".join(["Tensor"] * results) + ")"
+    fields = ", ".join(filter(None, (before, schema(inputs, spec))))
+    LIBRARY.define(f"{name}({fields}) -> {returned}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, gathered(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dml_kernels::{name}", gathered(fake), lib=LIBRARY)
     return getattr(torch.ops.dml_kernels, name).default
 
 

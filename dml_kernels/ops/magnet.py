@@ -7,90 +7,42 @@ differentiate again, the backward runs as the composition in composed/magnet.py,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from .contract import Bank, accumulate_dtype, check_clusters
+from .contract import accumulate_dtype, check_clusters
 from .fused import composed, fused_or_composed
 from .library import filled, gradients_like, known_signature, register, without_autocast
+from .signatures import Bank, Clustered, MagnetSpec
 
-
-class Clustered(NamedTuple):
-    """x (N, D) rows; clusters (N,) int64 ids; classes (K,) int64 of the clusters; centers (K, D) and variance () or
-    None, where the batch's own are meant.
-    """
-
-    x: Tensor
-    clusters: Tensor
-    classes: Tensor
-    centers: Tensor | None
-    variance: Tensor | None
-
-
-class MagnetSpec(NamedTuple):
-    """The numbers of one loss, the product dtype, and who computes it."""
-
-    alpha: float
-    normalize: bool
-    min_variance: float
-    eps: float
-    ignore_index: int
-    reduction: str
-    dtype: torch.dtype
-    backend: str
-
-
-_INPUTS = "Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance"
-_SPEC = (
-    "float alpha, bool normalize, float min_variance, float eps, int ignore_index, str reduction, ScalarType dtype, "
-    "str backend"
-)
-N_INPUTS, N_SPEC = 5, 8
 # Positions of the tensors that may need a gradient.
 DIFFERENTIABLE = (0, 3, 4)
 
 
-def _split(args: tuple[Any, ...]) -> tuple[Clustered, MagnetSpec]:
-    return Clustered(*args[:N_INPUTS]), MagnetSpec(*args[N_INPUTS:])
-
-
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    inputs, spec = _split(args)
+def _fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
     check_clusters(inputs.clusters, inputs.classes, inputs.variance, spec.ignore_index)
     with without_autocast(inputs.x.device.type):
         return fused_or_composed("magnet", spec.backend).magnet_fwd(inputs, spec)
 
 
-def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    inputs, spec = _split(args)
+def _fwd_fake(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
     acc, n = accumulate_dtype(spec.dtype), inputs.x.size(0)
     shapes = ((n,) if spec.reduction == "none" else (), (n,), ())
     return tuple(inputs.x.new_empty(shape, dtype=acc) for shape in shapes)
 
 
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    grad, different, needs = args[:3]
-    inputs, spec = _split(args[3:])
+def _bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
     with without_autocast(inputs.x.device.type):
         found = fused_or_composed("magnet", spec.backend).magnet_bwd(grad, different, needs, inputs, spec)
         return filled(found, inputs.x, len(DIFFERENTIABLE))
 
 
-def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    needs = args[2]
-    inputs, _ = _split(args[3:])
+def _bwd_fake(grad, different, needs, inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
     return gradients_like([inputs[i] for i in DIFFERENTIABLE], needs, inputs.x)
 
 
-fwd = register("magnet_fwd", f"({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-bwd = register(
-    "magnet_bwd",
-    f"(Tensor grad, Tensor different, bool[] needs, {_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-)
+fwd = register("magnet_fwd", Clustered, MagnetSpec, 3, _fwd, _fwd_fake)
+bwd = register("magnet_bwd", Clustered, MagnetSpec, 3, _bwd, _bwd_fake, "Tensor grad, Tensor different, bool[] needs")
 
 
 @known_signature
@@ -98,19 +50,13 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x, clusters, classes, centers, variance,
-        alpha, normalize, min_variance, eps, ignore_index, reduction, dtype, backend,
-    ):  # fmt: skip
-        return fwd(
-            x, clusters, classes, centers, variance,
-            alpha, normalize, min_variance, eps, ignore_index, reduction, dtype, backend,
-        )  # fmt: skip
+    def forward(x, clusters, classes, centers, variance, spec):
+        return fwd(x, clusters, classes, centers, variance, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:N_INPUTS], output[1])
-        ctx.spec = inputs[N_INPUTS:]
+        *tensors, ctx.spec = inputs
+        ctx.save_for_backward(*tensors, output[1])
         ctx.mark_non_differentiable(output[1], output[2])
 
     @staticmethod
@@ -118,19 +64,19 @@ class _Forward(torch.autograd.Function):
         *tensors, different = ctx.saved_tensors
         need = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         if torch.is_grad_enabled():
-            found = composed("magnet").differentiable_backward(grad, need, Clustered(*tensors), MagnetSpec(*ctx.spec))
+            found = composed("magnet").differentiable_backward(grad, need, Clustered(*tensors), ctx.spec)
         else:
             found = bwd(grad, different, need, *tensors, *ctx.spec)
         g_x, g_centers, g_variance = (g if n else None for g, n in zip(found, need, strict=True))
-        return g_x, None, None, g_centers, g_variance, *(None,) * N_SPEC
+        return g_x, None, None, g_centers, g_variance, None
 
 
 def magnet(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor]:
     """(loss, variance before its floor) for checked arguments; see functional.magnet_loss."""
-    value, _, variance = _Forward.apply(*inputs, *spec)
+    value, _, variance = _Forward.apply(*inputs, spec)
     return value, variance
 
 
 def other_classes(r: Tensor, centers: Tensor, y: Tensor, c: Tensor, scale: Tensor) -> Bank:
     """The comparison behind L-: logits scale * -|r - mu|^2 against the clusters ``centers`` of classes ``c``."""
-    return Bank(r, centers, y, c, None, scale, None, None)
+    return Bank(r, centers, y, c, scale=scale)

@@ -10,33 +10,32 @@ from torch import Tensor
 
 from . import backend
 from .library import known_signature, register
+from .signatures import NormalizeSpec, Rows
 
 
-def _fwd(x: Tensor, eps: float, name: str) -> Tensor:
-    return backend.BACKENDS[name].normalize_fwd(x, eps)
+def _fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return backend.BACKENDS[spec.backend].normalize_fwd(rows, spec)
 
 
-def _bwd(grad: Tensor, x: Tensor, eps: float, name: str) -> Tensor:
-    return backend.BACKENDS[name].normalize_bwd(grad, x, eps)
+def _bwd(grad, rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return backend.BACKENDS[spec.backend].normalize_bwd(grad, rows, spec)
 
 
-def _dbl(v: Tensor, grad: Tensor, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _dbl(v, grad, rows: Rows, spec: NormalizeSpec) -> tuple[Tensor, Tensor]:
     torch_backend = backend.BACKENDS["torch"]
     # The Jacobian is symmetric: the derivative along `grad` is the backward of v.
-    return torch_backend.normalize_bwd(v, x, eps), torch_backend.normalize_dbl(v, grad, x, eps)
+    return torch_backend.normalize_bwd(v, rows, spec), torch_backend.normalize_dbl(v, grad, rows, spec)
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-fwd = register("normalize_fwd", "(Tensor x, float eps, str backend) -> Tensor", _fwd, lambda x, eps, name: _like(x))
-bwd = register(
-    "normalize_bwd", "(Tensor grad, Tensor x, float eps, str backend) -> Tensor", _bwd, lambda g, x, eps, name: _like(x)
-)
+fwd = register("normalize_fwd", Rows, NormalizeSpec, 1, _fwd, lambda rows, spec: _like(rows.x))
+bwd = register("normalize_bwd", Rows, NormalizeSpec, 1, _bwd, lambda g, rows, spec: _like(rows.x), "Tensor grad")
 dbl = register(
-    "normalize_dbl", "(Tensor v, Tensor grad, Tensor x, float eps) -> (Tensor, Tensor)", _dbl,
-    lambda v, g, x, eps: (_like(x), _like(x)),
+    "normalize_dbl", Rows, NormalizeSpec, 2, _dbl, lambda v, g, rows, spec: (_like(rows.x), _like(rows.x)),
+    "Tensor v, Tensor grad",
 )  # fmt: skip
 
 
@@ -45,18 +44,17 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, x, eps, backend):
-        return bwd(grad, x, eps, backend)
+    def forward(grad, x, spec):
+        return bwd(grad, x, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, x, ctx.eps, _ = inputs
+        grad, x, ctx.spec = inputs
         ctx.save_for_backward(grad, x)
 
     @staticmethod
     def backward(ctx, v):
-        grad, x = ctx.saved_tensors
-        return *dbl(v, grad, x, ctx.eps), None, None
+        return *dbl(v, *ctx.saved_tensors, *ctx.spec), None
 
 
 @known_signature
@@ -64,21 +62,21 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, eps, backend):
-        return fwd(x, eps, backend)
+    def forward(x, spec):
+        return fwd(x, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.eps, ctx.backend = inputs
+        x, ctx.spec = inputs
         ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        first_derivative = _Backward.apply if torch.is_grad_enabled() else bwd
-        return first_derivative(grad, x, ctx.eps, ctx.backend), None, None
+        g_x = _Backward.apply(grad, x, ctx.spec) if torch.is_grad_enabled() else bwd(grad, x, *ctx.spec)
+        return g_x, None
 
 
-def normalize(x: Tensor, eps: float, name: str) -> Tensor:
+def normalize(rows: Rows, spec: NormalizeSpec) -> Tensor:
     """For checked arguments; see functional.normalize."""
-    return _Forward.apply(x, eps, name)
+    return _Forward.apply(*rows, spec)

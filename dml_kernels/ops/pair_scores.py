@@ -14,19 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..torch_backend import normalize_bwd, tiles
+from ..torch_backend import normalize, tiles
 from . import segments
-from .contract import accumulate_dtype, check_pair_indices
+from .contract import check_pair_indices
 from .library import filled, gradients_like, known_signature, register, without_autocast
-
-_PAIRS = "Tensor x, Tensor w, Tensor rows, Tensor cols"
-_SPEC = "str metric, bool normalize, float eps, ScalarType dtype"
+from .signatures import Listed, ScoresSpec
 
 
-def _picked(t: Tensor, index: Tensor, normalize: bool, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+def _picked(t: Tensor, index: Tensor, spec: ScoresSpec) -> tuple[Tensor, Tensor | float]:
     """The rows at ``index`` as they came, and what makes unit vectors of them where that is wanted."""
-    t = t.index_select(0, index).to(dtype)
-    return t, tiles.norms(t, eps)[0] if normalize else 1.0
+    t = t.index_select(0, index).to(spec.dtype)
+    return t, tiles.norms(t, spec.eps)[0] if spec.normalize else 1.0
 
 
 def _slope(grad: Tensor, s: Tensor, metric: str) -> Tensor:
@@ -36,61 +34,62 @@ def _slope(grad: Tensor, s: Tensor, metric: str) -> Tensor:
     return grad if metric == "dot" else 2 * grad
 
 
-def _fwd(x, w, rows, cols, metric, normalize, eps, dtype) -> Tensor:
+def _fwd(pairs: Listed, spec: ScoresSpec) -> Tensor:
+    x, w, rows, cols = pairs
     check_pair_indices(rows, cols, x.size(0), w.size(0))
     step = max(1, tiles.CHUNK_ELEMENTS // x.size(1))
-    out = x.new_empty(rows.numel(), dtype=dtype)
+    out = x.new_empty(rows.numel(), dtype=spec.dtype)
     with without_autocast(x.device.type):
         for k in (slice(start, start + step) for start in range(0, rows.numel(), step)):
-            u, p = (t.index_select(0, i[k]).to(dtype) for t, i in ((x, rows), (w, cols)))
-            out[k] = tiles.listed_scores(u, p, metric, normalize, eps)
+            u, p = (t.index_select(0, i[k]).to(spec.dtype) for t, i in ((x, rows), (w, cols)))
+            out[k] = tiles.listed_scores(u, p, spec.metric, spec.normalize, spec.eps)
     return out
 
 
-def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor, spec) -> Tensor:
+def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor, spec: ScoresSpec) -> Tensor:
     """The gradient of one side: rows ``at`` of ``own`` against rows ``other_at`` of ``other``."""
-    metric, normalize, eps, dtype = spec
     order = at.argsort(stable=True)
     at, other_at, a = at[order], other_at[order], a[order]
     n, d = own.shape
-    total = own.new_zeros((n, d), dtype=dtype)
+    total = own.new_zeros((n, d), dtype=spec.dtype)
     step = max(n, tiles.CHUNK_ELEMENTS // d, 1)  # each block adds n sums: as many pairs or more
     for k in (slice(start, start + step) for start in range(0, at.numel(), step)):
-        p, rp = _picked(other, other_at[k], normalize, eps, dtype)
-        if metric == "dot":
+        p, rp = _picked(other, other_at[k], spec)
+        if spec.metric == "dot":
             part = p * rp
         else:
-            u, ru = _picked(own, at[k], normalize, eps, dtype)
+            u, ru = _picked(own, at[k], spec)
             part = tiles.difference(p, u, rp, ru)
         part = part * a[k, None]
         places = torch.arange(part.size(0), device=at.device)
         total += torch.nn.functional.embedding_bag(places, part, segments.offsets(at[k], n)[:-1], mode="sum")
-    return normalize_bwd(total, own, eps) if normalize else total.to(own.dtype)
+    return normalize.backward(total, own, spec.eps) if spec.normalize else total.to(own.dtype)
 
 
-def _bwd(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:
+def _bwd(grad, s, needs, pairs: Listed, spec: ScoresSpec) -> tuple[Tensor, ...]:
+    x, w, rows, cols = pairs
     with without_autocast(x.device.type):
-        a = _slope(grad.to(s.dtype), s, spec[0])
+        a = _slope(grad.to(s.dtype), s, spec.metric)
         sides = ((x, w, rows, cols), (w, x, cols, rows))
         found = (_collect(*side, a, spec) if need else None for side, need in zip(sides, needs, strict=True))
         return filled(found, x, 2)
 
 
-def _bwd_fake(grad, s, x, w, rows, cols, needs, *spec) -> tuple[Tensor, ...]:
-    return gradients_like((x, w), needs, x)
-
-
 fwd = register(
-    "pair_scores_fwd", f"({_PAIRS}, {_SPEC}) -> Tensor", _fwd,
-    lambda x, w, rows, cols, metric, normalize, eps, dtype: x.new_empty(rows.numel(), dtype=dtype),
+    "pair_scores_fwd", Listed, ScoresSpec, 1, _fwd,
+    lambda pairs, spec: pairs.x.new_empty(pairs.rows.numel(), dtype=spec.dtype),
 )  # fmt: skip
 bwd = register(
-    "pair_scores_bwd", f"(Tensor grad, Tensor s, {_PAIRS}, bool[] needs, {_SPEC}) -> (Tensor, Tensor)", _bwd, _bwd_fake
-)
+    "pair_scores_bwd", Listed, ScoresSpec, 2, _bwd,
+    lambda grad, s, needs, pairs, spec: gradients_like(pairs[:2], needs, pairs.x),
+    "Tensor grad, Tensor s, bool[] needs",
+)  # fmt: skip
 
 
-def _differentiable_bwd(grad, x, w, rows, cols, metric, normalize, eps, dtype) -> tuple[Tensor, Tensor]:
+def _differentiable_bwd(grad: Tensor, pairs: Listed, spec: ScoresSpec) -> tuple[Tensor, Tensor]:
     """The same in PyTorch's own differentiable functions, for whoever differentiates again; O(P D) memory."""
+    x, w, rows, cols = pairs
+    metric, normalize, eps, dtype = spec
 
     def unit(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r, over = tiles.norms(t.to(dtype), eps) if normalize else (t.new_ones((), dtype=dtype), None)
@@ -118,27 +117,25 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, rows, cols, metric, normalize, eps, dtype):
-        return fwd(x, w, rows, cols, metric, normalize, eps, dtype)
+    def forward(x, w, rows, cols, spec):
+        return fwd(x, w, rows, cols, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4], output)
-        ctx.spec = inputs[4:]
+        *tensors, ctx.spec = inputs
+        ctx.save_for_backward(output, *tensors)
 
     @staticmethod
     def backward(ctx, grad):
-        x, w, rows, cols, s = ctx.saved_tensors
+        s, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
-            g_x, g_w = _differentiable_bwd(grad, x, w, rows, cols, *ctx.spec)
+            g_x, g_w = _differentiable_bwd(grad, Listed(*tensors), ctx.spec)
         else:
-            g_x, g_w = bwd(grad, s, x, w, rows, cols, needs, *ctx.spec)
-        return g_x if needs[0] else None, g_w if needs[1] else None, *(None,) * 6
+            g_x, g_w = bwd(grad, s, needs, *tensors, *ctx.spec)
+        return g_x if needs[0] else None, g_w if needs[1] else None, None, None, None
 
 
-def pair_scores(
-    x: Tensor, w: Tensor, rows: Tensor, cols: Tensor, metric: str, normalize: bool, eps: float, dtype: torch.dtype
-) -> Tensor:
+def pair_scores(pairs: Listed, spec: ScoresSpec) -> Tensor:
     """For checked arguments; see functional.pair_scores."""
-    return _Forward.apply(x, w, rows, cols, metric, normalize, eps, accumulate_dtype(dtype))
+    return _Forward.apply(*pairs, spec)

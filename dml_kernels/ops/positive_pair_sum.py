@@ -13,30 +13,21 @@ from torch import Tensor
 
 from ..reference import by_class
 from ..torch_backend import positives
-from ..torch_backend.positives import Pairs, PairSpec
-from .contract import Bank, accumulate_dtype, check_values
+from .contract import accumulate_dtype, check_values
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .normalized_distance import normalized_distance
+from .signatures import Bank, DistanceSpec, Matrices, Pairs, PairSpec
 
-_PAIRS = "Tensor x, Tensor w, Tensor y, Tensor c, Tensor? exclude, Tensor u, Tensor? v"
-_SPEC = "str kind, float[] params, str metric, bool normalize, float eps, int ignore_index, ScalarType dtype"
-N_PAIRS, N_SPEC = 7, 7
 DIFFERENTIABLE = (0, 1, 5, 6)
 
 
-def _split(args: tuple[Any, ...]) -> tuple[Pairs, PairSpec]:
-    return Pairs(*args[:N_PAIRS]), PairSpec(*args[N_PAIRS:])
-
-
-def _fwd(*args: Any) -> tuple[Tensor, ...]:
-    pairs, spec = _split(args)
-    check_values(Bank(*pairs[:5], None, None, None), spec.ignore_index)
+def _fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
+    check_values(Bank(*pairs[:5]), spec.ignore_index)
     with without_autocast(pairs.x.device.type):
         return positives.fwd(pairs, spec)
 
 
-def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    pairs, spec = _split(args)
+def _fwd_fake(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     n = pairs.x.size(0)
     return sums_like(pairs.x, n, spec.dtype)
 
@@ -49,31 +40,24 @@ def sums_like(x: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _bwd(*args: Any) -> tuple[Tensor, ...]:
-    grad, needs = args[:2]
-    pairs, spec = _split(args[2:])
+def _bwd(grad, needs, pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     with without_autocast(pairs.x.device.type):
         return filled(positives.bwd(grad, needs, pairs, spec), pairs.x, len(DIFFERENTIABLE))
 
 
-def _bwd_fake(*args: Any) -> tuple[Tensor, ...]:
-    needs, pairs = args[1], _split(args[2:])[0]
+def _bwd_fake(grad, needs, pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     return gradients_like([pairs[i] for i in DIFFERENTIABLE], needs, pairs.x)
 
 
-fwd = register("positive_pair_sum_fwd", f"({_PAIRS}, {_SPEC}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-bwd = register(
-    "positive_pair_sum_bwd",
-    f"(Tensor grad, bool[] needs, {_PAIRS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-)
+fwd = register("positive_pair_sum_fwd", Pairs, PairSpec, 3, _fwd, _fwd_fake)
+bwd = register("positive_pair_sum_bwd", Pairs, PairSpec, 4, _bwd, _bwd_fake, "Tensor grad, bool[] needs")
 
 
 def scores(x: Tensor, w: Tensor, spec: Any) -> Tensor:
     """The N x M scores as a Function that can be differentiated twice, in the accumulation dtype."""
     acc = accumulate_dtype(spec.dtype)
-    out = normalized_distance(x, w.view_as(w), spec.metric, spec.normalize, spec.eps, acc, "torch")
+    of = DistanceSpec(metric=spec.metric, normalize=spec.normalize, eps=spec.eps, dtype=acc, backend="torch")
+    out = normalized_distance(Matrices(x, w.view_as(w)), of)
     return out if spec.metric == "dot" else -out
 
 
@@ -102,30 +86,26 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype):
-        return fwd(x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype)
+    def forward(x, w, y, c, exclude, u, v, spec):
+        return fwd(x, w, y, c, exclude, u, v, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:N_PAIRS])
-        ctx.spec = inputs[N_PAIRS:]
+        *tensors, ctx.spec = inputs
+        ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(output[1], output[2])
 
     @staticmethod
     def backward(ctx, grad, _number, _active):
-        x, w, y, c, exclude, u, v = ctx.saved_tensors
-        kind, params, metric, normalize, eps, ignore_index, dtype = ctx.spec
         needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         if torch.is_grad_enabled():
-            found = _differentiable(grad, needs, Pairs(x, w, y, c, exclude, u, v), PairSpec(*ctx.spec))
+            found = _differentiable(grad, needs, Pairs(*ctx.saved_tensors), ctx.spec)
         else:
-            found = bwd(
-                grad, needs, x, w, y, c, exclude, u, v, kind, params, metric, normalize, eps, ignore_index, dtype
-            )
+            found = bwd(grad, needs, *ctx.saved_tensors, *ctx.spec)
         g_x, g_w, g_u, g_v = (g if need else None for g, need in zip(found, needs, strict=True))
-        return g_x, g_w, None, None, None, g_u, g_v, *(None,) * N_SPEC
+        return g_x, g_w, None, None, None, g_u, g_v, None
 
 
 def positive_pair_sum(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
     """(total, number, active) for checked arguments; see functional.positive_pair_sum."""
-    return _Forward.apply(*pairs, *spec)
+    return _Forward.apply(*pairs, spec)

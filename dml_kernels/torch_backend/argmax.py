@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import noise
+from ..ops.signatures import ArgmaxSpec, Search
 from . import tiles
 from .hinge import members
-
-if TYPE_CHECKING:  # the ops choose among backends, so they import this one
-    from ..ops.masked_argmax import ArgmaxSpec, Search
 
 
 def squared_distances(s: Tensor, metric: str) -> Tensor:

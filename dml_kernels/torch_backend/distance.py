@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.signatures import DistanceSpec, Matrices
 from . import tiles
 from .double import Tangents
 from .tiles import Gradients, Side
@@ -14,7 +15,8 @@ def _to_distance(s: Tensor, metric: str) -> Tensor:
     return s if metric == "dot" else s.neg_()
 
 
-def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    (x, w), (metric, normalize, eps, dtype, _) = inputs, spec
     rows = Side.of(x, normalize, eps, dtype)
     out = x.new_empty((x.size(0), w.size(0)), dtype=dtype)
     for k in tiles.chunks(x.size(0), *w.shape):
@@ -22,7 +24,8 @@ def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
     return out
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor | None, ...]:
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor | None, ...]:
+    (x, w), (metric, normalize, eps, dtype, _) = inputs, spec
     rows = Side.of(x, normalize, eps, dtype)
     grads = Gradients(rows, metric, *needs)
     grad_w = torch.empty_like(w, memory_format=torch.contiguous_format) if needs[1] else None
@@ -37,7 +40,8 @@ def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) ->
     return None if grad_x is None else grad_x.to(x.dtype), grad_w
 
 
-def normalized_distance_dbl(v_x, v_w, grad, x, w, metric, normalize, eps, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def normalized_distance_dbl(directions, grad, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor, Tensor, Tensor]:
+    (v_x, v_w), (x, w), (metric, normalize, eps, dtype, _) = directions, inputs, spec
     tangents = Tangents(x, v_x, metric, normalize, eps, dtype)
     sign = 1.0 if metric == "dot" else -1.0
     d_grad = torch.empty_like(grad, memory_format=torch.contiguous_format)

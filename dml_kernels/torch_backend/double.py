@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.contract import Bank, Spec, accumulate_dtype
-from . import logsumexp, tiles
-from .normalize import normalize_bwd, normalize_dbl, normalize_fwd
+from ..ops.contract import accumulate_dtype
+from ..ops.signatures import Bank, Spec
+from . import logsumexp, normalize, tiles
 from .policies import Pooled
 
 
@@ -50,13 +50,13 @@ class Tangents:
     def _lift(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if not self.normalize:
             return x, v
-        return normalize_fwd(x, self.eps), normalize_bwd(v, x, self.eps)
+        return normalize.forward(x, self.eps), normalize.backward(v, x, self.eps)
 
     def _drop(self, x: Tensor, v: Tensor, grad_u: Tensor, grad_du: Tensor) -> Tensor:
         """Gradient in x from those in u = x^ and in its tangent."""
         if not self.normalize:
             return grad_u
-        return normalize_bwd(grad_u, x, self.eps) + normalize_dbl(v, grad_du, x, self.eps)
+        return normalize.backward(grad_u, x, self.eps) + normalize.double(v, grad_du, x, self.eps)
 
     def chunk(self, w: Tensor, v: Tensor | None) -> Step:
         w = w.to(self.acc)

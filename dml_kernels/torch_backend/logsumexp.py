@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.contract import Bank, Spec
+from ..ops.signatures import Bank, Spec
 from . import tiles
 from .policies import Pooled, circle_weight
 from .tiles import Gradients, Side

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.contract import Spec
+from ..ops.signatures import Spec
 
 
 class Pooled:

@@ -13,34 +13,11 @@ from torch import Tensor
 
 from ..class_ranges import ClassRanges
 from ..logspace import log1pexp, logaddexp
+from ..ops.signatures import Pairs, PairSpec
 from . import by_class, tiles
 from .tiles import Gradients, Scores, Side
 
 KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
-
-
-class Pairs(NamedTuple):
-    """The tensors: x (N, D), w (M, D), y (N,), c (M,), exclude (N,) or None, u (N,), v (M,) or None."""
-
-    x: Tensor
-    w: Tensor
-    y: Tensor
-    c: Tensor
-    exclude: Tensor | None
-    u: Tensor
-    v: Tensor | None
-
-
-class PairSpec(NamedTuple):
-    """The term f and its numbers, the comparison, and the product dtype."""
-
-    kind: str
-    params: list[float]
-    metric: str
-    normalize: bool
-    eps: float
-    ignore_index: int
-    dtype: torch.dtype
 
 
 class Slopes(NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..class_ranges import ClassRanges
 from ..logspace import log1pexp
+from ..ops.signatures import Points, TripletSpec
 from . import by_class, tiles
 from .positives import _acc
 from .tiles import Gradients, Scores, Side
@@ -28,29 +29,6 @@ from .tiles import Gradients, Scores, Side
 FEW = 48
 # 64-bit words of flags, a byte each, that are added up before the bytes are taken apart.
 LANE = 128
-
-
-class Points(NamedTuple):
-    """The tensors: x (N, D), w (M, D), y (N,), c (M,), exclude (N,) or None."""
-
-    x: Tensor
-    w: Tensor
-    y: Tensor
-    c: Tensor
-    exclude: Tensor | None
-
-
-class TripletSpec(NamedTuple):
-    """The term, the comparison, and the product dtype."""
-
-    margin: float
-    smooth: bool
-    swap: bool
-    metric: str
-    normalize: bool
-    eps: float
-    ignore_index: int
-    dtype: torch.dtype
 
 
 class Thresholds(NamedTuple):

@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.contract import Bank, Spec, check_pair
+from ..ops.contract import check_pair
+from ..ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 
 name = "triton"
 OPS = (
@@ -116,24 +117,24 @@ def _host(module: str) -> Any:
     return importlib.import_module("." + module, __name__)
 
 
-def normalize_fwd(x: Tensor, eps: float) -> Tensor:
-    return _host("matrices").normalize_fwd(x, eps)
+def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _host("matrices").normalize_fwd(rows, spec)
 
 
-def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    _host("guard").same_shape(grad, *x.shape)
-    return _host("matrices").normalize_bwd(grad, x, eps)
+def normalize_bwd(grad: Tensor, rows: Rows, spec: NormalizeSpec) -> Tensor:
+    _host("guard").same_shape(grad, *rows.x.shape)
+    return _host("matrices").normalize_bwd(grad, rows, spec)
 
 
-def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
-    check_pair(x, w)
-    return _host("matrices").normalized_distance_fwd(x, w, metric, normalize, eps, dtype)
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    check_pair(*inputs)
+    return _host("matrices").normalized_distance_fwd(inputs, spec)
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor | None, ...]:
-    check_pair(x, w)
-    _host("guard").same_shape(grad, x.size(0), w.size(0))
-    return _host("matrices").normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype)
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor | None, ...]:
+    check_pair(*inputs)
+    _host("guard").same_shape(grad, inputs.x.size(0), inputs.w.size(0))
+    return _host("matrices").normalized_distance_bwd(grad, needs, inputs, spec)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:

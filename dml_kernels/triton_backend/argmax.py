@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.contract import accumulate_dtype
+from ..ops.signatures import ArgmaxSpec, Search
 from . import argmax_kernels, configs
 from .hinge import labels, operands, pick
 from .launch import cdiv, launch, on_device
 from .operand import tile_arguments
-
-if TYPE_CHECKING:  # the ops choose among backends, so they import this one
-    from ..ops.masked_argmax import ArgmaxSpec, Search
 
 MASK = (1 << 64) - 1
 

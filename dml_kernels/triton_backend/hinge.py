@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.contract import accumulate_dtype
+from ..ops.signatures import ArgmaxSpec, HingeSpec, Lines, Search, Slopes
 from . import configs, hinge_kernels
 from .collect import Block, Gradients, lift, slope_bound
 from .launch import launch, on_device
 from .operand import Operand, part, tile_arguments
-
-if TYPE_CHECKING:  # the ops choose among backends, so they import this one
-    from ..ops.masked_argmax import ArgmaxSpec, Search
-    from ..ops.masked_hinge_sum import HingeSpec, Lines, Slopes
 
 
 def operands(inputs: Lines | Search, spec: HingeSpec | ArgmaxSpec) -> tuple[Operand, Operand]:

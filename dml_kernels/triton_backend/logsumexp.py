@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.contract import Bank, Spec, accumulate_dtype
+from ..ops.contract import accumulate_dtype
+from ..ops.signatures import Bank, Spec
 from ..torch_backend import scale_grad
 from . import backward, configs, forward, owned
 from .collect import BUFFER_BYTES, LARGEST_FP16, Block, Gradients, lift, slope_bound

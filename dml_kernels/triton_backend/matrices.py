@@ -5,25 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.signatures import DistanceSpec, Matrices, NormalizeSpec, Rows
 from . import configs, distance
 from .collect import Block, Gradients, lift, slope_bound
 from .launch import cdiv, launch, on_device
 from .operand import Operand, normalize_rows, project, tile_arguments
 
 
-def normalize_fwd(x: Tensor, eps: float) -> Tensor:
-    with on_device(x):
-        return normalize_rows(x, eps, x.dtype)
+def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    with on_device(rows.x):
+        return normalize_rows(rows.x, spec.eps, rows.x.dtype)
 
 
-def normalize_bwd(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+def normalize_bwd(grad: Tensor, inputs: Rows, spec: NormalizeSpec) -> Tensor:
     """r (g - u (u.g)): the projection that ends every gradient, of a gradient that has no norms folded in."""
+    x = inputs.x
     with on_device(x):
-        rows = Operand.of(x, "dot", True, eps, x.dtype)
+        rows = Operand.of(x, "dot", True, spec.eps, x.dtype)
         return project(grad, rows, torch.empty_like(x, memory_format=torch.contiguous_format), folded=False)
 
 
-def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    (x, w), (metric, normalize, eps, dtype, _) = inputs, spec
     n, m = x.size(0), w.size(0)
     out = x.new_empty((n, m), dtype=dtype)
     if n == 0:
@@ -40,7 +43,8 @@ def normalized_distance_fwd(x, w, metric, normalize, eps, dtype) -> Tensor:
     return out
 
 
-def normalized_distance_bwd(grad, x, w, needs, metric, normalize, eps, dtype) -> tuple[Tensor | None, ...]:
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor | None, ...]:
+    (x, w), (metric, normalize, eps, dtype, _) = inputs, spec
     if x.size(0) == 0:
         return tuple(torch.zeros_like(t) if need else None for t, need in zip((x, w), needs, strict=True))
     with on_device(x):

@@ -16,9 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.contract import Bank, Spec, accumulate_dtype
-from ..ops.masked_argmax import ArgmaxSpec, Search
-from ..ops.masked_hinge_sum import HingeSpec, Lines, Slopes
+from ..ops.contract import accumulate_dtype
+from ..ops.signatures import (
+    ArgmaxSpec,
+    Bank,
+    DistanceSpec,
+    HingeSpec,
+    Lines,
+    Matrices,
+    NormalizeSpec,
+    Rows,
+    Search,
+    Slopes,
+    Spec,
+)  # fmt: skip
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
@@ -121,12 +132,14 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
     base, normalize = ("dot", True) if case.metric == "cosine" else (case.metric, True)
     some, labels = case.options, case.options and case.labels
-    bank = Bank(x, w, y, c if labels else None, y if some else None, n if some else None, m if some else None,
-                m if some else None)  # fmt: skip
+    bank = Bank(x, w, y, c if labels else None, *(t if some else None for t in (y, n, m, m)))
     dtype = case.x
     params = {"linear": [], "quadratic": [0.25], "max_pool": [case.centres], "softmax_pool": [case.centres, 0.1]}
-    spec = Spec(base, normalize, [64.0, 0.0, 64.0, 0.0], 1e-12, -100, dtype, labels, False, case.policy,
-                params[case.policy], "triton")  # fmt: skip
+    shared = {"metric": base, "eps": 1e-12, "dtype": dtype, "backend": "triton"}
+    spec = Spec(
+        normalize=normalize, logit=[64.0, 0.0, 64.0, 0.0], ignore_index=-100, sums=labels, policy=case.policy,
+        policy_params=params[case.policy], **shared,
+    )  # fmt: skip
     torch.set_float32_matmul_precision(case.precision)
     with configs.compile_for(arch), recorded(lambda kernel, grid, *rest: found.append((kernel, *rest))):
         if case.op != "logsumexp":
@@ -146,9 +159,10 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
                     if kept:
                         logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), needs, bank, spec, *kept)
         if not some and case.policy == "linear":
-            matrices.normalized_distance_fwd(x, w, base, normalize, 1e-12, dtype)
-            matrices.normalized_distance_bwd(x @ w.T.to(dtype), x, w, [True, True], base, normalize, 1e-12, dtype)
-            matrices.normalize_fwd(x, 1e-12)
+            pair, distance = Matrices(x, w), DistanceSpec(normalize=normalize, **shared)
+            matrices.normalized_distance_fwd(pair, distance)
+            matrices.normalized_distance_bwd(x @ w.T.to(dtype), [True, True], pair, distance)
+            matrices.normalize_fwd(Rows(x), NormalizeSpec(eps=1e-12, backend="triton"))
     return found
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from dml_kernels.ops.contract import Bank, Spec
+from dml_kernels.ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 from dml_kernels.triton_backend import collect, configs, logsumexp, matrices
 from dml_kernels.triton_backend.launch import recorded
 
@@ -113,14 +113,15 @@ def launches(metric: str, monkeypatch: Any) -> Found:
         x, w = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(M, D, dtype=torch.bfloat16)
         n, m, y, c = torch.empty(N), torch.empty(M), *(torch.empty(k, dtype=torch.int64) for k in (N, M))
         bank = Bank(x, w, y, c, y, n, m, m)
-        spec = Spec(
-            metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, torch.bfloat16, True, False, "linear", [], "triton"
-        )
+        shared = {"metric": metric, "normalize": True, "eps": 1e-12, "dtype": torch.bfloat16, "backend": "triton"}
+        spec = Spec(logit=[2.0, 0.1, 3.0, 0.2], ignore_index=-100, sums=True, **shared)
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
         logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, bank, spec)
-        out = matrices.normalized_distance_fwd(x, w, metric, True, 1e-12, torch.bfloat16)
-        matrices.normalized_distance_bwd(out, x, w, [True, True], metric, True, 1e-12, torch.bfloat16)
-        matrices.normalize_bwd(matrices.normalize_fwd(w, 1e-12), w, 1e-12)
+        pair, distance = Matrices(x, w), DistanceSpec(**shared)
+        out = matrices.normalized_distance_fwd(pair, distance)
+        matrices.normalized_distance_bwd(out, [True, True], pair, distance)
+        unit = NormalizeSpec(eps=1e-12, backend="triton")
+        matrices.normalize_bwd(matrices.normalize_fwd(Rows(w), unit), Rows(w), unit)
     return found
 
 
@@ -129,8 +130,11 @@ def owned_launches(monkeypatch: Any) -> Found:
     n, m, d = 1 << 16, 20_000_000, 128
     with largest(monkeypatch, 300) as found, configs.take_form("owned"):
         x, w = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(m, d, dtype=torch.bfloat16)
-        bank = Bank(x, w, torch.empty(n, dtype=torch.int64), None, None, None, None, None)
-        spec = Spec("dot", True, [2.0, 0, 3.0, 0], 1e-12, -100, torch.bfloat16, False, True, "linear", [], "triton")
+        bank = Bank(x, w, torch.empty(n, dtype=torch.int64))
+        spec = Spec(
+            metric="dot", normalize=True, logit=[2.0, 0, 3.0, 0], eps=1e-12, ignore_index=-100, dtype=torch.bfloat16,
+            backend="triton", keep=True,
+        )  # fmt: skip
         same, different, *sums, mean = logsumexp.masked_logsumexp_fwd(bank, spec)
         for kept in (None, mean):
             grads, needs = (same, different, *sums), [True, True, False, False, False]

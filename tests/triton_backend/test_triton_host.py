@@ -12,17 +12,30 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dml_kernels.ops.contract import Bank, Spec
-from dml_kernels.ops.masked_argmax import ArgmaxSpec, Search
-from dml_kernels.ops.masked_hinge_sum import HingeSpec, Lines, Slopes
+from dml_kernels.ops.signatures import (
+    ArgmaxSpec,
+    Bank,
+    DistanceSpec,
+    HingeSpec,
+    Lines,
+    Matrices,
+    NormalizeSpec,
+    Rows,
+    Search,
+    Slopes,
+    Spec,
+)  # fmt: skip
 from dml_kernels.triton_backend import argmax, collect, configs, hinge, logsumexp, matrices, model
 from dml_kernels.triton_backend.launch import recorded
 
 
 def test_no_fixed_offset_where_the_span_is_unknown():
     x, ones = torch.zeros(2, 3), torch.ones(2)
-    plain = Bank(x, x, torch.arange(2), None, None, None, None, None)
-    kind = Spec("dot", True, [1.0, 0, 1.0, 0], 1e-12, -100, torch.float32, False, False, "linear", [], "triton")
+    plain = Bank(x, x, torch.arange(2))
+    kind = Spec(
+        metric="dot", normalize=True, logit=[1.0, 0, 1.0, 0], eps=1e-12, ignore_index=-100, dtype=torch.float32,
+        backend="triton",
+    )  # fmt: skip
     assert logsumexp.fixed_peak(plain, kind) == pytest.approx(math.log2(math.e))
     assert logsumexp.fixed_peak(plain, kind._replace(normalize=False)) is None
     for name in ("scale", "col_scale", "col_bias"):
@@ -58,21 +71,26 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
     rows, columns = torch.empty(n), torch.empty(m)
     y, c = torch.empty(n, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
     bank = Bank(x, w, y, c, y, rows, columns, columns)
-    spec = Spec(metric, True, [2.0, 0.1, 3.0, 0.2], 1e-12, -100, dtype, True, False, "linear", [], "triton")
+    distance = DistanceSpec(metric=metric, normalize=True, eps=1e-12, dtype=dtype, backend="triton")
+    shared = {**distance._asdict(), "ignore_index": -100}
+    spec = Spec(logit=[2.0, 0.1, 3.0, 0.2], sums=True, **shared)
     launches = []
     with recorded(lambda *launch: launches.append(launch)):
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
         logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, bank, spec)
-        matrices.normalized_distance_fwd(x[:9], w[:9], metric, True, 1e-12, dtype)
-        grad = torch.empty(9, 9, dtype=dtype)
-        matrices.normalized_distance_bwd(grad, x[:9], w[:9], [True, True], metric, True, 1e-12, dtype)
-        matrices.normalize_bwd(matrices.normalize_fwd(x, 1e-12), x, 1e-12)
+        pair = Matrices(x[:9], w[:9])
+        matrices.normalized_distance_fwd(pair, distance)
+        matrices.normalized_distance_bwd(torch.empty(9, 9, dtype=dtype), [True, True], pair, distance)
+        unit = NormalizeSpec(eps=1e-12, backend="triton")
+        matrices.normalize_bwd(matrices.normalize_fwd(Rows(x), unit), Rows(x), unit)
         lines = Lines(x, w, y, c, y, (-1.0, 1.0), (rows, rows))
-        hinges = HingeSpec(metric, True, [], False, 1e-12, -100, dtype, "triton")
+        hinges = HingeSpec(hinge=[], relative=False, **shared)
         hinge.masked_hinge_sum_fwd(lines, hinges)
         hinge.masked_hinge_sum_bwd(Slopes(rows, rows, rows), (True, True), lines, hinges)
-        both, cutoffs = [True, True], [0.5, 1.4]
-        draw = ArgmaxSpec(metric, True, both, both, True, 7, "distance", cutoffs, 1e-12, -100, dtype, "triton")
+        draw = ArgmaxSpec(
+            wanted=[True, True], largest=[True, True], noise=True, seed=7, log_weight="distance", cutoffs=[0.5, 1.4],
+            **shared,
+        )  # fmt: skip
         argmax.masked_argmax_fwd(Search(x, w, y, c, y, rows, rows), draw)
         few = m // 5
         pools = bank._replace(w=w[: 5 * few], c=c[:few], col_scale=columns[:few], col_bias=columns[:few])
@@ -244,10 +262,11 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
 
         with FakeTensorMode(), configs.compile_for("sm_90"), configs.take_form("owned"), recorded(look):
             x, w, rows = torch.empty(n, d), torch.empty(m, d), torch.empty(n)
-            bank = Bank(x, w, torch.empty(n, dtype=torch.int64), None, None, None, None, None)
+            bank = Bank(x, w, torch.empty(n, dtype=torch.int64))
             spec = Spec(
-                "dot", True, [2.0, 0, 3.0, 0], 1e-12, -100, torch.bfloat16, False, False, "linear", [], "triton"
-            )
+                metric="dot", normalize=True, logit=[2.0, 0, 3.0, 0], eps=1e-12, ignore_index=-100,
+                dtype=torch.bfloat16, backend="triton",
+            )  # fmt: skip
             needs = [True, True, False, False, False]
             logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec)
             kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
@@ -260,14 +279,17 @@ def test_what_a_kernel_reads_by_address_is_checked_at_the_door():
     """A registered op takes anything; a kernel would read beside the memory it was given."""
     x, w, y = torch.randn(4, 3), torch.randn(6, 3), torch.arange(4)
     ops = torch.ops.dml_kernels
-    spec = ("dot", True, [1.0, 0.0, 1.0, 0.0], 1e-12, -100, torch.float32, False, False, "linear", [], "triton")
+    spec = Spec(
+        metric="dot", normalize=True, logit=[1.0, 0.0, 1.0, 0.0], eps=1e-12, ignore_index=-100, dtype=torch.float32,
+        backend="triton",
+    )  # fmt: skip
     bank = (x, w, y, None, None, None, None, None)
     grad, nothing = torch.randn(4), torch.empty(0)
     needs = [True, True, False, False, False]
     with pytest.raises(ValueError, match="grad must be floating of shape"):
         ops.normalize_bwd(torch.randn(3, 4), x, 1e-12, "triton")
     with pytest.raises(ValueError, match="grad must be floating of shape"):
-        ops.normalized_distance_bwd(torch.randn(6, 4), x, w, [True, True], "dot", True, 1e-12, torch.float32, "triton")
+        ops.normalized_distance_bwd(torch.randn(6, 4), [True, True], x, w, "dot", True, 1e-12, torch.float32, "triton")
     with pytest.raises(ValueError, match="y must have shape"):
         ops.masked_logsumexp_fwd(x, w, y[:2], *bank[3:], *spec)
     with pytest.raises(ValueError, match="a vector must be floating"):

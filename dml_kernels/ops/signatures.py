@@ -1,0 +1,293 @@
+"""What each op takes, stated once: a NamedTuple of its tensors and one of its numbers.
+
+The registered schemas are derived from these (``library.register``), autograd Functions take the tensors one by one and
+the numbers as one argument, and a backend's method takes both tuples. The numbers are given by keyword, so that a new
+one finds its place by its name.
+
+Backends know the metrics ``dot``, ``sqeuclidean`` and ``euclidean``, and ``normalize`` for unit vectors. In all of
+them x is (N, D), w (M, D), y (N,) and c (M,) int64 labels, and exclude (N,) int64 the bank index that is left out for
+the row, -1 for none; where c is None, each bank entry's label is its own index.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The tensor of normalize."""
+
+    x: Tensor
+
+
+class NormalizeSpec(NamedTuple):
+    """The number of normalize, and who computes it."""
+
+    eps: float
+    backend: str
+
+
+class Matrices(NamedTuple):
+    """The tensors of normalized_distance."""
+
+    x: Tensor
+    w: Tensor
+
+
+class DistanceSpec(NamedTuple):
+    """The numbers of normalized_distance, the product dtype, and who computes it."""
+
+    metric: str
+    normalize: bool
+    eps: float
+    dtype: torch.dtype
+    backend: str
+
+
+class Listed(NamedTuple):
+    """The tensors of pair_scores: rows (P,) and cols (P,) int64 name the pairs."""
+
+    x: Tensor
+    w: Tensor
+    rows: Tensor
+    cols: Tensor
+
+
+class ScoresSpec(NamedTuple):
+    """The numbers of pair_scores, and the dtype of its arithmetic."""
+
+    metric: str
+    normalize: bool
+    eps: float
+    dtype: torch.dtype
+
+
+class Bank(NamedTuple):
+    """The tensors of masked_logsumexp, a comparison of rows with a bank; scale () or (N,); col_scale, col_bias (M,).
+
+    Where K centres a class are pooled, w is (M K, D), class by class, and a column is a class.
+    """
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor | None = None
+    exclude: Tensor | None = None
+    scale: Tensor | None = None
+    col_scale: Tensor | None = None
+    col_bias: Tensor | None = None
+
+
+class Spec(NamedTuple):
+    """The numbers of masked_logsumexp: how a score becomes a logit, the product dtype, and who computes it.
+
+    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j. Under the
+    policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight. ``sums``: the plain sums of
+    both sets are asked for. ``keep``: a gradient in x will be asked for, so a backend may keep what makes that cheaper
+    (``backend.keeps_mean``).
+    """
+
+    metric: str
+    normalize: bool
+    logit: list[float]
+    eps: float
+    ignore_index: int
+    dtype: torch.dtype
+    backend: str
+    sums: bool = False
+    keep: bool = False
+    policy: str = "linear"
+    policy_params: list[float] = []  # noqa: RUF012 (never changed)
+
+    @property
+    def centres(self) -> int:
+        """Bank rows to a column: K where centres are pooled, else 1."""
+        return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
+
+
+class Hinged(NamedTuple):
+    """The tensors of masked_hinge_sum; the thresholds of both sets are (), (N,) or None each."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor | None
+    exclude: Tensor | None
+    t_same: Tensor | None
+    t_different: Tensor | None
+
+
+class HingeSpec(NamedTuple):
+    """The numbers of masked_hinge_sum; ``hinge`` is (k_same, o_same, k_different, o_different)."""
+
+    metric: str
+    normalize: bool
+    hinge: list[float]
+    relative: bool
+    eps: float
+    ignore_index: int
+    dtype: torch.dtype
+    backend: str
+
+
+class Lines(NamedTuple):
+    """What a backend sees of masked_hinge_sum: the terms relu(k s + offset) of same and of different, offset (N,)."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor | None
+    exclude: Tensor | None
+    k: tuple[float, float]
+    offset: tuple[Tensor, Tensor]
+
+
+class Slopes(NamedTuple):
+    """The gradient on a score of masked_hinge_sum: (N,) for positive terms of same and of different; ``own`` replaces
+    it at the entry of the row's own label (also an excluded one), or is None.
+    """
+
+    same: Tensor
+    different: Tensor
+    own: Tensor | None
+
+
+class Search(NamedTuple):
+    """The tensors of masked_argmax; the open interval (low, high) of scores, each (N,) or None."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor | None
+    exclude: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+
+
+class ArgmaxSpec(NamedTuple):
+    """The numbers of masked_argmax; ``wanted`` and ``largest`` are for same and different."""
+
+    metric: str
+    normalize: bool
+    wanted: list[bool]
+    largest: list[bool]
+    noise: bool
+    seed: int
+    log_weight: str
+    cutoffs: list[float]
+    eps: float
+    ignore_index: int
+    dtype: torch.dtype
+    backend: str
+
+    def empty_score(self, which: int) -> float:
+        """The score of a set without candidates: worse than any."""
+        return -torch.inf if self.largest[which] or self.noise else torch.inf
+
+
+class Proxied(NamedTuple):
+    """The tensors of proxy_nca: y names rows of w, or is ignore_index; scale () or (N,) multiplies the number in the
+    spec; weight (N,) of the rows.
+    """
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    scale: Tensor | None
+    weight: Tensor | None
+
+
+class ProxySpec(NamedTuple):
+    """The numbers of proxy_nca, the product dtype, and who computes it."""
+
+    factor: float
+    exclude_positive: bool
+    label_smoothing: float
+    eps: float
+    ignore_index: int
+    reduction: str
+    dtype: torch.dtype
+    backend: str
+
+    @property
+    def lse(self) -> Spec:
+        """The comparison behind it."""
+        return Spec(
+            metric="sqeuclidean", normalize=True, logit=[self.factor, 0.0, self.factor, 0.0], eps=self.eps,
+            ignore_index=self.ignore_index, dtype=self.dtype, sums=self.label_smoothing > 0, backend=self.backend,
+        )  # fmt: skip
+
+
+class Clustered(NamedTuple):
+    """The tensors of magnet: clusters (N,) int64 ids; classes (K,) int64 of the clusters; centers (K, D), variance ();
+    None where the batch's own are meant.
+    """
+
+    x: Tensor
+    clusters: Tensor
+    classes: Tensor
+    centers: Tensor | None
+    variance: Tensor | None
+
+
+class MagnetSpec(NamedTuple):
+    """The numbers of magnet, the product dtype, and who computes it."""
+
+    alpha: float
+    normalize: bool
+    min_variance: float
+    eps: float
+    ignore_index: int
+    reduction: str
+    dtype: torch.dtype
+    backend: str
+
+
+class Pairs(NamedTuple):
+    """The tensors of positive_pair_sum: u (N,), and v (M,) or None."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor
+    exclude: Tensor | None
+    u: Tensor
+    v: Tensor | None
+
+
+class PairSpec(NamedTuple):
+    """The numbers of positive_pair_sum: the term and its own, the comparison, and the product dtype."""
+
+    kind: str
+    params: list[float]
+    metric: str
+    normalize: bool
+    eps: float
+    ignore_index: int
+    dtype: torch.dtype
+
+
+class Points(NamedTuple):
+    """The tensors of triplet_sum."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    c: Tensor
+    exclude: Tensor | None
+
+
+class TripletSpec(NamedTuple):
+    """The numbers of triplet_sum: the term, the comparison, and the product dtype."""
+
+    margin: float
+    smooth: bool
+    swap: bool
+    metric: str
+    normalize: bool
+    eps: float
+    ignore_index: int
+    dtype: torch.dtype
