@@ -1,4 +1,4 @@
-"""Clusters within each class: the index (``index.py``), its refresh (``reclustering.py``), faiss (``kmeans.py``)."""
+"""Clusters within each class: the index (``index.py``), its refresh (``reclustering.py``), k-means (``kmeans.py``)."""
 
 from .index import ClusterIndex, RefreshReport
 

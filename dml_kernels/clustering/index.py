@@ -1,8 +1,8 @@
 """Clusters within each class, kept up to date while the embedding trains.
 
 Magnet (Rippel, Paluri, Dollar, Bourdev, "Metric Learning with Adaptive Density Discrimination", ICLR 2016,
-arXiv 1511.05939) models each class as several clusters: k-means of its examples' current embeddings, refreshed from
-time to time. `ClusterIndex` holds them:
+arXiv 1511.05939) models each class as several clusters: k-means of the current embeddings of its examples, refreshed
+from time to time. ``ClusterIndex`` holds them:
 
     index = ClusterIndex(labels, clusters_per_class=3, every=500)
     for step, batch in enumerate(batches):
@@ -12,8 +12,8 @@ time to time. `ClusterIndex` holds them:
     share = (index.seconds - seconds_before) / seconds_of_the_epoch
 
 Cluster ids are fixed at construction: class by class in ascending order of the labels, id = first id of the class +
-number within it. A refresh starts from the last clusters (their examples' means in the new embeddings, so that it does
-not matter how far the space has moved or turned in between), and an id keeps its meaning.
+number within the class. A refresh starts from the previous clusters: from the means of their examples in the new
+embeddings, so that it does not matter how far the space has moved or turned in between. So an id keeps its meaning.
 """
 
 from __future__ import annotations
@@ -42,11 +42,17 @@ STATE_FORMAT = 1
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What a refresh did: seconds in all, of them in getting the embeddings and in k-means (faiss and its calls).
+    """What a refresh did.
 
-    examples and classes: how many it went over. moved: the share of these examples whose cluster changed, 1 the first
-    time. filled: clusters that came out empty and were given the example farthest from its centre. empty: clusters of
-    the whole index without examples. variance: `ClusterIndex.variance` after it.
+    Attributes:
+        seconds: in all.
+        embed_seconds, kmeans_seconds: the seconds of these spent on getting the embeddings, and in faiss and calling
+        it.
+        examples, classes: how many it clustered.
+        moved: the share of these examples whose cluster changed; 1 the first time.
+        filled: clusters that became empty and were given the example farthest from its centre.
+        empty: clusters of the whole index without examples.
+        variance: ``ClusterIndex.variance`` after the refresh.
     """
 
     seconds: float
@@ -61,39 +67,46 @@ class RefreshReport:
 
 
 class ClusterIndex:
-    """Clusters of each class, by k-means++ of its examples' embeddings (faiss; Arthur and Vassilvitskii 2007).
+    """Clusters of each class, by k-means++ of the embeddings of its examples (faiss; Arthur and Vassilvitskii 2007).
 
-    labels                (n,) integers, any values in any order, in a tensor, array, list or pandas column (read by
-                          position); `ignore_index` puts an example in no cluster. Names (strings) are numbered from 0
-                          in sorted order
-    clusters_per_class    K, or as many as the class has examples where that is fewer
-    examples_per_cluster  in place of K: a class of c examples has ceil(c / examples_per_cluster) clusters
-    normalize             cluster unit vectors r / |r|. The centres are the means of unit vectors, not unit themselves;
-                          a zero vector stays 0
-    iterations            Lloyd's iterations of a refresh at most; k-means++ only where there are no clusters yet
-    every                 steps (or epochs: the unit is the caller's) between refreshes, see `due`; None: only a first
-    slices                a refresh goes over 1/slices of the examples (whole classes), the next one over the next: it
-                          holds training up for 1/slices as long. The first refresh is whole
-    block_examples        embeddings held at a time. A larger class is clustered on a sample of so many of its examples
-                          (seeded, the same each time); then all are assigned, block by block, and centres, sizes and
-                          variance are those of all
-    seed                  of k-means++ and of the samples. The same seed and embeddings give the same bits, at any
-                          number of threads
+    An empty cluster is given the example of its class that is farthest from its own centre. It stays empty only where
+    the class has fewer different vectors than clusters (or in a class above block_examples), and is left out wherever
+    clusters are drawn.
 
-    Attributes, tensors on the CPU, replaced (never changed in place) by a refresh:
-    clusters (n,) int64 the cluster of each example, -1 before the first refresh and for ignored ones;
-    cluster_classes (K,) int64 the label of each cluster's class, fixed; centers (K, D) fp32 the mean of each cluster's
-    examples, the class's mean for an empty cluster; sizes (K,) int64; variance, the float
-    sum |r - mu_own|^2 / max(n - 1, 1) over the n clustered examples; seconds spent in refreshes so far.
+    Memory in addition to the attributes: about 50 bytes an example and three fp32 blocks of block_examples x D.
 
-    Empty clusters: an empty cluster is given the example of its class farthest from its own centre. It stays empty only
-    where the class has fewer different vectors than clusters (or in a class above block_examples), and is left out
-    wherever clusters are drawn.
+    Args:
+        labels: (n,) integers, any values in any order, in a tensor, array, list or pandas column (read by position).
+            Names (strings) are numbered from 0 in sorted order.
+        clusters_per_class: K, or as many as the class has examples where that is fewer.
+        examples_per_cluster: replaces K: a class of c examples has ceil(c / examples_per_cluster) clusters.
+        normalize: cluster unit vectors r / |r|. The centres are means of unit vectors, not unit vectors themselves; a
+            zero vector stays 0.
+        iterations: the most Lloyd iterations of a refresh; k-means++ runs only where there are no clusters yet.
+        every: steps (or epochs: the caller chooses the unit) between refreshes, see :meth:`due`; None: only the first.
+        slices: a refresh covers 1/slices of the examples (whole classes), the next one the next share, so that it holds
+            training up for 1/slices of the time. The first refresh covers all.
+        block_examples: how many embeddings are held at a time. A larger class is clustered on a sample of so many of
+            its examples (seeded, the same each time); then all are assigned, block by block, and centres, sizes and
+            variance are those of all.
+        ignore_index: examples with this label are in no cluster.
+        seed: of k-means++ and of the samples. The same seed and embeddings give the same bits, at any number of
+            threads.
 
-    Memory beside the attributes: some 50 bytes an example and three fp32 blocks of block_examples x D.
+    Attributes:
+        clusters: (n,) int64, the cluster of each example; -1 before the first refresh and for ignored examples.
+        cluster_classes: (K,) int64, the label of the class of each cluster; fixed.
+        centers: (K, D) fp32, the mean of the examples of each cluster, the mean of the class for an empty cluster.
+        sizes: (K,) int64.
+        variance: a float, sum |r - mu_own|^2 / max(n - 1, 1) over the n clustered examples.
+        seconds: spent in refreshes so far.
 
-    Raises ValueError or TypeError for labels that are not a vector of integers or names, no labels to cluster, settings
-    that are not positive integers, a class with more clusters than block_examples; ImportError without faiss.
+    The tensors are on the CPU; a refresh replaces them, and never changes them in place.
+
+    Raises:
+        ValueError, TypeError: labels that are not a vector of integers or names, no labels to cluster, settings that
+            are not positive integers, a class with more clusters than block_examples.
+        ImportError: faiss is missing.
     """
 
     def __init__(
@@ -117,7 +130,7 @@ class ClusterIndex:
             examples_per_cluster = check_integer("examples_per_cluster", examples_per_cluster, 1)
         every = None if every is None else check_positive("every", every, "a number of steps or None")
         seed, ignore_index = check_integer("seed", seed, 0), check_integer("ignore_index", ignore_index)
-        load_faiss()  # missing: said now, not an epoch later
+        load_faiss()  # if it is missing, the error comes now and not an epoch later
         labels = _check_labels(labels)
         kept = (labels != ignore_index).nonzero().squeeze(1)
         if not len(kept):
@@ -144,7 +157,7 @@ class ClusterIndex:
         self.every, self.seed = every, seed
         self.block_examples = block_examples
         self.seconds = 0.0
-        self.refreshes = 0  # finished ones; whoever keeps something derived from the clusters compares it
+        self.refreshes = 0  # finished ones; code that caches something derived from the clusters compares it
         self._slices = self._cut(slices)
         self._next_slice = 0
         self._centers: Tensor | None = None
@@ -177,9 +190,9 @@ class ClusterIndex:
         return float(self._scatter.sum()) / max(self.count - 1, 1)
 
     def due(self, step: float) -> bool:
-        """Whether a refresh is due at this step: none was made yet, or `every` steps ago or more.
+        """Whether a refresh is due at this step: there was none yet, or the last was ``every`` steps ago or more.
 
-        A refresh counts from the step last asked about, so ask before each and no more is to be told.
+        A refresh counts from the step of the last call of this method, so call it before each refresh.
         """
         self._asked_at = step
         if self._centers is None:
@@ -187,17 +200,23 @@ class ClusterIndex:
         return self.every is not None and (self._refreshed_at is None or step - self._refreshed_at >= self.every)
 
     def refresh(self, embeddings: Embeddings, *, whole: bool = False, progress: Progress = None) -> RefreshReport:
-        """Cluster anew the next slice of the classes, or all of them (the first time, or with `whole`).
+        """Cluster the next slice of the classes again, or all of them (the first time, or with ``whole``).
 
-        embeddings  (n, D) of a floating dtype, on the CPU (memory-mapped too) or CUDA, read in blocks and clustered as
-                    fp32 (take the mean off first where fp64 vectors lie far from the origin); or a function
-                    that is given (b,) int64 indices, b <= block_examples, and returns their (b, D) embeddings. It is
-                    called without gradients, on whole classes in the order of their labels; whether the model is in
-                    eval mode is the caller's
-        progress    called with the number of examples just finished; True: a tqdm bar
+        On any error the index stays as it was.
 
-        On any error the index stays as it was. Raises TypeError for what is not a floating point tensor; ValueError for
-        a wrong shape, another D than the other slices have, or NaN, infinite or over-large (1e15) values.
+        Args:
+            embeddings: (n, D) of a floating dtype, on the CPU (may be memory-mapped) or CUDA, read in blocks and
+                clustered as fp32 (subtract the mean first where fp64 vectors lie far from the origin); or a function
+                that takes (b,) int64 indices, b <= block_examples, and returns their (b, D) embeddings. It is called
+                without gradients, on whole classes in the order of their labels. The caller decides whether the model
+                is in eval mode.
+            whole: cluster all classes.
+            progress: called with the number of examples just finished; True: a tqdm bar.
+
+        Raises:
+            TypeError: not a floating point tensor.
+            ValueError: a wrong shape, a different D than the other slices have, or NaN, infinite or too large (1e15)
+                values.
         """
         started = time.perf_counter()
         source = Source(embeddings, len(self.clusters), self.normalize)
@@ -208,7 +227,7 @@ class ClusterIndex:
         with torch.no_grad(), reporter(progress, len(mine), "clusters", "examples") as advance:
             for group in self._groups(first, last):
                 work.cluster(*group, advance)
-        # Nothing was changed so far; from here on nothing can fail.
+        # Nothing has changed so far; from here on nothing can fail.
         moved = float((work.clusters[mine] != self.clusters[mine]).double().mean())
         self.clusters, self._centers, self.sizes, self._scatter = work.clusters, work.centers, work.sizes, work.scatter
         self._next_slice = 0 if whole else (self._next_slice + 1) % len(self._slices)
@@ -230,13 +249,13 @@ class ClusterIndex:
         )
 
     def members(self, cluster: int) -> Tensor:
-        """Indices of the cluster's examples, ascending, (sizes[cluster],) int64."""
+        """Indices of the examples of a cluster, ascending, (sizes[cluster],) int64."""
         rows, starts = self.grouped()
         cluster = self._check_id(cluster)
         return rows[starts[cluster] : starts[cluster + 1]]
 
     def grouped(self) -> tuple[Tensor, Tensor]:
-        """All clustered examples by cluster, (n,) int64, and where each cluster's begin, (K + 1,) int64.
+        """All clustered examples by cluster, (n,) int64, and where those of each cluster begin, (K + 1,) int64.
 
         Sorted on the first call after a refresh, then kept.
         """
@@ -247,10 +266,11 @@ class ClusterIndex:
         return self._grouped[1:]
 
     def nearest_impostors(self, cluster: int, count: int) -> Tensor:
-        """The `count` non-empty clusters of other classes whose centres lie nearest, nearest first, (<= count,) int64.
+        """The non-empty clusters of other classes with the nearest centres, nearest first, (<= count,) int64.
 
-        Fewer where there are not so many; equal distances in order of the ids. Distances are taken directly, not from
-        products, so that equal centres are equally far. One pass over the centres: O(K D) time, O(K) memory.
+        Fewer than ``count`` where there are not so many; equal distances in the order of the ids. Distances come from
+        differences, not from products, so that equal centres are equally far. One pass over the centres: O(K D) time,
+        O(K) memory.
         """
         cluster, count = self._check_id(cluster), check_integer("count", count, 0)
         here = self.centers[cluster : cluster + 1]
@@ -264,7 +284,7 @@ class ClusterIndex:
         return near[torch.argsort(distance[near], stable=True)[:count]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a refresh changes, and what tells whether it fits: tensors, numbers and strings."""
+        """All that a refresh changes, and what identifies the index it belongs to: tensors, numbers and strings."""
         return {
             "format": STATE_FORMAT,
             "labels": self._labels_digest,
@@ -283,9 +303,10 @@ class ClusterIndex:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the `state_dict` of an index with the same labels and settings; ValueError if it does not fit.
+        """Load the ``state_dict`` of an index with the same labels and settings; an error leaves the index as it was.
 
-        An error leaves the index as it was.
+        Raises:
+            ValueError: the state does not fit, or is damaged.
         """
         own = self.state_dict()
         missing = own.keys() - state.keys()
@@ -306,13 +327,13 @@ class ClusterIndex:
         self._check_state(state, own)
         self.clusters, self.sizes, self._scatter = (state[name].clone() for name in ("clusters", "sizes", "scatter"))
         self._centers = None if state["centers"] is None else state["centers"].clone()
-        # Slices cut otherwise: begin with the first.
+        # If the slices are cut differently, begin with the first.
         self._next_slice = state["next_slice"] if state["slices"] == len(self._slices) else 0
         self._asked_at, self._refreshed_at = state["asked_at"], state["refreshed_at"]
         self.refreshes, self.seconds = state["refreshes"], state["seconds"]
 
     def _check_state(self, state: dict[str, Any], own: dict[str, Any]) -> None:
-        """Raise ValueError unless each example is in a cluster of its class, or all are in none, and the rest fits."""
+        """Raise ValueError unless each example is in a cluster of its class, or all are in none, and all agrees."""
         count, clusters, centers = len(self), state["clusters"], state["centers"]
         times = {name: state[name] for name in ("asked_at", "refreshed_at")}
         if isinstance(centers, Tensor) and centers.dim() == 2:
@@ -345,7 +366,7 @@ class ClusterIndex:
         return cluster
 
     def _cut(self, slices: int) -> list[tuple[int, int]]:
-        """The classes in up to `slices` runs [first, last) of about equally many examples."""
+        """The classes in at most ``slices`` runs [first, last) of about equally many examples."""
         middle = (self._first_example[:-1] + self._first_example[1:]) // 2
         owner = middle * slices // len(self._order)
         _, runs = torch.unique_consecutive(owner, return_counts=True)

@@ -1,10 +1,11 @@
 """k-means within many small sets at once: faiss, one class after another, on one thread.
 
-faiss does the clustering (k-means++ and Lloyd's iterations). Here is what it leaves to its caller: coordinates in
-which single precision is enough, a start from an earlier partition, clusters that ended up empty, silence.
+faiss does the clustering (k-means++ and Lloyd's iterations). This file adds what faiss leaves to its caller:
+coordinates for which single precision is enough, a start from an earlier partition, a treatment of empty clusters, and
+no warnings.
 
-Sets of some dozens of vectors are far too small for faiss's threads, which cost more than they give (and spin where
-a machine is busy). One thread each, so that the result has the same bits at any number of threads.
+Sets of a few dozen vectors are far too small for the threads of faiss, which cost more than they save (and spin where a
+machine is busy). Each set uses one thread, so the result has the same bits at any number of threads.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from ..optional import import_optional
 
 __all__ = ["KMeans", "far_apart", "load_faiss", "segment_sums"]
 
-# Distances under this fraction of the coordinates' size are rounding: the vectors are equal.
+# Distances under this fraction of the size of the coordinates are rounding errors: the vectors are equal.
 ROUNDING = 1e-6
-# Rows whose double precision copy is made at a time.
+# How many rows are copied in double precision at a time.
 ROWS = 2048
-# Distances up to which k-means++ is greedy: some minutes' worth.
+# The number of distances up to which k-means++ is greedy; they take some minutes.
 GREEDY = 1 << 27
 
 
@@ -48,10 +49,11 @@ def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
 def far_apart(x: Tensor, count: int, seed: int) -> Tensor:
     """Rows of x (n, D) fp32 to start k-means from, (count,) int64, by greedy k-means++; count <= n.
 
-    Each is drawn in proportion to the squared distance from those there are (Arthur and Vassilvitskii 2007, k-means++),
-    the best of several draws: the one that leaves the least distance in all. A single draw in proportion misses some of
-    many groups even where they are far apart, since the near examples of the groups found outnumber the others. It is
-    a single one where several would take many minutes. O(n D count log count) time, O(n log count) memory.
+    Each row is drawn with probability proportional to its squared distance from the rows chosen so far (k-means++,
+    Arthur and Vassilvitskii 2007). Of several draws the best counts, the one that leaves the smallest sum of distances:
+    a single draw misses some of many groups even where they are far apart, because the examples near the groups already
+    found outnumber the others. Where several draws would take many minutes, one is made. O(n D count log count) time,
+    O(n log count) memory.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = 4 + int(math.log(count)) if len(x) * count <= GREEDY else 1
@@ -73,7 +75,7 @@ def far_apart(x: Tensor, count: int, seed: int) -> Tensor:
 
 
 class KMeans:
-    """k-means of sets of D-dimensional vectors, `iterations` of Lloyd's at most; Arthur and Vassilvitskii 2007."""
+    """k-means of sets of D-dimensional vectors, at most ``iterations`` of Lloyd (Arthur and Vassilvitskii 2007)."""
 
     def __init__(self, dimensions: int, iterations: int) -> None:
         self._faiss = faiss = load_faiss()
@@ -82,14 +84,14 @@ class KMeans:
         self._settings = settings = faiss.ClusteringParameters()
         settings.niter = iterations
         settings.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
-        # No warning of few examples a cluster, no subsampling: the sets are small and wanted whole.
+        # No warning about few examples per cluster, and no subsampling: the sets are small, and all of each counts.
         settings.min_points_per_centroid = 1
         settings.max_points_per_centroid = 1 << 30
         settings.check_input_data_for_NaNs = False  # checked where embeddings come in
 
     @contextlib.contextmanager
     def on_one_thread(self) -> Iterator[None]:
-        """faiss's calls of this thread run on it alone; put back as it was afterwards."""
+        """Calls of faiss from this thread use only this thread; the setting is restored afterwards."""
         threads = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(1)
         try:
@@ -102,12 +104,16 @@ class KMeans:
     ) -> tuple[Tensor, Tensor, int]:
         """Clusters of consecutive sets of rows, each set on its own.
 
-        x (n, D) fp32 contiguous, about its sets' means; sizes and counts: rows and clusters of each set, at least
-        one and at most as many clusters as rows; seeds: one each, for k-means++; initial (sum of counts, D) fp32:
-        start there instead; reach (sets,): the largest coordinate of each set's mean.
+        Args:
+            x: (n, D) fp32, contiguous, with the mean of each set subtracted.
+            sizes, counts: rows and clusters of each set; from one cluster to as many as rows.
+            seeds: of k-means++, one for each set.
+            initial: (sum of counts, D) fp32 centroids to start from instead, or None.
+            reach: (sets,) the largest coordinate of the mean of each set.
 
-        Returns centroids (sum of counts, D) fp32, the row of it nearest to each row of x, (n,) int64, and how many
-        clusters had to be filled (`_fill`).
+        Returns:
+            Centroids (sum of counts, D) fp32; the centroid nearest to each row of x, (n,) int64; and how many clusters
+            had to be filled (``_fill``).
         """
         centroids = np.zeros((sum(counts), self._dimensions), dtype=np.float32)
         nearest = np.zeros(len(x), dtype=np.int64)
@@ -174,12 +180,14 @@ def _spans(lengths: list[int]) -> list[slice]:
 
 
 def _fill(x: np.ndarray[Any, Any], centroids: np.ndarray[Any, Any], nearest: np.ndarray[Any, Any], noise: float) -> int:
-    """Give each empty cluster the example farthest from its cluster's mean, in place; how many were filled.
+    """Give each empty cluster the example farthest from the mean of its cluster, in place; returns how many were
+    filled.
 
-    Never the only example of a cluster, which is the mean itself, so that none is emptied in turn. A cluster stays
-    empty where every other's examples are equal up to `noise`: the set has fewer different vectors than clusters.
+    The only example of a cluster is its mean, so it is never taken, and no cluster is emptied in turn. A cluster stays
+    empty where the examples of every other cluster are equal up to ``noise``: the set has fewer different vectors than
+    clusters.
 
-    Means and not faiss's centroids, which it may have moved off equal vectors to split them.
+    The means are computed here, because faiss may have moved its centroids off equal vectors to split them.
     """
     members, filled = np.bincount(nearest, minlength=len(centroids)), 0
     sums = segment_sums(torch.from_numpy(x), torch.from_numpy(nearest), len(centroids)).numpy()

@@ -1,4 +1,4 @@
-"""One refresh of a `ClusterIndex`: block by block of the embeddings, into new tensors. No n x D copy is made."""
+"""One refresh of a ``ClusterIndex``, block by block of the embeddings, into new tensors. No n x D copy is made."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["Embeddings", "Reclustering", "Source"]
 
 Embeddings = Tensor | Callable[[Tensor], Tensor]
-# Of an embedding's coordinates: squared distances stay well inside fp32's range.
+# The largest coordinate of an embedding: squared distances stay well inside the range of fp32.
 LARGEST = 1e15
 
 
 class Reclustering:
-    """One refresh: fills new tensors, which the index takes up in the end."""
+    """One refresh: fills new tensors, which the index takes over at the end."""
 
     def __init__(self, index: ClusterIndex, source: Source, centers: Tensor | None) -> None:
         self.index, self.source = index, source
         self.clusters, self.sizes, self.scatter = index.clusters.clone(), index.sizes.clone(), index._scatter.clone()
-        # Of a partial refresh: the other slices' centres stay, and fix D.
+        # In a partial refresh the centres of the other slices stay, and determine D.
         self._known = None if centers is None else centers.clone()
         if self._known is not None:
             source.dimensions = self._known.shape[1]
@@ -37,14 +37,14 @@ class Reclustering:
 
     @property
     def centers(self) -> Tensor:
-        """(K, D) fp32, the new ones as far as they are known."""
+        """(K, D) fp32, the new centres as far as they are known."""
         if self._known is None:
             assert self.source.dimensions is not None, "no block was read yet"
             self._known = torch.zeros(len(self.index), self.source.dimensions)
         return self._known
 
     def cluster(self, first: int, last: int, advance: Callable[[int], object]) -> None:
-        """The classes [first, last): together within a block, or one class of any size."""
+        """Cluster the classes [first, last), which fit a block together, or one class of any size."""
         index = self.index
         start, end = int(index._first_example[first]), int(index._first_example[last])
         rows, block = index._order[start:end], index.block_examples
@@ -76,23 +76,23 @@ class Reclustering:
         self.centers[places] = (shift.repeat_interleave(counts, dim=0).double() + means).float()
 
     def _sample(self, rows: Tensor, place: int) -> Tensor:
-        """block_examples of a large class's examples, in order; the same ones at every refresh."""
+        """block_examples of the examples of a large class, in order; the same ones at every refresh."""
         generator = torch.Generator().manual_seed(self._seed(place))
         chosen = torch.randperm(len(rows), generator=generator)[: self.index.block_examples]
         return rows[chosen.sort().values]
 
     def _seed(self, place: int) -> int:
-        """Of a class by its place: the same whatever else is in the block or the slice."""
+        """The seed of a class, from its place: it does not depend on what else is in the block or the slice."""
         return int((self.index.seed * 1_000_003 + place) % (1 << 31))
 
     def _train(
         self, x: Tensor, rows: Tensor, sizes: Tensor, counts: Tensor, first: int, shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """k-means of a block: centroids about the classes' means, and the nearest of each row."""
+        """k-means of a block: centroids relative to the means of the classes, and the nearest of each row."""
         index, total = self.index, int(counts.sum())
         initial = None
         if index.refreshes:
-            # The last clusters, where their examples are now. An empty one starts at its class's mean, 0.
+            # The previous clusters, where their examples are now. An empty one starts at the mean of its class, 0.
             before = index.clusters[rows] - index._first_cluster[first]
             members = torch.bincount(before, minlength=total).clamp(min=1)
             initial = (segment_sums(x, before, total) / members[:, None]).float()
@@ -115,7 +115,7 @@ class Reclustering:
 
 
 class Source:
-    """Blocks of embeddings: fp32 copies on the CPU, checked, of unit length where wanted; the seconds they took."""
+    """Blocks of embeddings: checked fp32 copies on the CPU, of unit length on request; counts the seconds."""
 
     def __init__(self, embeddings: Embeddings, count: int, normalize: bool) -> None:
         if isinstance(embeddings, Tensor):
@@ -131,12 +131,12 @@ class Source:
         self.seconds = 0.0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(len(rows), D) fp32, contiguous, the caller's own."""
+        """(len(rows), D) fp32, contiguous, a copy that the caller may change."""
         started = time.perf_counter()
         if isinstance(self._embeddings, Tensor):
             given = self._embeddings.detach()[rows.to(self._embeddings.device)]
         else:
-            given = self._embeddings(rows.clone())  # a view of the index's own
+            given = self._embeddings(rows.clone())  # rows is a view of a tensor of the index
             _check_kind("embed(indices)", given)
             if len(given) != len(rows):
                 raise ValueError(
@@ -160,7 +160,7 @@ class Source:
 
 
 class Moments:
-    """Count, sum and sum of squares of the rows given to each centroid, about the centroid, so that nothing cancels."""
+    """Count, sum and sum of squares of the rows of each centroid, relative to the centroid, so that nothing cancels."""
 
     def __init__(self, centroids: Tensor) -> None:
         self._centroids = centroids
@@ -169,7 +169,7 @@ class Moments:
         self._squares = torch.zeros(len(centroids), dtype=torch.float64)
 
     def add(self, x: Tensor, nearest: Tensor) -> None:
-        """Rows x (n, D), which are overwritten, and the place of each one's centroid (n,)."""
+        """Add rows x (n, D), which are overwritten; nearest (n,) is the centroid of each row."""
         apart, total = x.sub_(self._centroids[nearest]), len(self._centroids)
         self._count += torch.bincount(nearest, minlength=total)
         self._sum += segment_sums(apart, nearest, total)
@@ -178,7 +178,8 @@ class Moments:
     def result(self, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sizes (K,), sums of squared distances to the means (K,) fp64, means (K, D) fp64.
 
-        clusters (classes,): how many of the K each class has; an empty one's mean is that of all its class's rows.
+        ``clusters`` (classes,): how many of the K each class has. The mean of an empty cluster is that of all rows of
+        its class.
         """
         members = self._count.clamp(min=1)
         scatter = self._squares - self._sum.square().sum(1) / members
@@ -190,9 +191,9 @@ class Moments:
 
 
 def center(x: Tensor, sizes: Tensor) -> Tensor:
-    """Subtract from each run of rows its mean, in place; the means (runs, D) fp32.
+    """Subtract from each run of rows its mean, in place; returns the means (runs, D) fp32.
 
-    Embeddings far from the origin would lose their small distances to the rounding of faiss's products.
+    Far from the origin, small distances would be lost to rounding in the products of faiss.
     """
     owner = torch.arange(len(sizes)).repeat_interleave(sizes)
     means = (segment_sums(x, owner, len(sizes)) / sizes[:, None]).float()

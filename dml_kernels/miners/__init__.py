@@ -1,8 +1,9 @@
-"""Miners by the names people use: which pairs or triplets of a batch a loss should see, as index tuples.
+"""Miners, under pytorch-metric-learning's names: which pairs or triplets of a batch a loss should see.
 
-``miner(embeddings, labels, ref_emb=None, ref_labels=None)`` gives triplets (a, p, n) or pairs (a1, p, a2, n): int64
-indices, p and n into the references where those are given. They serve our losses and pytorch-metric-learning's alike.
-Scores are looked at tile by tile: beside the tuples themselves, memory stays within some tiles of 16 MB.
+``miner(embeddings, labels, ref_emb=None, ref_labels=None)`` returns an index tuple: triplets (a, p, n) or pairs
+(a1, p, a2, n) of int64 indices, p and n into the references where those are given. The losses of this package and of
+pytorch-metric-learning accept the tuples. Miners compute the scores tile by tile: in addition to the tuples, memory
+stays within a few tiles of 16 MB.
 """
 
 from ..elsewhere import explain

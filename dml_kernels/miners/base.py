@@ -14,15 +14,18 @@ from ..records import Recorded
 
 
 class Miner(Recorded):
-    """Looks at a batch and names pairs or triplets; a subclass states ``mine``.
+    """Chooses pairs or triplets of a batch; a subclass defines ``mine``.
 
     Args:
-        distance: of :mod:`dml_kernels.distances`, or pytorch-metric-learning's of the same name; None: the miner's own.
-        collect_stats: whether pytorch-metric-learning's record keepers are told of the attributes below, which are
-            there in any case. Its miners record distances as well; these do not, as that takes a pass over the matrix.
+        distance: one of :mod:`dml_kernels.distances`, or the class of the same name in pytorch-metric-learning; None:
+            the default of the miner.
+        collect_stats: whether the record keepers of pytorch-metric-learning see the attributes below, which exist in
+            any case. The miners of pytorch-metric-learning also record distances; these miners do not, because that
+            would take a pass over the matrix.
 
     Attributes:
-        num_pos_pairs, num_neg_pairs, num_triplets: how long the last call's lists are; 0 where it gave none such.
+        num_pos_pairs, num_neg_pairs, num_triplets: the lengths of the lists that the last call returned; 0 for a kind
+            that it did not return.
     """
 
     statistics = ("num_pos_pairs", "num_neg_pairs", "num_triplets")
@@ -38,20 +41,25 @@ class Miner(Recorded):
         super().__setattr__(name, value)
 
     def default_distance(self) -> distances.Distance:
-        """The distance where none is given."""
+        """The distance that is used if none is given."""
         return distances.LpDistance()
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The tuples of a checked batch."""
+        """The index tuple of a checked batch."""
         raise NotImplementedError
 
     @torch.no_grad()
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Index tuples of embeddings (N, D) with labels (N,), against references (M, D) where given.
+        """The index tuple of a batch, compared with itself or with references.
 
-        References that are the embeddings, the same tensor, are the batch itself: no row meets its own copy.
+        Where ``ref_emb`` is ``embeddings``, the same tensor, the references are the batch itself, and no row is
+        compared with its own copy.
+
+        Args:
+            embeddings: (N, D). labels: (N,) integers.
+            ref_emb: (M, D) or None. ref_labels: (M,) integers or None.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
@@ -59,7 +67,7 @@ class Miner(Recorded):
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
         batch = make_batch(embeddings, labels, None, ref_emb, ref_labels)
-        if batch.w.size(0) == 0:  # a batch of no rows: as beside one reference that is in no pair
+        if batch.w.size(0) == 0:  # a batch of no rows: compared with one reference that is in no pair
             nobody = torch.full((1,), IGNORE_INDEX, device=batch.x.device)
             batch = batch._replace(w=batch.x.new_zeros(1, batch.x.size(1)), c=nobody, exclude=None)
         found = self.mine(batch)
@@ -69,7 +77,7 @@ class Miner(Recorded):
         return found
 
     def listed(self, batch: Batch, *choices: Callable[[Tile], Tensor]) -> tuple[Tensor, ...]:
-        """(rows, columns) of the entries that each choice, a mask over a tile, picks; rows ascending."""
+        """(rows, columns) of the entries that each choice selects by a mask over a tile; rows ascending."""
         found: list[list[Tensor]] = [[] for _ in choices]
         for tile in tiles(batch, self.distance):
             for places, choice in zip(found, choices, strict=True):
@@ -82,5 +90,5 @@ class Miner(Recorded):
 
 
 def pieces(places: Tensor, width: int, elements: int) -> Iterator[Tensor]:
-    """A list in parts whose rows of ``width`` entries stay within so many elements."""
+    """A list of places in parts, so that a part times ``width`` has at most so many elements (one place at least)."""
     return iter(places.split(max(1, elements // max(width, 1)))) if places.numel() else iter(())

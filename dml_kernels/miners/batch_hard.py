@@ -1,4 +1,4 @@
-"""One positive and one negative for each anchor: the hardest, the easiest, or those beyond the other one."""
+"""One positive and one negative for each anchor: the hardest, the easiest, or the hardest beyond the other one."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from .base import Miner
 class BatchEasyHardMiner(Miner):
     """For each anchor a positive and a negative, by strategy (Xuan et al. 2020, arXiv 1904.04370): (a1, p, a2, n).
 
-    ``hard``: the furthest positive, the closest negative. ``easy``: the closest positive, the furthest negative.
-    ``semihard``: the hardest of those beyond the other one: the closest negative that is further than the anchor's
-    chosen positive; the furthest positive that is closer than its chosen negative. ``all``: every one. Anchors for
-    which one of the two is missing are left out.
+    - ``hard``: the furthest positive, the closest negative.
+    - ``easy``: the closest positive, the furthest negative.
+    - ``semihard``: the closest negative that is further than the chosen positive; the furthest positive that is closer
+      than the chosen negative.
+    - ``all``: every one.
+
+    Anchors for which the positive or the negative is missing are left out.
 
     Args:
         pos_strategy, neg_strategy: the strategies; not ``semihard`` for both, nor ``semihard`` with ``all``.
-        allowed_pos_range, allowed_neg_range: (low, high), both in, of distances (or similarities) to choose within.
+        allowed_pos_range, allowed_neg_range: (low, high): only pairs with a distance (or similarity) from low to high,
+            both included, are considered.
 
     Raises:
-        ValueError: an unknown strategy or a pair of them that makes no sense.
+        ValueError: an unknown strategy, or two strategies that do not fit together.
     """
 
     HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
@@ -55,7 +59,7 @@ class BatchEasyHardMiner(Miner):
         self.allowed_neg_range = _check_range("allowed_neg_range", allowed_neg_range)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Each set's choice by one streamed search; a semi-hard one after the other's."""
+        """One streamed search for each set; a semi-hard search comes after that of the other set."""
         chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for kind in ("same", "different") if self.pos_strategy != self.SEMIHARD else ("different", "same"):
             if self._strategy(kind) != self.ALL:
@@ -76,14 +80,14 @@ class BatchEasyHardMiner(Miner):
         return self.pos_strategy if kind == "same" else self.neg_strategy
 
     def _search(self, batch: Batch, kind: str, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(index, score) of one set's choice; ``other`` is the score of the other set's."""
+        """(index, score) of the choice from one set; ``other`` is the score of the choice from the other set."""
         strategy = self._strategy(kind)
-        # A hard negative is the closest, a hard positive the furthest; semi-hard is the hardest that is left.
+        # A hard negative is the closest, a hard positive the furthest; semi-hard is the hardest within the bounds.
         largest = (strategy != self.EASY) == (kind == "different")
         low, high = self._range(batch, kind)
         if strategy == self.SEMIHARD:
             assert other is not None
-            # Beyond the other one, and nothing for an anchor without it: no number lies beyond NaN.
+            # Beyond the other choice; for an anchor without one nothing, because no number lies beyond NaN.
             other = torch.where(other.isfinite(), other, torch.nan)
             if kind == "different":
                 high = other if high is None else torch.minimum(high, other)
@@ -123,12 +127,12 @@ def _check_range(name: str, ends: tuple[float, float] | None) -> tuple[float, fl
 
 
 class BatchHardMiner(BatchEasyHardMiner):
-    """Each anchor's furthest positive and closest negative (Hermans et al. 2017, arXiv 1703.07737): (a, p, n)."""
+    """The furthest positive and closest negative of each anchor (Hermans et al. 2017, arXiv 1703.07737): (a, p, n)."""
 
     def __init__(self, **options: Any):
         super().__init__(pos_strategy=self.HARD, neg_strategy=self.HARD, **options)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """One triplet an anchor that has both."""
+        """One triplet for each anchor that has both."""
         a, p, _, n = super().mine(batch)
         return a, p, n

@@ -1,4 +1,4 @@
-"""Pairs that violate a margin, or are hard beside the hardest of the other kind."""
+"""Pairs that violate a margin, or are hard compared with the hardest of the other kind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .base import Miner
 class PairMarginMiner(Miner):
     """Positive pairs further apart than ``pos_margin``, negative pairs closer than ``neg_margin``: (a1, p, a2, n).
 
-    Margins are in the distance's own units; with a similarity, positives below ``pos_margin`` and negatives above
-    ``neg_margin``.
+    With a similarity: positives below ``pos_margin`` and negatives above ``neg_margin``.
+
+    Args:
+        pos_margin, neg_margin: in the units of the distance.
+        options: of :class:`Miner`.
     """
 
     def __init__(self, pos_margin: float = 0.2, neg_margin: float = 0.8, **options: Any):
@@ -32,11 +35,15 @@ class PairMarginMiner(Miner):
 
 
 class MultiSimilarityMiner(Miner):
-    """Pairs that are hard beside the anchor's hardest pair of the other kind (Wang et al. 2019, arXiv 1904.06627).
+    """Pairs that are hard compared with the hardest pair of the other kind (Wang et al. 2019, arXiv 1904.06627).
 
-    A positive is kept when its score, less ``epsilon``, is below the anchor's closest negative's; a negative when its
-    score, plus ``epsilon``, is above the anchor's furthest positive's. Gives (a1, p, a2, n). An anchor without
-    positives keeps no negatives, one without negatives no positives.
+    A positive is kept if its score minus ``epsilon`` is below the score of the anchor's closest negative; a negative is
+    kept if its score plus ``epsilon`` is above the score of the anchor's furthest positive. An anchor without positives
+    keeps no negatives, and one without negatives keeps no positives. Returns (a1, p, a2, n).
+
+    Args:
+        epsilon: the margin, in the units of the score.
+        options: of :class:`Miner`.
     """
 
     def __init__(self, epsilon: float = 0.1, **options: Any):

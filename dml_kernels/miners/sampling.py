@@ -15,12 +15,13 @@ from .base import Miner
 
 
 class UniformMiner(Miner):
-    """Random triplets: positive and negative of each anchor drawn uniformly, with replacement.
+    """Random triplets: the positive and the negative of each anchor are drawn uniformly, with replacement.
+
+    The draws follow ``torch.manual_seed``, and are the same on any device.
 
     Args:
         triplets_per_anchor: how many; None: as many as the anchor's class has entries.
-
-    The draws follow ``torch.manual_seed``, and are the same on any device.
+        options: of :class:`Miner`.
     """
 
     def __init__(self, triplets_per_anchor: int | None = None, **options: Any):
@@ -30,17 +31,22 @@ class UniformMiner(Miner):
         self.triplets_per_anchor = triplets_per_anchor
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Places in the list sorted by label, drawn."""
+        """Draw places in the list sorted by label."""
         return random_triplets(batch, self.triplets_per_anchor)
 
 
 class DistanceWeightedMiner(UniformMiner):
     """Triplets whose negative is drawn in inverse proportion to how common its distance is.
 
-    On the unit sphere in D dimensions distances crowd around sqrt(2): uniform draws see little else. The weight is
-    1 / q(d), q(d) = d^(D-2) (1 - d^2/4)^((D-3)/2) (Wu et al. 2017, "Sampling Matters in Deep Embedding Learning", arXiv
-    1706.07567, section 4), with d at least ``cutoff``, and 0 from ``nonzero_loss_cutoff`` on: an anchor all of whose
-    negatives lie beyond gives no triplet.
+    On the unit sphere in D dimensions distances concentrate around sqrt(2), and uniform draws give little else. The
+    weight is 1 / q(d) with q(d) = d^(D-2) (1 - d^2/4)^((D-3)/2) (Wu et al. 2017, "Sampling Matters in Deep Embedding
+    Learning", arXiv 1706.07567, section 4), where d is at least ``cutoff``; from ``nonzero_loss_cutoff`` on the weight
+    is 0. An anchor whose negatives all lie beyond it gives no triplet.
+
+    Args:
+        cutoff: the floor under d.
+        nonzero_loss_cutoff: the distance from which negatives are not drawn.
+        options: of :class:`UniformMiner`.
     """
 
     def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **options: Any):
@@ -58,7 +64,7 @@ class DistanceWeightedMiner(UniformMiner):
         return distances.LpDistance()
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Anchors and positives drawn uniformly; their negatives by Gumbel-max over the streamed bank."""
+        """Draw anchors and positives uniformly, and their negatives by Gumbel-max over the streamed bank."""
         self._check_distance()
         a, p, _ = random_triplets(batch, self.triplets_per_anchor)
         assert batch.y is not None

@@ -18,8 +18,15 @@ class TripletMarginMiner(Miner):
     """Every triplet (a, p, n) of one kind, by d_an - d_ap (for a similarity, s_ap - s_an).
 
     ``all``: at most ``margin``. ``hard``: of those, at most 0. ``semihard``: of those, over 0. ``easy``: over the
-    margin. Time O(N M K) for K positives an anchor, and the list is as long as it is: TripletMarginLoss without a
-    miner sums ``all`` exactly in O(N M log M), and lists nothing.
+    margin.
+
+    Time O(N M K) for K positives per anchor, and memory for the whole list. TripletMarginLoss without a miner sums
+    ``all`` exactly in O(N M log M), and lists nothing.
+
+    Args:
+        margin: in the units of the distance.
+        type_of_triplets: one of the four kinds.
+        options: of :class:`Miner`.
 
     Raises:
         ValueError: an unknown type.
@@ -39,7 +46,7 @@ class TripletMarginMiner(Miner):
         return wanted & (slack > 0) if self.type_of_triplets == "semihard" else wanted
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Positives of a tile a piece at a time, each against all its row's entries."""
+        """The positives of a tile, a piece at a time, each compared with all entries of its row."""
         found = [batch.x.new_empty((0, 3), dtype=torch.int64)]
         for tile in tiles(batch, self.distance):
             for pairs in pieces(tile.same.nonzero(), batch.w.size(0), TILE_ELEMENTS // 4):
@@ -55,11 +62,11 @@ class EmbeddingsAlreadyPackagedAsTriplets(Miner):
     """Rows 3k, 3k + 1 and 3k + 2 as the triplet (a, p, n), whatever the labels say.
 
     Raises:
-        ValueError: a number of rows that is no multiple of 3.
+        ValueError: the number of rows is not a multiple of 3.
     """
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """All rows in turn."""
+        """All rows, in order."""
         n = batch.x.size(0)
         if n % 3:
             raise ValueError(f"embeddings must be triplets, row by row: a multiple of 3; got {n} rows")

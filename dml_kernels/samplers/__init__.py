@@ -1,4 +1,4 @@
-"""Which examples come together in a batch."""
+"""Which examples form a batch."""
 
 from ..elsewhere import explain
 from .balanced import MPerClassSampler, NPairsSampler

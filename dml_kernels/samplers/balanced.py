@@ -1,4 +1,4 @@
-"""Class-balanced batches: some classes, the same number of examples of each."""
+"""Class-balanced batches: some classes, with the same number of examples of each."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from ..ops.checks import check_integer
 class MPerClassSampler(Sampler[int]):
     """``m`` examples of each class in turn, for ``DataLoader(dataset, batch_size=B, sampler=...)``.
 
-    Without ``batch_size`` a pass goes through all classes in a new order; with it every run of ``batch_size`` indices
-    holds ``batch_size / m`` different classes, drawn anew for each. A class of fewer than ``m`` examples gives all it
-    has, and some of them again.
+    Without ``batch_size`` a pass visits all classes in a new order; with it every run of ``batch_size`` indices holds
+    ``batch_size / m`` different classes, drawn again for each run. A class of fewer than ``m`` examples gives all that
+    it has, and repeats some of them.
 
     Args:
         labels: (n,) of the data, integers or names (strings); a tensor, array, list or pandas column, read by position.
-            Those of ``ignore_index`` are never drawn.
-        m: examples of a class.
+        m: examples per class.
         batch_size: that of the DataLoader; a multiple of m, at most m times the number of classes.
         length_before_new_iter: indices of an epoch, rounded down to whole batches (or passes).
-        seed: of the draws; None: one from torch's generator at each epoch, so ``torch.manual_seed`` fixes them. With a
-            seed, call :meth:`set_epoch` before each epoch, as with ``DistributedSampler``: epoch and seed say all, so
-            a run that goes on from a checkpoint draws what it would have drawn.
-        ignore_index: the label of examples to leave out.
+        seed: of the draws; None: a new one from torch's generator in each epoch, so ``torch.manual_seed`` determines
+            them. With a seed, call :meth:`set_epoch` before each epoch, as with ``DistributedSampler``: the draws
+            depend only on epoch and seed, so a run that continues from a checkpoint makes the same draws.
+        ignore_index: the label of examples that are never drawn.
 
     Raises:
         ValueError, TypeError: no labels, labels that are neither integers nor names, sizes that do not fit; the message
@@ -53,7 +52,7 @@ class MPerClassSampler(Sampler[int]):
         self.seed = None if seed is None else check_integer("seed", seed, 0)
         ignore_index = check_integer("ignore_index", ignore_index)
         self.batch_size = None if batch_size is None else check_integer("batch_size", batch_size, 1)
-        # The examples class after class, and where each class starts: O(n), whatever the number of classes.
+        # The examples sorted by class, and where each class starts: O(n), whatever the number of classes.
         self._examples = np.argsort(values, kind="stable")
         kept = values[self._examples] != ignore_index
         self._examples = self._examples[kept]
@@ -78,7 +77,7 @@ class MPerClassSampler(Sampler[int]):
         return np.unique(sorted_labels, return_index=True, return_counts=True)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration is; each has draws of its own. Needs ``seed``."""
+        """Set the number of the next epoch; each epoch has its own draws. Use it with ``seed``."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -90,7 +89,7 @@ class MPerClassSampler(Sampler[int]):
         classes = self.labels.size if self.batch_size is None else self.batch_size // self.m_per_class
         left = self.list_size
         while left > 0:
-            # Drawing k of C classes is O(k) here: a run of small batches over a million classes stays cheap.
+            # Drawing k of C classes takes O(k): a run of small batches over a million classes stays cheap.
             drawn = generator.choice(self.labels.size, classes, replace=False, shuffle=True)
             for which in drawn[: -(-left // self.m_per_class)]:
                 start, size = self._starts[which], self._sizes[which]
@@ -107,7 +106,7 @@ class MPerClassSampler(Sampler[int]):
 class NPairsSampler(MPerClassSampler):
     """Two examples of each of ``batch_size / 2`` classes: the batches of the N-pairs loss (Sohn 2016, NIPS).
 
-    Classes with a single example make no pair and are left out. The arguments are :class:`MPerClassSampler`'s.
+    Classes with a single example make no pair and are left out. The arguments are those of :class:`MPerClassSampler`.
     """
 
     def __init__(self, labels: Any, batch_size: int, length_before_new_iter: int = 100000, **options: Any):

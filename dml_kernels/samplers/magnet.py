@@ -1,4 +1,4 @@
-"""Batches for Magnet: a cluster that does badly, the clusters of other classes around it, some examples of each.
+"""Batches for Magnet: a cluster with a high loss, the clusters of other classes around it, some examples of each.
 
 Rippel, Paluri, Dollar, Bourdev, "Metric Learning with Adaptive Density Discrimination", ICLR 2016, arXiv 1511.05939,
 section 3: draw a seed cluster with probability proportional to its loss, take its M-1 nearest impostor clusters, and D
@@ -27,36 +27,39 @@ STATE_FORMAT = 1
 
 
 class MagnetBatchSampler(Sampler[list[int]]):
-    """Batches of M clusters x D examples, for `DataLoader(dataset, batch_sampler=...)` with any number of workers.
+    """Batches of M clusters x D examples, for ``DataLoader(dataset, batch_sampler=...)`` with any number of workers.
 
-    index                 ClusterIndex, refreshed at least once before the first batch; refreshed again at any time, the
-                          next batch is of the new clusters
-    clusters_per_batch    M (12 in the paper)
-    examples_per_cluster  D (4 in the paper)
-    batches               of an epoch, len(sampler); None: clustered examples / (M D), rounded up
-    momentum              weight of the newest loss in a cluster's running mean, in (0, 1]; the first one counts whole.
-                          None: the plain mean of all its examples' losses so far
-    seed                  of the draws
+    **A batch** is a seed cluster, drawn with probability proportional to its tracked loss; its M-1 nearest clusters of
+    other classes (``ClusterIndex.nearest_impostors``); and D examples of each without replacement, those of the seed
+    cluster first. A cluster of fewer than D examples gives all that it has, and then repeats some, drawn with
+    replacement: every batch has M D indices. It has fewer only where there are fewer than M-1 clusters of other
+    classes; with a single class it is the seed cluster alone. Empty clusters and ignored examples are never drawn.
 
-    A batch: a seed cluster, drawn with probability proportional to its tracked loss; its M-1 nearest clusters of other
-    classes (`ClusterIndex.nearest_impostors`); D examples of each without replacement, the seed cluster's first. A
-    cluster of fewer than D examples gives all it has, and then some of them again, drawn with replacement: every batch
-    has M D indices. It has fewer where there are fewer than M-1 clusters of other classes: those there are, and with a
-    single class the seed cluster alone. Empty clusters and ignored examples are never drawn.
+    **Tracked losses** come from :meth:`update`, called after each step. A cluster that has no loss yet is drawn as if
+    it had the mean loss of those that have one; while none has a loss, or where all are 0, draws are uniform. A cluster
+    of loss 0 is no seed while others have a loss; it still comes as an impostor, which updates its loss. Cluster ids
+    keep their meaning when the index is refreshed, and so do the losses.
 
-    Tracked losses: `update` after each step. A cluster without a loss yet is drawn as one of the mean loss of those
-    that have one, so neither never nor always; uniformly while none has, or where all are 0. A cluster of loss 0 is no
-    seed while others have one; it still comes as an impostor, and its loss with it. Cluster ids keep their meaning when
-    the index is refreshed, and so do the losses.
+    Each iteration is a new epoch, with new draws; the first one after ``load_state_dict`` continues where the state was
+    saved. ``update`` affects later draws only: a DataLoader with workers draws num_workers x prefetch_factor batches
+    ahead. Use one iterator at a time.
 
-    Each iteration is a new epoch, with new draws; the first after `load_state_dict` goes on where the state was taken.
-    `update` steers the draws that come later: a DataLoader with workers draws ahead, num_workers x prefetch_factor
-    batches. One iterator at a time.
+    Args:
+        index: a ClusterIndex, refreshed at least once before the first batch. It may be refreshed at any time; the next
+            batch uses the new clusters.
+        clusters_per_batch: M (12 in the paper).
+        examples_per_cluster: D (4 in the paper).
+        batches: of an epoch, len(sampler); None: clustered examples / (M D), rounded up.
+        momentum: weight of the newest loss in the running mean of a cluster, in (0, 1]; the first loss counts fully.
+            None: the plain mean of the losses of all its examples so far.
+        seed: of the draws.
 
-    Raises ValueError or TypeError for wrong arguments; RuntimeError on iterating before the index's first refresh.
+    Raises:
+        ValueError, TypeError: wrong arguments.
+        RuntimeError: iterating before the first refresh of the index.
     """
 
-    # Batches kept, so that a state can begin before them: more than a DataLoader is ever ahead.
+    # How many batches are kept, so that a state can begin before them: more than a DataLoader is ever ahead.
     HISTORY = 1024
 
     def __init__(
@@ -78,11 +81,11 @@ class MagnetBatchSampler(Sampler[list[int]]):
         self._batches = check_integer("batches", batches, 1)
         self.index, self.momentum = index, None if momentum is None else check_momentum(momentum)
         self._losses = torch.zeros(len(index), dtype=torch.float64)
-        self._counts = torch.zeros(len(index), dtype=torch.int64)  # losses seen of each cluster
+        self._counts = torch.zeros(len(index), dtype=torch.int64)  # how many losses each cluster has had
         self._generator = np.random.default_rng(check_integer("seed", seed, 0))
         self._position = 0  # batches handed out in this epoch
         self._history: deque[list[int]] = deque(maxlen=self.HISTORY)  # the last of them
-        self._replay: deque[list[int]] = deque()  # handed out before the state was taken, used by nobody
+        self._replay: deque[list[int]] = deque()  # handed out before the state was saved, but not trained on
         self._resumed = False
 
     def __len__(self) -> int:
@@ -90,8 +93,8 @@ class MagnetBatchSampler(Sampler[list[int]]):
         return self._batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Nothing happens before the first batch is asked for: a DataLoader with workers makes two iterators and uses
-        # the second, which would else begin a new epoch in place of the resumed one.
+        # Nothing happens before the first batch is requested: a DataLoader with workers makes two iterators and uses
+        # the second, which would otherwise begin a new epoch instead of the resumed one.
         if not (self._resumed and self._position < self._batches):
             self._position = 0
             self._replay.clear()
@@ -105,14 +108,19 @@ class MagnetBatchSampler(Sampler[list[int]]):
 
     @property
     def losses(self) -> Tensor:
-        """(K,) fp64 mean loss of each cluster as tracked, NaN for one without a loss yet."""
+        """(K,) fp64, the tracked mean loss of each cluster, NaN for a cluster that has no loss yet."""
         return torch.where(self._counts > 0, self._losses, torch.nan)
 
     def update(self, clusters: Tensor, losses: Tensor) -> None:
-        """Losses (N,) of a step's examples and the clusters (N,) they were in, on any device; -1 is left out.
+        """Track the losses of a step. An error changes nothing.
 
-        Raises TypeError or ValueError, with nothing changed, for wrong shapes or dtypes, ids outside the index, or
-        losses that are NaN, infinite or negative.
+        Args:
+            clusters: (N,) integers: the cluster of each example, on any device; -1 is left out.
+            losses: (N,) floating point: the loss of each example.
+
+        Raises:
+            TypeError, ValueError: wrong shapes or dtypes, ids outside the index, or losses that are NaN, infinite or
+                negative.
         """
         if not isinstance(clusters, Tensor) or clusters.is_floating_point() or clusters.dtype == torch.bool:
             raise TypeError(f"clusters must be an integer tensor; got {getattr(clusters, 'dtype', type(clusters))}")
@@ -142,14 +150,14 @@ class MagnetBatchSampler(Sampler[list[int]]):
         self._counts[ids] += counts
 
     def probabilities(self) -> Tensor:
-        """(K,) fp64 probability of each cluster to be the next seed."""
+        """(K,) fp64, the probability that each cluster is the next seed."""
         present = self.index.sizes > 0
         seen = present & (self._counts > 0)
         largest = self._losses[seen].max() if bool(seen.any()) else torch.tensor(0.0)
         if largest == 0:
             weights = present.double()
         else:
-            # Divided first: sums of huge losses would overflow.
+            # Division first: sums of huge losses would overflow.
             weights = self._losses / largest
             weights = torch.where(seen, weights, weights[seen].mean()).masked_fill(~present, 0.0)
         return weights / weights.sum()
@@ -157,12 +165,14 @@ class MagnetBatchSampler(Sampler[list[int]]):
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """The generator, the tracked losses and the position: tensors, numbers and strings.
 
-        consumed  batches of the epoch last begun that were trained on. None: all that were handed out, as they are
-                  without workers. With workers a DataLoader is ahead of the training loop: the batches between are
-                  kept in the state and handed out again first. A DataLoader with as many workers then draws every later
-                  batch after the same updates as the first would have, so that the run goes on with the same batches.
+        Save the state of the index too.
 
-        Save the index's state beside it.
+        Args:
+            consumed: how many batches of the current epoch were trained on. None: all that were handed out, which is
+                right without workers. With workers a DataLoader is ahead of the training loop: the batches in between
+                are kept in the state and handed out again first. A DataLoader with the same number of workers then
+                draws every later batch after the same updates as the first would have, so the run continues with the
+                same batches.
         """
         known = [*self._history, *self._replay]
         oldest = self._position - len(self._history)
@@ -182,10 +192,14 @@ class MagnetBatchSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`: the next iteration continues its epoch, or begins one where that was complete.
+        """Continue from a ``state_dict``: the next iteration continues its epoch, or begins one where that was
+        complete.
 
-        Raises ValueError, with nothing changed, where the state is of another M, D, epoch or number of clusters, or is
-        none that a sampler can have had.
+        An error changes nothing.
+
+        Raises:
+            ValueError: the state has a different M, D, epoch length or number of clusters, or no sampler can have saved
+                it.
         """
         own = self.state_dict()
         if state.get("format") != STATE_FORMAT:
@@ -212,7 +226,7 @@ class MagnetBatchSampler(Sampler[list[int]]):
         self._resumed = True
 
     def _check_batches(self, batches: list[Any], position: int) -> None:
-        """Raise ValueError unless these can be the batches that come after so many."""
+        """Raise ValueError unless these can be the batches that follow the first ``position``."""
         if len(batches) > self._batches - position:
             raise ValueError(f"the state holds {len(batches)} batches after {position} of an epoch of {self._batches}")
         for batch in batches:
@@ -222,11 +236,11 @@ class MagnetBatchSampler(Sampler[list[int]]):
                 check_count("an index in a batch of the state", row, 0, len(self.index.clusters) - 1)
 
     def _draw(self) -> list[int]:
-        """One batch, of the clusters and losses as they are now."""
+        """One batch, from the current clusters and losses."""
         if self.index.refreshes == 0:
             raise RuntimeError("the index has no clusters yet: call index.refresh(embeddings) before the first batch")
         cumulative = self.probabilities().cumsum(0).numpy()
-        # The first place whose sum passes the draw: never one of weight 0, also at the end, where rounding could.
+        # The first place whose sum exceeds the draw: never one of weight 0, not even at the end through rounding.
         drawn = self._generator.random() * cumulative[-1]
         seed = int(np.searchsorted(cumulative, min(drawn, np.nextafter(cumulative[-1], 0)), side="right"))
         impostors = self.index.nearest_impostors(seed, self.clusters_per_batch - 1)
@@ -238,10 +252,11 @@ class MagnetBatchSampler(Sampler[list[int]]):
 
 
 def _places(generator: np.random.Generator, sizes: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
-    """`count` places in [0, size) for each of the sizes (M,), (M, count): different ones, every set of them as likely.
+    """Draw ``count`` different places in [0, size) for each of the sizes (M,): (M, count), all sets equally likely.
 
-    Where size < count: all places, and then again drawn ones. R. W. Floyd's way, for all sizes at once: at step i draw
-    from the first size - count + i + 1 places; what is taken already is replaced by the last of these.
+    Where size < count: all places, then repeats drawn at random. The algorithm is that of R. W. Floyd, for all sizes at
+    once: step i draws from the first size - count + i + 1 places; a place that is taken is replaced by the last of
+    these.
     """
     places = np.empty((len(sizes), count), dtype=np.int64)
     small = sizes < count
