@@ -4,7 +4,7 @@ With theta_ij the angle between x_i and w_j, the loss of a row with label y is::
 
     -z'_y + log( exp(z'_y) + sum_{j != y} exp(s cos theta_ij) )
     z'_y = s cos(theta_iy + m)             where theta_iy <= pi - m
-           s (cos theta_iy - m sin m)      beyond, so that the loss goes on growing with the angle
+           s (cos theta_iy - m sin m)      beyond, so that the loss keeps growing with the angle
 
 cos(theta + m) is taken as cos theta cos m - sin theta sin m: no arc cosine, whose derivative is infinite at 0 and 180
 degrees. Where the cosine is +-1 to rounding, sin theta is 0 and has no gradient: that angle has no direction.
@@ -33,7 +33,7 @@ def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear",
     m = math.radians(margin)
 
     def target(z: Tensor, s: float | Tensor) -> Tensor:
-        # s sin theta. Where z is s to rounding it is 1e-75, which is 0 beside any logit, and the clamp stops the
+        # s sin theta. Where z equals s up to rounding it is 1e-75, negligible in any logit, and the clamp stops the
         # gradient, whose slope is infinite there. NaN stays.
         sine = (s * s - z * z).clamp_min(1e-150).sqrt()
         turned = torch.sub(z * math.cos(m), sine, alpha=math.sin(m))
@@ -68,7 +68,7 @@ def arcface_reference(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 28.6, scale: float | Tensor = 64.0,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The paper's loss, written densely; independent of the ops. Tests only."""
+    """The loss of the paper, written densely and independent of the ops; for tests only."""
 
     def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return scale * on_targets(x @ w.T, y, lambda cosine: turned(cosine, margin))
@@ -114,8 +114,8 @@ ENTRY = LossEntry(
     function=arcface_loss,
     reference=arcface_reference,
     paper="Deng et al. 2019, arXiv 1801.07698",
-    # Not 64: the op's log-sum-exps are then 10 and more, and their rounding in fp32, times the margin's slope, is all
-    # that the accuracy test would see.
+    # Not a scale of 64: the log-sum-exps are then 10 and more, and the accuracy test would see only their rounding in
+    # fp32, times the slope of the margin.
     options=(
         {"scale": 30.0},
         {"margin": 10.0, "scale": 8.0, "label_smoothing": 0.1},

@@ -29,7 +29,7 @@ class LossEntry:
     its options: ``proxies`` (embeddings, proxies, labels), ``clusters`` (embeddings, clusters, cluster_classes),
     ``pairs`` (embeddings, labels, and as keywords ref_emb, ref_labels; the options are the Module's).
 
-    What does not hold of every loss is said here, never by a list of names in a test:
+    What does not hold for every loss is stated here, never by a list of names in a test:
 
     - ``by_row``: ``reduction="none"`` gives one value for each embedding (Proxy-Anchor's rows are the proxies).
     - ``lengths_matter``: the loss changes with the length of an embedding.
@@ -58,7 +58,7 @@ class LossEntry:
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
-    """A finite floating (num_classes,) tensor, or None. Values are looked at on the CPU, in eager mode."""
+    """Refuse what is no finite floating (num_classes,) tensor or None. Values are read on the CPU, in eager mode."""
     if class_weight is None:
         return
     check_tensor("class_weight", class_weight)
@@ -73,12 +73,12 @@ def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuses a reduction that no loss knows."""
+    """Refuse an unknown reduction."""
     check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Labels are classes or ``ignore_index``. Values are looked at on the CPU, in eager mode."""
+    """Refuse labels other than classes or ``ignore_index``. Values are read on the CPU, in eager mode."""
     if not values_can_be_read(labels):
         return
     bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
@@ -98,7 +98,7 @@ def check_smoothing(label_smoothing: float) -> float:
 
 
 def row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
-    """The weight of each row's class, in the dtype of ``like``; of an ignored row any."""
+    """The weight of the class of each row, in the dtype of ``like``; any value for an ignored row."""
     inside = labels.clamp(0, class_weight.numel() - 1)
     return class_weight.to(device=like.device, dtype=like.dtype)[inside]
 

@@ -32,7 +32,7 @@ from .metric_loss import MetricLoss, as_function
 class CircleLoss(MetricLoss):
     """Circle loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. A pair that a miner lists several times counts once, as theirs.
+    See the module for the formula. A pair that a miner lists several times counts once, as in pytorch-metric-learning.
 
     Args:
         m: the relaxation. gamma: the scale. The paper has (0.25, 256) for faces, (0.25, 128) for persons, (0.4, 80) for
@@ -81,7 +81,7 @@ def circle_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     m: float = 0.4, gamma: float = 80,
 ) -> Tensor:  # fmt: skip
-    """The formula, anchor by anchor. Tests only."""
+    """The formula, anchor by anchor. For tests only."""
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distances.CosineSimilarity())
     rows = [embeddings.sum() * 0]
     for i in range(len(labels)):

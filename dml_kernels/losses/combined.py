@@ -1,4 +1,4 @@
-"""Losses around losses: a weighted sum of several, and two views of the same examples in place of labels."""
+"""Wrappers of losses: a weighted sum of several, and two views of the same examples instead of labels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MultipleLosses(torch.nn.Module):
         """The weighted sum.
 
         Raises:
-            ValueError: ``indices_tuple`` beside miners of its own.
+            ValueError: both ``indices_tuple`` and miners are given.
         """
         if self.miners is not None and indices_tuple is not None:
             raise ValueError("indices_tuple and miners both choose the pairs; give one")
@@ -70,11 +70,11 @@ class SelfSupervisedLoss(torch.nn.Module):
 
     Args:
         loss: a pair loss of this package.
-        symmetric: the rows of both views are anchors, each compared with all other rows of both. With False the first
-            view's are, each compared with the second view alone.
+        symmetric: the rows of both views are anchors, each compared with all other rows of both. If False, only the
+            rows of the first view are anchors, each compared with the second view.
 
     Raises:
-        TypeError: something else than a pair loss that takes references.
+        TypeError: anything but a pair loss that takes references.
     """
 
     def __init__(self, loss: MetricLoss, symmetric: bool = True):
@@ -84,7 +84,7 @@ class SelfSupervisedLoss(torch.nn.Module):
                             f"got {type(loss).__name__}")  # fmt: skip
         self.loss, self.symmetric = loss, symmetric
 
-    # The same losses as a memory's: those of pairs that take references.
+    # The same losses as for a memory: pair losses that take references.
     supported_losses = staticmethod(CrossBatchMemory.supported_losses)
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The pairs that a loss compares, behind one interface: all that the labels make, streamed, or a miner's, listed.
+"""The pairs that a loss compares, behind one interface: all that the labels define, or those of a miner.
 
 A pair loss is written once, on a few reductions over each anchor's same-class and different-class pairs.
-:class:`Streamed` runs them through the ops, over N x M tiles, with nothing N x M built; :class:`Listed` gathers the
-listed pairs, in O(pairs) memory, and reduces each anchor's stretch of the list. Scores s are larger for closer pairs,
-in both.
+:class:`Streamed` computes these through the ops, tile by tile, without an N x M buffer; :class:`Listed` gathers the
+listed pairs, in O(pairs) memory, and reduces the part of the list that belongs to each anchor. In both, scores s are
+larger for closer pairs.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Compared:
     """What both kinds of comparison share.
 
     Attributes:
-        batch: what is compared. distance: by which distance.
-        kept: (N,) bool, the anchors that count; not those labelled -100.
-        dtype: of the sums, fp32, or fp64 where either side is.
+        batch, distance: what is compared, and how.
+        kept: (N,) bool, the anchors that count: those not labelled -100.
+        dtype: of the sums: fp32, or fp64 where either side is.
     """
 
     batch: Batch
@@ -79,12 +79,12 @@ class Compared:
         """Sum over triplets (a, p, n) of hinge(a, p) + hinge(a, n): each pair counts once for every pair of the other
         set.
 
-        ``divisor`` is how often, over all triplets, a hinge is positive.
+        ``divisor`` counts how often, over all triplets, a hinge is positive.
         """
         hinge, pairs = self.hinge_sum(same, different, threshold), self.counts()
         active = Counts(hinge.count_same.to(self.dtype), hinge.count_different.to(self.dtype))
         number = pairs.same * pairs.different
-        # Never as a difference of large numbers: few may be active.
+        # Not computed as a difference of large numbers, because few may be active.
         either = active.same * pairs.different + (pairs.same - active.same) * active.different
         total = hinge.same * pairs.different + hinge.different * pairs.same
         divisor = active.same * pairs.different + active.different * pairs.same
@@ -104,9 +104,9 @@ class Compared:
 
 
 def compared(batch: Batch, distance: Distance, *, unique: bool = False) -> Compared:
-    """The batch's comparison. ``unique``: a pair that a miner lists several times counts once.
+    """The comparison of a batch. ``unique``: a pair that a miner lists several times counts once.
 
-    Triplets stand for their pairs, (a, p) and (a, n).
+    A triplet counts as its two pairs, (a, p) and (a, n).
     """
     if batch.tuples is None or batch.w.size(0) == 0:
         return Streamed(batch, distance)
@@ -114,7 +114,7 @@ def compared(batch: Batch, distance: Distance, *, unique: bool = False) -> Compa
 
 
 class Streamed(Compared):
-    """All pairs that the labels make, less each row's own copy."""
+    """All pairs that the labels define, without each row's own copy."""
 
     def __init__(self, batch: Batch, distance: Distance):
         assert batch.y is not None
@@ -129,7 +129,7 @@ class Streamed(Compared):
         }  # fmt: skip
 
     def counts(self) -> Counts:
-        """By binary search in the sorted labels: shapes do not depend on the values."""
+        """By binary search in the sorted labels, so that shapes do not depend on the values."""
         positives, negatives = count_pairs(self.y, self.c, self.batch.exclude, IGNORED)
         return Counts(positives.to(self.dtype), negatives.to(self.dtype))
 
@@ -169,11 +169,12 @@ class Streamed(Compared):
 
 
 class PairSet:
-    """Listed pairs sorted by anchor, stably: their scores, and reductions over each anchor's stretch of the list.
+    """Listed pairs, stably sorted by anchor: their scores, and reductions over the pairs of each anchor.
 
     Attributes:
-        rows, cols: (P,) anchors, ascending, and what they are compared with. s: (P,) scores.
-        keep: (P,) bool without repeats, or None where repeats count.
+        rows, cols: (P,) anchors, ascending, and what they are compared with.
+        s: (P,) scores.
+        keep: (P,) bool, False for repeats; None where repeats count.
     """
 
     def __init__(self, batch: Batch, distance: Distance, rows: Tensor, cols: Tensor, unique: bool):
@@ -191,7 +192,7 @@ class PairSet:
         return segments.total(values, self.rows, self.bounds)
 
     def spread(self, per_row: Tensor) -> Tensor:
-        """(P,): each pair's anchor's value."""
+        """(P,): for each pair, the value of its anchor."""
         return segments.spread(per_row, self.rows, self.bounds)
 
     def count(self) -> Tensor:
@@ -218,7 +219,7 @@ class PairSet:
 
 
 class Listed(Compared):
-    """The pairs (a1, p, a2, n) or triplets (a, p, n) of a miner, as they are listed, whatever the labels say."""
+    """The pairs (a1, p, a2, n) or triplets (a, p, n) of a miner, exactly as listed, whatever the labels."""
 
     def __init__(self, batch: Batch, distance: Distance, tuples: tuple[Tensor, ...], unique: bool = False):
         self.batch, self.distance = batch, distance
@@ -227,10 +228,10 @@ class Listed(Compared):
         self.same = PairSet(batch, distance, a1, p, unique)
         self.different = PairSet(batch, distance, a2, n, unique)
         self.dtype = self.same.s.dtype
-        self.triplets = len(tuples) == 3  # then entry k of both sets is one triplet: both were sorted alike
+        self.triplets = len(tuples) == 3  # then entry k of both sets is one triplet: both have the same order
 
     def counts(self) -> Counts:
-        """The lengths of each anchor's lists."""
+        """The number of pairs in the list of each anchor."""
         return Counts(self.same.count(), self.different.count())
 
     def logsumexp(
@@ -261,7 +262,7 @@ class Listed(Compared):
     def hinge_triplets(
         self, same: Line, different: Line, threshold: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> Terms:
-        """Listed triplets as they are; pairs make every triplet they can, anchor by anchor."""
+        """Listed triplets as they are; listed pairs form every triplet of a common anchor."""
         if not self.triplets:
             return super().hinge_triplets(same, different, threshold)
         h_same, h_different = self.same.hinge(same, threshold[0]), self.different.hinge(different, threshold[1])
@@ -280,10 +281,10 @@ class Listed(Compared):
 
 
 def positive_term(kind: str, s: Tensor, u: Tensor, v: Tensor | None, params: Sequence[float]) -> Tensor:
-    """What a positive pair of score s adds to a loss whose negatives are summed up in u (of its anchor) and v.
+    """What a positive pair of score s adds to a loss whose negatives are summed in u (those of its anchor) and v.
 
     ``softplus``, (k,): softplus(u - k s). ``lifted``, (k, o): relu(logaddexp(u, v) - k s - o)^2 / 2, where -inf (no
-    negatives) in both u and v stands for a log-sum-exp of 0.
+    negatives) in both u and v counts as a log-sum-exp of 0.
     """
     if kind == "softplus":
         (k,) = params

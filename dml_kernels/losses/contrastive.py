@@ -4,7 +4,7 @@ With the distance d of a pair::
 
     loss = mean over active positive pairs of (d - pos_margin)+  +  mean over active negative pairs of (neg_margin - d)+
 
-(v)+ = max(v, 0), a pair being active where its term is above 0; for a similarity the signs of both terms turn around.
+(v)+ = max(v, 0), a pair being active where its term is above 0; for a similarity the signs of both terms are reversed.
 By default d is the distance of unit vectors. Hadsell, Chopra and LeCun 2006, "Dimensionality Reduction by Learning an
 Invariant Mapping", with the first power of each hinge, as pytorch-metric-learning has it. An anchor without positives
 or without negatives adds nothing to that part; a part without active pairs is 0.
@@ -31,8 +31,8 @@ from .metric_loss import MetricLoss, as_function
 class ContrastiveLoss(MetricLoss):
     """Contrastive loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    Its parts, for ``MultipleReducers``, are ``pos_loss`` and ``neg_loss``. A single listed pair counts, where theirs
-    returns 0. See the module for the formula.
+    Its parts, for ``MultipleReducers``, are ``pos_loss`` and ``neg_loss``. A single listed pair counts; in
+    pytorch-metric-learning it gives 0. See the module for the formula.
 
     Args:
         pos_margin: distance up to which (similarity from which) a positive pair costs nothing.
@@ -68,7 +68,7 @@ def contrastive_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     pos_margin: float = 0, neg_margin: float = 1, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula on all pairs at once. Tests only."""
+    """The formula on all pairs at once. For tests only."""
     distance = distance or distances.LpDistance()
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     d, sign = (pairs.s, -1) if distance.is_inverted else (-pairs.s, 1)

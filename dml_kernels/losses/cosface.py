@@ -29,7 +29,7 @@ def cosface_loss(
     """CosFace of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        margin: taken off the positive's cosine. scale: a positive number, or a () tensor, which gets a gradient.
+        margin: subtracted from the positive's cosine. scale: a positive number, or a () tensor, which gets a gradient.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
@@ -40,7 +40,7 @@ def cosface_reference(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 0.35, scale: float | Tensor = 64.0,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The paper's loss, written densely; independent of the ops. Tests only."""
+    """The loss of the paper, written densely and independent of the ops; for tests only."""
 
     def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return scale * on_targets(x @ w.T, y, lambda cosine: cosine - margin)

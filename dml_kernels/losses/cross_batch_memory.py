@@ -1,9 +1,9 @@
 """Cross-batch memory: any pair loss between a batch and the embeddings of the last batches.
 
 Each call first stores the batch, without gradient, in a ring of ``memory_size`` embeddings, then compares the batch
-with all that is stored but each row's own copy. Gradients reach the batch alone. Wang, Zhang, Huang and Scott 2020,
-"Cross-Batch Memory for Embedding Learning", arXiv 1912.06798: embeddings drift slowly enough for old ones to serve as
-references.
+with all stored embeddings except each row's own copy. Only the batch gets a gradient. Wang, Zhang, Huang and Scott
+2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798: embeddings drift slowly enough for old ones to
+serve as references.
 """
 
 from __future__ import annotations
@@ -28,33 +28,36 @@ class CrossBatchMemory(Recorded):
     """A pair loss over a memory; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     The memory is streamed like any reference set: nothing of size batch x memory is built, unless ``indices_tuple``
-    asks for a list of all pairs. What is not filled yet has the label -100 and is in no pair.
+    requires a list of all pairs. Places that are not filled yet have the label -100 and are in no pair.
 
-    Differences from pytorch-metric-learning's: the memory keeps its dtype, whatever the batch's (a float64 batch
-    is compared in float64 with what a float32 memory holds); a row's own copy is left out of NCALoss, too. The
-    memory changes in place, unless an earlier call's graph still waits for its ``backward``: that graph then keeps the
-    memory as it was, (M, D) for each call that waits. (Compiled by inductor, the ``backward`` of a call before the last
-    is an error.)
+    Differences from pytorch-metric-learning: the memory keeps its dtype, whatever that of the batch (a float64 batch is
+    compared in float64 with the contents of a float32 memory); and a row's own copy is left out of NCALoss too. The
+    memory changes in place, unless the graph of an earlier call still waits for its ``backward``: that graph then keeps
+    the memory as it was, (M, D) for each waiting call. (Compiled by inductor, the ``backward`` of a call before the
+    last is an error.)
 
-    The state dict has pytorch-metric-learning's two keys, and either library loads the other's. It holds the memory
-    oldest row first, so that the ring's position, which pytorch-metric-learning does not save, follows from it: rows
-    behind the last that is neither zero nor labelled -100 were never written. There a loaded memory counts as empty
-    until ``queue_idx`` or ``has_been_filled`` is set; here it goes on.
+    The state dict has the same two keys as in pytorch-metric-learning, and each library loads the state of the other.
+    It holds the memory oldest row first, so that the position in the ring, which pytorch-metric-learning does not save,
+    follows from it: rows after the last that is neither zero nor labelled -100 were never written. In
+    pytorch-metric-learning a loaded memory counts as empty until ``queue_idx`` or ``has_been_filled`` is set; here it
+    continues.
 
-    Over several processes: :class:`dml_kernels.distributed.DistributedLossWrapper` around the memory. Without it every
-    process has a memory of its own batches, and must not be given to DistributedDataParallel, which copies rank 0's
-    buffers over the others' before each step.
+    Over several processes, put :class:`dml_kernels.distributed.DistributedLossWrapper` around the memory. Without it
+    every process has a memory of its own batches, which must not be given to DistributedDataParallel, because that
+    copies the buffers of rank 0 over those of the other ranks before each step.
 
     Args:
-        loss: of this package: one that takes ``ref_emb``. embedding_size: D. memory_size: M.
+        loss: a loss of this package that takes ``ref_emb``. embedding_size: D. memory_size: M.
         miner: called with (embeddings, labels, memory embeddings, memory labels), for the filled part of the memory;
             returns the pairs or triplets to compare.
         collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded.
 
     Attributes:
-        embedding_memory: (M, D). label_memory: (M,) int64. queue_idx: int, the next place. has_been_filled: bool: until
-            then the places before ``queue_idx`` alone are compared with. Both may be assigned; on a GPU reading them
-            waits for it. curr_batch_idx: (N,) int64, the places of the rows stored last.
+        embedding_memory: (M, D). label_memory: (M,) int64.
+        queue_idx: int, the next place.
+        has_been_filled: bool; while it is False, only the places before ``queue_idx`` are compared with. Both may be
+            assigned; on a GPU, reading them waits for the device.
+        curr_batch_idx: (N,) int64, the places of the rows stored last.
 
     Raises:
         TypeError: a loss that is not one of this package's pair losses. ValueError: sizes that are not positive.
@@ -142,11 +145,11 @@ class CrossBatchMemory(Recorded):
         """Stores the batch and returns the loss of embeddings (N, D) against the memory.
 
         Args:
-            labels: (N,) integers. Rows labelled -100 are stored, and take part in nothing.
+            labels: (N,) integers. Rows labelled -100 are stored, but are in no pair.
             indices_tuple: pairs or triplets to compare in addition to all others (or the miner's), positives and
                 negatives as places of the memory. They join a list of all pairs: O(N M) memory.
-            enqueue_mask: (N,) bool: store these rows alone, compare the others alone (a momentum encoder's keys beside
-                the queries, say). Not together with ``indices_tuple``.
+            enqueue_mask: (N,) bool: only these rows are stored, and only the others are compared (for example the keys
+                of a momentum encoder, and the queries). Not together with ``indices_tuple``.
 
         Raises:
             ValueError: more rows to store than the memory holds, or arguments that do not fit together.
@@ -211,7 +214,7 @@ class CrossBatchMemory(Recorded):
         self.curr_batch_idx = places
 
     def _unshare(self) -> None:
-        """Leave the memory as it is to a graph that still reads it; what is written from here on goes into a copy."""
+        """Leave the memory unchanged for a graph that still reads it; later writes go into a copy."""
         if not torch.compiler.is_compiling() and self._shown is not None and self._shown() is not None:
             self.embedding_memory = self.embedding_memory.clone()
 
@@ -268,12 +271,12 @@ class CrossBatchMemory(Recorded):
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        """Also what pytorch-metric-learning saved, and version 0.1: its ring as it stood, beside its position."""
+        """Also loads states of pytorch-metric-learning, and of 0.1, which saved the ring as it was and its position."""
         old = [state_dict.pop(prefix + name, None) for name in ("queue_idx", "has_been_filled")]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         loaded = [(t, state_dict.get(prefix + name)) for name, t in self.named_buffers(recurse=False) if name[0] != "_"]
         if any(there is None or there.shape != t.shape or t.is_meta for t, there in loaded):
-            return  # nothing came, or an error is on its way
+            return  # nothing was loaded, or an error will follow
         device = self.label_memory.device
         written = (self.embedding_memory != 0).any(1) & (self.label_memory != IGNORED)
         count = torch.where(written, torch.arange(1, self.memory_size + 1, device=device), 0).max()
@@ -293,5 +296,5 @@ class CrossBatchMemory(Recorded):
 
 
 def _mark(labels: Tensor) -> Tensor:
-    """() int64 that tells these labels, in this order, from others: metadata may be of another state than values."""
+    """() int64, a checksum of the labels in this order: metadata may belong to another state than the values."""
     return (labels * torch.arange(1, 2 * labels.numel(), 2, device=labels.device)).sum()

@@ -4,10 +4,10 @@ With the distances d of an anchor's pairs::
 
     loss = mean over anchors of (log sum_p exp(d_ap - pos_margin) + log sum_n exp(neg_margin - d_an))+
 
-(v)+ = max(v, 0); for a similarity the signs in the exponents turn around. By default d is the distance of unit vectors.
-Hermans, Beyer and Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification", arXiv 1703.07737, equation
-4. As in pytorch-metric-learning an anchor without positives, or without negatives, has 0 in place of that log-sum-exp,
-and counts in the mean.
+(v)+ = max(v, 0); for a similarity the signs in the exponents are reversed. By default d is the distance of unit
+vectors. Hermans, Beyer and Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification", arXiv 1703.07737,
+equation 4. As in pytorch-metric-learning an anchor without positives, or without negatives, has 0 in place of that
+log-sum-exp, and counts in the mean.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from .metric_loss import MetricLoss, as_function
 class GeneralizedLiftedStructureLoss(MetricLoss):
     """Generalized lifted structure loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. A pair that a miner lists several times counts once, as theirs.
+    See the module for the formula. A pair that a miner lists several times counts once, as in pytorch-metric-learning.
 
     Args:
-        neg_margin: added to the negatives' logits. pos_margin: taken from the positives'. In units of the distance.
+        neg_margin: added to the negatives' logits. pos_margin: subtracted from the positives'. In units of the
+            distance.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer MeanReducer.
     """
 
@@ -61,7 +62,7 @@ def generalized_lifted_structure_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     neg_margin: float = 1, pos_margin: float = 0, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, anchor by anchor. Tests only."""
+    """The formula, anchor by anchor. For tests only."""
     distance = distance or distances.LpDistance()
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     d, sign = (pairs.s, -1) if distance.is_inverted else (-pairs.s, 1)

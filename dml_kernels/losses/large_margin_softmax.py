@@ -89,7 +89,7 @@ def large_margin_softmax_reference(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 4, scale: float | Tensor = 1.0,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The paper's loss, written densely, by the angle itself; independent of the ops. Tests only."""
+    """The loss of the paper, written densely, by the angle itself, independent of the ops; for tests only."""
     lengths = embeddings.norm(dim=1, keepdim=True) * proxies.norm(dim=1)
     return dense_cross_entropy(dense_logits(margin, scale), embeddings, proxies, labels, lengths, **options)
 

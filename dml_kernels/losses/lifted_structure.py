@@ -4,14 +4,14 @@ With the distances d and, for a point, L = log sum_n exp(neg_margin - d_n) over 
 
     l_ip = (log(exp L_i + exp L_p) + d_ip - pos_margin)+^2 / 2         mean over positive pairs (i, p) and (p, i)
 
-(v)+ = max(v, 0); for a similarity the signs in the exponents turn around. By default d is the distance of unit vectors.
-Oh Song et al. 2016, "Deep Metric Learning via Lifted Structured Feature Embedding", arXiv 1511.06452, equation 4. As in
-pytorch-metric-learning, log(exp L_i + exp L_p) is 0 where neither point has a negative, and the loss is 0 where nothing
-in the batch has one.
+(v)+ = max(v, 0); for a similarity the signs in the exponents are reversed. By default d is the distance of unit
+vectors. Oh Song et al. 2016, "Deep Metric Learning via Lifted Structured Feature Embedding", arXiv 1511.06452, equation
+4. As in pytorch-metric-learning, log(exp L_i + exp L_p) is 0 where neither point has a negative, and the loss is 0
+where nothing in the batch has one.
 
 With references the pair is (row, reference), and the negatives of a reference are the rows of other labels (listed: the
-rows listed with it as a negative). pytorch-metric-learning compares the reference's index with indices of rows there,
-and so takes the negatives of some other row; in the batch itself both agree.
+rows listed with it as a negative). There pytorch-metric-learning compares the index of the reference with
+indices of rows, and so uses the negatives of some other row; in the batch itself both agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class LiftedStructureLoss(MetricLoss):
     See the module for the formula; the mean is over positive pairs.
 
     Args:
-        neg_margin: added to the negatives' logits. pos_margin: taken from the positive's. In units of the distance.
+        neg_margin: added to the negatives' logits. pos_margin: subtracted from the positive's. In units of the
+            distance.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer MeanReducer.
     """
 
@@ -82,7 +83,7 @@ def lifted_structure_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     neg_margin: float = 1, pos_margin: float = 0, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, pair by pair. Tests only."""
+    """The formula, pair by pair. For tests only."""
     distance = distance or distances.LpDistance()
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     d, sign = (pairs.s, -1) if distance.is_inverted else (-pairs.s, 1)

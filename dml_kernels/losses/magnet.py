@@ -1,13 +1,14 @@
-r"""Magnet (Rippel et al. 2016, arXiv 1511.05939): classes as several clusters, kept apart from other classes' clusters.
+r"""Magnet (Rippel et al. 2016, arXiv 1511.05939): a class is several clusters, kept apart from those of other classes.
 
-With representations r_i, own(i) the cluster of i, mu_k a centre and C(k) the class of a cluster, an example's loss is::
+With representations r_i, own(i) the cluster of i, mu_k a centre and C(k) the class of a cluster, the loss of i is::
 
     l_i = { alpha + |r_i - mu_own(i)|^2 / (2 sigma^2) + L-_i }_+
     L-_i = log sum_{k: C(k) != C(own(i))} exp(-|r_i - mu_k|^2 / (2 sigma^2))
     sigma^2 = sum_i |r_i - mu_own(i)|^2 / max(N - 1, 1), at least min_variance
 
-The centres are the batch's own means, as in the paper's equation 7, or given ones. All of it in log space: no epsilon
-inside a logarithm, which would cap the loss and take away the gradient of the examples that need it most.
+The centres are the means of the batch, as in equation 7 of the paper, or given ones. Everything is in log space,
+without an epsilon inside a logarithm, which would cap the loss and remove the gradient of the examples that need it
+most.
 """
 
 from __future__ import annotations
@@ -127,16 +128,16 @@ def magnet_loss(
 
     Args:
         embeddings: (N, D), the representations r, or with ``normalize`` vectors whose unit vectors are r.
-        clusters: (N,) integers in [0, K), in any order; clusters may differ in size. The ids of a large index serve as
-            they are: no work depends on clusters that the batch does not hold, unless ``centers`` are given.
+        clusters: (N,) integers in [0, K), in any order; clusters may differ in size. The ids of a large index can be
+            used directly: no work depends on clusters that the batch lacks, unless ``centers`` are given.
         cluster_classes: (K,) integers, the class of each cluster.
         alpha: the margin between an example's own cluster and those of other classes, in units of 2 sigma^2.
-        centers: (K, D) given centres, all K of which take part, with a gradient if they ask for one. None: the means of
-            the batch's clusters, whose gradient reaches the embeddings.
-        variance: a number or () tensor, with a gradient if it asks for one. None: the batch's, whose gradient reaches
-            the embeddings. Either is raised to ``min_variance``, where its gradient is 0.
+        centers: (K, D) given centres, all K of which take part; they get a gradient if they require one. None: the
+            means of the clusters in the batch, through which a gradient reaches the embeddings.
+        variance: a number or () tensor, which gets a gradient if it requires one. None: that of the batch, through
+            which a gradient reaches the embeddings. Either is raised to ``min_variance``, where its gradient is 0.
         normalize: r are unit vectors. Their means are not unit vectors, and given centres are taken as they are.
-        min_variance: in the square of the embeddings' unit.
+        min_variance: in squared units of the embeddings.
         ignore_index: examples of this cluster id, and clusters of this class with their examples, take no part.
         reduction: ``mean`` over the examples that take part, ``sum``, or ``none`` for (N,), 0 for those that do not.
         eps: guards the division by the norm. backend: overrides the choice of backend.
@@ -193,7 +194,7 @@ def magnet_reference(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """The paper's loss, cluster by cluster and row by row; independent of the ops. Tests only."""
+    """The paper's loss, cluster by cluster and row by row; independent of the ops. For tests only."""
     given = None if variance is None else torch.as_tensor(variance, dtype=embeddings.dtype)
     spec = MagnetSpec(
         alpha=alpha, normalize=normalize, min_variance=min_variance, eps=eps, ignore_index=ignore_index,
@@ -235,13 +236,13 @@ class MagnetLoss(torch.nn.Module):
     Args:
         alpha, normalize, min_variance, ignore_index, reduction: as in :func:`magnet_loss`. ``reduction="none"`` gives
             the values that the sampler tracks.
-        variance: ``batch``, the paper's, with its gradient; or ``running``, an average over training that is a constant
-            in the backward.
+        variance: ``batch``: that of the batch with its gradient, as in the paper. ``running``: an average over
+            training, constant in the backward.
         momentum: the share of a new batch in the running average.
 
     Attributes:
-        running_variance: () buffer, the variance of the training batches so far (in either mode), for evaluation by
-            :func:`dml_kernels.evaluation.k_nearest_clusters`. Kept in fp32, moved by no batch in ``eval()`` mode.
+        running_variance: () fp32 buffer, the variance of the training batches so far (with either ``variance``), for
+            :func:`dml_kernels.evaluation.k_nearest_clusters`. Batches in ``eval()`` mode do not change it.
         batches_seen: () int64 buffer; the first batch sets the average.
 
     Raises:
@@ -277,7 +278,8 @@ class MagnetLoss(torch.nn.Module):
     ) -> Tensor:
         """The loss of embeddings (N, D) in ``clusters`` (N,) of classes ``cluster_classes`` (K,).
 
-        With ``variance="running"`` a training batch enters the average first, so that the first batch is defined.
+        With ``variance="running"`` a training batch enters the average first, so that the average exists in the first
+        batch.
         """
         running = self.variance == "running"
         if running and self.training:

@@ -1,14 +1,14 @@
-"""Margin loss: distances below a boundary for positives, above it for negatives, the boundary learned.
+"""Margin loss: distances of positives below a boundary, of negatives above it; the boundary may be learned.
 
 Over all triplets (a, p, n), with the distances d and the boundary beta (one, or one for each class, of the anchor)::
 
     loss = sum over triplets of (d_ap - beta + margin)+ + (beta - d_an + margin)+
            / number of positive terms  +  nu beta
 
-(v)+ = max(v, 0); for a similarity the signs turn around. By default d is the distance of unit vectors. Wu, Manmatha,
-Smola and Krähenbühl 2017, "Sampling Matters in Deep Embedding Learning", arXiv 1706.07567, equation 4, which samples
-its pairs: DistanceWeightedMiner. Summed over all triplets, a pair counts once for every pair of the other set of its
-anchor: no triplet is built, an anchor without positives or without negatives contributes 0.
+(v)+ = max(v, 0); for a similarity the signs are reversed. By default d is the distance of unit vectors. Wu, Manmatha,
+Smola and Krähenbühl 2017, "Sampling Matters in Deep Embedding Learning", arXiv 1706.07567, equation 4; the paper
+samples its pairs, as DistanceWeightedMiner does. Summed over all triplets, a pair counts once for every pair in the
+other set of its anchor, so no triplet is built. An anchor without positives or without negatives contributes 0.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class MarginLoss(MetricLoss):
 
     Args:
         margin: half the width between positives and negatives.
-        nu: weight of beta's regulariser; used if ``learn_beta``. With a beta for each class it is summed over triplets
-            and divided as they are.
+        nu: weight of the regulariser of beta; used if ``learn_beta``. With a beta for each class it is summed over
+            triplets and divided as they are.
         beta: the boundary, or where it starts.
-        triplets_per_anchor: ``all``, or how many to draw for each anchor where no miner says which.
+        triplets_per_anchor: ``all``, or how many to draw for each anchor if no miner chooses them.
         learn_beta: beta is a parameter.
         num_classes: a beta for each class; labels must then be below it.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer DivisorReducer.
@@ -116,7 +116,7 @@ def margin_reference(
     margin: float = 0.2, nu: float = 0, beta: float = 1.2, learn_beta: bool = False, num_classes: int | None = None,
     distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, every triplet in turn. Tests only."""
+    """The formula, every triplet in turn. For tests only."""
     distance = distance or distances.LpDistance()
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     d, sign = (pairs.s, -1) if distance.is_inverted else (-pairs.s, 1)

@@ -1,4 +1,4 @@
-"""The Module under every drop-in loss: the arguments people already pass, checked once, and the reduction."""
+"""The Module under every drop-in loss: the arguments of pytorch-metric-learning, checked once, and the reduction."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ class MetricLoss(Recorded):
     """A loss with the call of pytorch-metric-learning 2.9; a subclass states its ``terms``.
 
     Args:
-        distance: of :mod:`dml_kernels.distances`, or pytorch-metric-learning's of the same name; None: the loss's own.
-        reducer: of :mod:`dml_kernels.reducers`, or theirs; None: the loss's own.
+        distance: one of :mod:`dml_kernels.distances`, or the class of the same name in pytorch-metric-learning; None:
+            the default of the loss.
+        reducer: one of :mod:`dml_kernels.reducers`, or of pytorch-metric-learning; None: the default of the loss.
         embedding_regularizer: called on the embeddings; its value times ``embedding_reg_weight`` is added.
-        collect_stats: taken as pytorch-metric-learning takes it. Its record keepers find the settings in any case; of a
-            step only NPairsLoss records something, its ``num_pairs``.
+        collect_stats: accepted as in pytorch-metric-learning, whose record keepers find the settings in any case. Of a
+            step, only NPairsLoss records anything: its ``num_pairs``.
     """
 
     # Whether ``ref_emb`` makes sense, and so a memory.
     takes_references = True
-    # Whether the reducer is the loss's own.
+    # Whether the reducer is the default of the loss.
     plain: bool
     # What the distance may be; a loss whose formula fixes it narrows this.
     distance_kinds: tuple[type[distances.Distance], ...] = (distances.Distance,)
@@ -57,15 +58,15 @@ class MetricLoss(Recorded):
         super().__setattr__(name, value)
 
     def default_distance(self) -> distances.Distance:
-        """The distance where none is given."""
+        """The distance that is used if none is given."""
         return distances.LpDistance()
 
     def default_reducer(self) -> reducers.Reducer:
-        """The reducer where none is given."""
+        """The reducer that is used if none is given."""
         return reducers.MeanReducer()
 
     def terms(self, batch: Batch) -> Mapping[str, Terms]:
-        """The loss's parts, summed for each anchor."""
+        """The parts of the loss, summed for each anchor."""
         raise NotImplementedError
 
     def forward(
@@ -82,9 +83,9 @@ class MetricLoss(Recorded):
             labels: (N,) integers, on any device; needed unless ``indices_tuple`` is given.
             indices_tuple: a miner's triplets (a, p, n) or pairs (a1, p, a2, n): indices of rows; p and n index
                 ``ref_emb`` where that is given.
-            ref_emb: (M, D) to compare with in place of the batch; ref_labels: (M,) its labels. The embeddings
-                themselves, the same tensor, are the batch: each row's own copy is left out. Any other tensor, a
-                detached or cloned one too, is compared in full: row i with reference i, the second view of example i.
+            ref_emb: (M, D) to compare with instead of the batch. ref_labels: (M,) their labels. The same tensor as
+                ``embeddings`` means the batch: each row's own copy is left out. Any other tensor, even a detached or
+                cloned one, is compared in full, including row i with reference i, the second view of example i.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
@@ -95,11 +96,11 @@ class MetricLoss(Recorded):
         self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor | None,
         ref_labels: Tensor | None, exclude: Tensor | None = None,
     ) -> Batch:  # fmt: skip
-        """The call's arguments, checked. ``exclude`` marks own copies among the references."""
+        """The checked arguments of a call. ``exclude`` marks own copies among the references."""
         return make_batch(embeddings, labels, indices_tuple, ref_emb, ref_labels, exclude)
 
     def reduced(self, batch: Batch) -> Tensor:
-        """The parts to one number, with the embeddings' regulariser."""
+        """One number from the parts and the regulariser of the embeddings."""
         parts = dict(self.terms(batch))
         if self.embedding_regularizer is not None:
             value = self.embedding_regularizer(batch.x) * self.embedding_reg_weight

@@ -5,7 +5,7 @@ With the similarities s of an anchor's pairs::
     loss = mean over anchors of  log(1 + sum_p exp(-alpha (s_ap - base))) / alpha
                                + log(1 + sum_n exp( beta  (s_an - base))) / beta
 
-By default s is the cosine; for a distance the signs in the exponents turn around. Wang, Han, Huang, Dong and Scott
+By default s is the cosine; for a distance the signs in the exponents are reversed. Wang, Han, Huang, Dong and Scott
 2019, "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", arXiv 1904.06627, equation 15. An
 anchor without positives, or without negatives, has 0 in that place, and counts in the mean.
 """
@@ -33,10 +33,11 @@ class MultiSimilarityLoss(MetricLoss):
     """Multi-similarity loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
     See the module for the formula. The paper mines its pairs first: MultiSimilarityMiner. A pair that a miner lists
-    several times counts once, as theirs.
+    several times counts once, as in pytorch-metric-learning.
 
     Args:
-        alpha: the exponent's factor for positives. beta: for negatives. base: the similarity both are held against.
+        alpha, beta: the factors in the exponents of positives and of negatives.
+        base: the similarity that both are compared with.
         options: those of :class:`MetricLoss`; the distance is CosineSimilarity, the reducer MeanReducer.
     """
 
@@ -66,7 +67,7 @@ def multi_similarity_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     alpha: float = 2, beta: float = 50, base: float = 0.5, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, anchor by anchor. Tests only."""
+    """The formula, anchor by anchor. For tests only."""
     distance = distance or distances.CosineSimilarity()
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     at, zero = base if distance.is_inverted else -base, pairs.s.new_zeros(1)

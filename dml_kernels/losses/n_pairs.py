@@ -1,12 +1,12 @@
-"""N-pairs loss: one pair of each class, every other class's positive a negative.
+"""N-pairs loss: one pair of each class; the positives of all other classes are its negatives.
 
-Of each class with two members or more the first is the anchor a, the second its positive p; with s the products of unit
-vectors::
+In each class with two members or more the first is the anchor a and the second its positive p. With s the products of
+unit vectors::
 
     loss = mean over classes i of  -s(a_i, p_i) + log sum_j exp s(a_i, p_j)
 
 Sohn 2016, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", equation 10; its regulariser of
-lengths is the ``embedding_regularizer``. A class with one member takes no part. A single class gives 0.
+lengths is available as ``embedding_regularizer``. A class with one member takes no part. A single class gives 0.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from .metric_loss import MetricLoss, as_function
 class NPairsLoss(MetricLoss):
     """N-pairs loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. With a miner's tuple the first positive pair listed for each class is its pair.
-    Labels are always needed. Shapes do not depend on the labels: half the batch is gathered, whatever the number of
-    classes.
+    See the module for the formula. With a miner's tuple, the first positive pair that it lists for a class is the pair
+    of that class. Labels are always needed. Shapes do not depend on the labels: half the batch is gathered, whatever
+    the number of classes.
 
     Args:
-        options: those of :class:`MetricLoss`; the reducer is MeanReducer, the distance that of theirs, products of unit
-            vectors; the paper's own is ``DotProductSimilarity(normalize_embeddings=False)``.
+        options: those of :class:`MetricLoss`; the reducer is MeanReducer. The distance is that of
+            pytorch-metric-learning, products of unit vectors; that of the paper is
+            ``DotProductSimilarity(normalize_embeddings=False)``.
 
     Attributes:
         num_pairs: of the last call, where ``collect_stats=True``.
@@ -97,7 +98,7 @@ def _pairs(batch: Batch, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def n_pairs_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: None = None, ref_labels: None = None, distance: Any = None
 ) -> Tensor:
-    """The formula as a cross-entropy. Tests only."""
+    """The formula as a cross-entropy. For tests only."""
     from .. import reference
 
     distance = distance or distances.CosineSimilarity()

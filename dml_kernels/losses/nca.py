@@ -1,12 +1,13 @@
-"""NCA: the probability of picking a neighbour of one's own class.
+"""NCA: the probability that an anchor picks a neighbour of its own class.
 
 With z = -scale d^2 of an anchor's pairs (d the distance of unit vectors by default)::
 
     loss = mean over anchors with positives of  -log( sum_p exp z_ap / (sum_p exp z_ap + sum_n exp z_an) )
 
 Goldberger, Hinton, Roweis and Salakhutdinov 2004, "Neighbourhood Components Analysis", with the logarithm that its
-section 2 names as the alternative. An anchor without positives drops out of the mean. In log space: an anchor whose
-probability underflows keeps its loss and gradient, where pytorch-metric-learning drops it as if it had no positives.
+section 2 names as the alternative. An anchor without positives drops out of the mean. The loss is computed in log
+space, so an anchor whose probability underflows keeps its loss and gradient; pytorch-metric-learning drops it as if it
+had no positives.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from .metric_loss import MetricLoss, as_function
 class NCALoss(MetricLoss):
     """NCA; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. A miner's tuple chooses no pairs but weighs the anchors, as theirs: by how often
-    each is listed (as anchor, positive or negative; as anchor alone beside ``ref_emb``), over the largest such number.
-    Labels are always needed. A single embedding beside ``ref_emb`` counts, where theirs returns 0.
+    See the module for the formula. A miner's tuple chooses no pairs but weighs the anchors, as in
+    pytorch-metric-learning: by how often each is listed (as anchor, positive or negative; only as anchor with
+    ``ref_emb``), over the largest such number. Labels are always needed. A single embedding with ``ref_emb`` counts; in
+    pytorch-metric-learning it gives 0.
 
     Args:
         softmax_scale: multiplies the (squared) distance, or the similarity.
@@ -73,7 +75,7 @@ def nca_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     softmax_scale: float = 1, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, anchor by anchor. Tests only."""
+    """The formula, anchor by anchor. For tests only."""
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance or distances.LpDistance(power=2))
     rows = []
     for z, same, different in zip(softmax_scale * pairs.s, pairs.same, pairs.different):

@@ -43,7 +43,7 @@ def normalized_softmax_reference(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.05, metric: str = "cosine",
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The paper's loss, written densely; independent of the ops. Tests only."""
+    """The loss of the paper, written densely and independent of the ops; for tests only."""
 
     def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         if metric in ("cosine", "dot"):

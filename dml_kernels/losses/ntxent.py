@@ -52,7 +52,7 @@ def ntxent_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     temperature: float = 0.07, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, pair by pair. Tests only."""
+    """The formula, pair by pair. For tests only."""
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance or distances.CosineSimilarity())
     values = [embeddings.new_empty(0)]
     for z, same, different in zip(pairs.s / temperature, pairs.same, pairs.different):

@@ -5,8 +5,8 @@ With s_ip the cosine of embedding i and proxy p, P+ the proxies that have a posi
     1/|P+| sum_{p in P+} log(1 + sum_{i: y_i = p}  exp(-alpha (s_ip - margin) + b_i))
     + 1/|P| sum_p        log(1 + sum_{i: y_i != p} exp( alpha (s_ip + margin) + b_i))
 
-with b_i = 0, or a miner's weight less 1, as pytorch-metric-learning has it. The proxies are the rows of the op and the
-batch is the bank: both sums of a proxy come from one pass.
+with b_i = 0, or the weight from a miner minus 1, as in pytorch-metric-learning. The proxies are the rows of the op and
+the batch is the bank: both sums of a proxy come from one pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .base import LossEntry, check_label_range, check_labels, check_reduction
 from .proxy_loss import ProxyLoss
 from .softmax import unit
 
-# Proxies to a call of the ``torch`` backend.
+# The most proxies in one call of the ``torch`` backend.
 ROWS = 8192
 
 
@@ -35,7 +35,7 @@ def _both_terms(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, margin: float, alpha: float, bias: Tensor | None,
     metric: str, normalize: bool, ignore_index: int, eps: float, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(M,) of positives, (M,) of negatives, and () the number of proxies with a positive."""
+    """Terms of each proxy, (M,) of positives and (M,) of negatives, and () the number of proxies with a positive."""
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
     ignore_index = check_integer("ignore_index", ignore_index)
     margin, alpha = check_number("margin", margin), check_number("alpha", alpha)
@@ -50,7 +50,7 @@ def _both_terms(
     y = torch.where(y == ignore_index, -1, y)
     size, dtype = (m, *embeddings.shape), product_dtype(proxies, embeddings)
     chosen = backends.choose("masked_logsumexp", y.device, dtype, argument=backend, size=size)
-    # That backend keeps some copies of its rows, which are usually the few: here they come in blocks.
+    # That backend keeps copies of its rows, which are usually few. Here the proxies are the rows: give it blocks.
     each = torch.arange(m, device=y.device)
     split = chosen == "torch" and m > ROWS
     blocks = zip(proxies.split(ROWS), each.split(ROWS), strict=True) if split else [(proxies, each)]
@@ -85,13 +85,13 @@ def proxy_anchor_loss(
     """Proxy-Anchor of embeddings (N, D) and proxies (M, D), one for each class; see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (M, D), likewise, in a dtype of their own.
+        embeddings: (N, D), any norm. proxies: (M, D), likewise; the dtypes may differ.
         labels: (N,) integers, rows of ``proxies``.
         margin: on the score. alpha: multiplies the scores. bias: (N,), added to the exponents of each embedding.
         metric, normalize: other scores, as in :func:`functional.masked_logsumexp`.
-        ignore_index: embeddings with this label are no positives and no negatives.
-        reduction: ``mean``: the paper's, each sum over its number of proxies. ``sum``: of both over the proxies.
-            ``none``: (M,), both terms of each proxy.
+        ignore_index: embeddings with this label are neither positives nor negatives.
+        reduction: ``mean``: that of the paper, each sum over its number of proxies. ``sum``: both terms, summed over
+            the proxies. ``none``: (M,), both terms of each proxy.
         eps: guards the division by the norm. backend: overrides the choice of backend.
 
     Returns:
@@ -126,7 +126,7 @@ def proxy_anchor_reference(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """The paper's loss, written densely; independent of the ops. Tests only."""
+    """The loss of the paper, written densely and independent of the ops; for tests only."""
     kept = labels != ignore_index
     x, y = embeddings[kept], labels[kept]
     b = torch.zeros(len(y), dtype=x.dtype) if bias is None else bias[kept].to(x.dtype)

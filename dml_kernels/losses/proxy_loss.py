@@ -1,4 +1,4 @@
-"""The Module under every loss with a learned bank: one (M, D) parameter, its start, checkpoints and regulariser."""
+"""The Module under every loss with a learned bank: one (M, D) parameter, its initial values, states and regulariser."""
 
 from __future__ import annotations
 
@@ -33,30 +33,31 @@ class ProxyLoss(MetricLoss):
         num_classes: C. embedding_size: D.
         bank_rows: M; None: one for each class.
         proxies: (M, D) starting values. None: from ``weight_init_func``.
-        weight_init_func: called on a new tensor, which it fills. It gets the shape that pytorch-metric-learning's
-            parameter has, (D, M) where that is called ``W`` or ``fc``, so that the same seed gives the same start.
-        weight_regularizer: of :mod:`dml_kernels.regularizers`, or theirs, or any callable on the bank (M, D); its
-            value times ``weight_reg_weight`` is added.
+        weight_init_func: called on a new tensor, which it fills. The tensor has the shape of the parameter in
+            pytorch-metric-learning, (D, M) where that is called ``W`` or ``fc``, so that the same seed gives the same
+            initial values.
+        weight_regularizer: one of :mod:`dml_kernels.regularizers`, or of pytorch-metric-learning, or any callable on
+            the bank (M, D); its value times ``weight_reg_weight`` is added.
         class_weight, ignore_index, reduction: as in the loss's function. Where a ``reducer`` is given, ``reduction``
             stays ``mean``.
-        device, dtype: of the parameter, which keeps its dtype whatever the embeddings'.
+        device, dtype: of the parameter, which keeps its dtype whatever that of the embeddings.
         metric_options: ``distance``, ``reducer``, ``embedding_regularizer``, ``embedding_reg_weight``, as in
             :class:`~dml_kernels.losses.metric_loss.MetricLoss`.
 
     Raises:
-        ValueError, TypeError: sizes that are not positive, starting values of the wrong shape, an option that makes no
-            sense here; the message names the fix.
+        ValueError, TypeError: sizes that are not positive, starting values of the wrong shape, an option that does
+            not apply; the message names the fix.
     """
 
     takes_references = False
     fixed: tuple[str, ...] = ("num_classes", "embedding_size")
     unused: tuple[str, ...] = ("cross_entropy", "proxy_labels")
-    # The parameter's name; the name of its transpose in pytorch-metric-learning 2.9, if it keeps that; other names
-    # under which a checkpoint may hold the (M, D) matrix.
+    # The name of the parameter; the name of its transpose in pytorch-metric-learning 2.9, if it is transposed there;
+    # other names under which a checkpoint may hold the (M, D) matrix.
     bank_name = "weight"
     transposed_name: str | None = "W"
     other_names: tuple[str, ...] = ()
-    # Theirs counts a miner's tuple by its anchors alone in the NCA losses.
+    # In the NCA losses pytorch-metric-learning weighs rows by the anchors of a miner's tuple only.
     anchors_alone = False
     # function(embeddings, bank, labels, *, ..., reduction, backend), a staticmethod.
     function: Callable[..., Tensor]
@@ -141,14 +142,14 @@ class ProxyLoss(MetricLoss):
         if not isinstance(value, Tensor) or value.shape != shape:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a tensor of shape {shape}, the transpose of {self.bank_name}; got {got}")
-        fill(self.bank, value)  # into the same parameter: an optimiser that has it goes on
+        fill(self.bank, value)  # into the same parameter, so that its optimiser continues to work
         if isinstance(value, torch.nn.Parameter):
             self.bank.requires_grad_(value.requires_grad)
 
     # --- checkpoints
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Also what pytorch-metric-learning saved: 2.9's ``W`` and ``fc``, (D, M), and 3's rows under another name."""
+        """Loads states of pytorch-metric-learning too: ``W`` and ``fc``, (D, M), of 2.9, and the rows of 3.x."""
         errors, own = rest[4], prefix + self.bank_name
         if own not in state_dict:
             for name in self.other_names:
@@ -176,7 +177,7 @@ class ProxyLoss(MetricLoss):
     # --- the call
 
     def options(self) -> Mapping[str, Any]:
-        """The function's keyword arguments, beside ``reduction`` and ``backend``."""
+        """The keyword arguments of the function, except ``reduction`` and ``backend``."""
         return {"class_weight": self.class_weight, "ignore_index": self.ignore_index}
 
     def forward(
@@ -195,8 +196,8 @@ class ProxyLoss(MetricLoss):
                 choose no pairs, but weigh each row by how often they name it, over the largest count.
 
         Raises:
-            ValueError, TypeError: ``ref_emb`` or ``ref_labels`` (other than the batch's own), as the proxies are the
-                references; labels missing or out of range; a wrong shape or dtype.
+            ValueError, TypeError: ``ref_emb`` or ``ref_labels`` other than those of the batch, because the proxies are
+                the references; labels missing or out of range; a wrong shape or dtype.
         """
         for name, value, own in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
             if value is not None and value is not own:
@@ -220,7 +221,7 @@ class ProxyLoss(MetricLoss):
     def parts(self, embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None) -> Mapping[str, Terms]:
         """One term for each row, for a reducer: what ``reduction="none"`` gives times the tuple's weights.
 
-        The number of a row is its class weight, so that the mean is the weighted one.
+        The number of a row is its class weight, so that the mean is weighted.
         """
         rows = self.function(embeddings, self.bank, labels, **self.options(), reduction="none")
         several = labels.dim() == 2
@@ -246,7 +247,7 @@ class ProxyLoss(MetricLoss):
         return found
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The (N, C) matrix that pytorch-metric-learning's method of this name gives: here the distance's."""
+        """The (N, C) matrix that this method of pytorch-metric-learning gives: here that of the distance."""
         return self.distance(embeddings, self.bank)
 
     def extra_repr(self) -> str:
@@ -258,17 +259,17 @@ class SoftmaxLoss(ProxyLoss):
     """A :class:`ProxyLoss` whose ``function`` is :func:`~dml_kernels.losses.softmax.softmax_loss` of ``logits_of``.
 
     Args:
-        settings: the loss's own: the arguments of ``logits_of``, and keyword arguments of ``function``.
+        settings: of the loss itself: the arguments of ``logits_of``, and keyword arguments of ``function``.
         label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        proxy_options: of :class:`ProxyLoss`; ``distance`` can be CosineSimilarity alone unless the loss says more.
+        proxy_options: of :class:`ProxyLoss`; ``distance`` must be CosineSimilarity unless the loss allows others.
 
     Attributes:
         weight: (C K, D) parameter, class by class; K is 1 unless the loss has several centres a class.
-        W: its transpose (D, C K), a view that acts for it (``grad``, ``data``, ``requires_grad_``, changes in place).
-            Assigned to, its values go into ``weight``, which stays the parameter: a Parameter too is taken by value.
-            Optimisers and hooks take ``weight``. SoftTriple calls it ``fc``.
-        Each setting is an attribute too, and may be assigned: ``loss.scale = 30``; in the unit of
-            pytorch-metric-learning's attribute, which is not always that of the argument.
+        W: its transpose (D, C K), a view that stands for it (``grad``, ``data``, ``requires_grad_``, changes in place).
+            An assignment copies the values into ``weight``, which stays the parameter, even if a Parameter is assigned.
+            Optimisers and hooks need ``weight``. SoftTriple calls it ``fc``.
+        Each setting: an attribute too, which may be assigned: ``loss.scale = 30``. Its unit is that of the attribute in
+            pytorch-metric-learning, which may differ from that of the argument.
     """
 
     distance_kinds: tuple[type[distances.Distance], ...] = (distances.CosineSimilarity,)
@@ -295,11 +296,11 @@ class SoftmaxLoss(ProxyLoss):
         return distances.CosineSimilarity()
 
     def options(self) -> Mapping[str, Any]:
-        """As ProxyLoss.options, with the smoothing and the loss's own settings."""
+        """As ProxyLoss.options, with the smoothing and the settings of the loss."""
         return {**super().options(), "label_smoothing": self.label_smoothing, **self.settings()}
 
     def settings(self) -> Mapping[str, Any]:
-        """The loss's own keyword arguments, as they are now."""
+        """The current settings of the loss, as keyword arguments."""
         return {name: getattr(self, name) for name in self.setting_names}
 
     def logits(self) -> Logits:

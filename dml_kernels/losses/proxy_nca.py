@@ -1,4 +1,4 @@
-r"""Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): pull an embedding to its class's proxy.
+r"""Proxy-NCA (Movshovitz-Attias et al. 2017, arXiv 1703.07464): pull an embedding to the proxy of its class.
 
 With unit vectors x^, p^ and z_ij = -softmax_scale |x^_i - p^_j|^2, the loss of a row with label y is::
 
@@ -8,7 +8,7 @@ With unit vectors x^, p^ and z_ij = -softmax_scale |x^_i - p^_j|^2, the loss of 
 ProxyNCA++ (Teh et al. 2020, arXiv 2004.01113) is the first with ``softmax_scale=9``, both sides scaled by 3, and
 proxies trained at 100 times the network's learning rate or more. Public code of Proxy-NCA with label smoothing epsilon
 spreads it over the other classes: ``label_smoothing=epsilon * C / (C - 1)`` here. ``metric`` and ``normalize`` take
-other scores in place of -|x^ - p^|^2.
+other scores instead of -|x^ - p^|^2.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _check_map(label_to_proxy: Tensor, num_proxies: int) -> None:
 
 
 def _map_labels(labels: Tensor, label_to_proxy: Tensor | None, ignore_index: int) -> tuple[Tensor, int]:
-    """Each row's proxy, and what marks ignored rows there: ``ignore_index`` is a label, and may be a proxy's index."""
+    """The proxy of each row, and the mark of ignored rows: ``ignore_index`` is a label, and may be a proxy's index."""
     if label_to_proxy is None:
         return labels, ignore_index
     keep = labels != ignore_index
@@ -99,8 +99,8 @@ def proxy_nca_loss(
     """Proxy-NCA of embeddings (N, D) against proxies (M, D); see the module for the formula.
 
     Args:
-        embeddings: (N, D), any norm: unit vectors are taken inside. proxies: (M, D), likewise, in a dtype of
-            their own.
+        embeddings: (N, D), any norm: unit vectors are formed inside. proxies: (M, D), likewise; the
+            dtypes may differ.
         labels: (N,) integers: rows of ``proxies``, or of ``label_to_proxy`` where given.
         softmax_scale: a number, or a () or (N,) tensor, which gets a gradient. 1 is the paper's.
         exclude_positive: leave the positive out of the sum, as the 2017 paper does.
@@ -194,7 +194,7 @@ def proxy_nca_reference(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """The paper's loss, written densely and row by row; independent of the ops. Tests only."""
+    """The paper's loss, written densely and row by row; independent of the ops. For tests only."""
     x, p = embeddings, proxies
     if normalize or metric == "cosine":
         x, p = (t / t.norm(dim=1, keepdim=True).clamp_min(eps) for t in (x, p))
@@ -257,7 +257,7 @@ class ProxyNCALoss(ProxyLoss):
         options: of :class:`~dml_kernels.losses.proxy_loss.ProxyLoss`; ``distance``: any, a similarity or a distance.
 
     Attributes:
-        proxies: (number of proxies, D) parameter. People train it at 10 to 100 times the network's learning rate.
+        proxies: (number of proxies, D) parameter, usually trained at 10 to 100 times the learning rate of the network.
 
     Raises:
         ValueError: sizes that are not positive, a map or starting values of the wrong shape.
@@ -300,8 +300,9 @@ class ProxyNCALoss(ProxyLoss):
     def init_from_data(self, embeddings: Tensor, labels: Tensor, how: str = "mean") -> None:
         """Set each proxy from the embeddings (n, D) of its classes; proxies without any keep their values.
 
-        ``how="mean"``: the mean of their unit vectors. ``"sample"``: the first of them. ``"nearest"``: the one
-        nearest to that mean (a member of the class, as the paper's static proxies).
+        Args:
+            how: ``mean``: the mean of their unit vectors. ``sample``: the first of them. ``nearest``: the one nearest
+                to that mean (a member of the class, as the static proxies of the paper).
         """
         check_matrix("embeddings", embeddings)
         if embeddings.size(1) != self.embedding_size:
@@ -319,7 +320,7 @@ class ProxyNCALoss(ProxyLoss):
         if how == "mean":
             values = total / count.clamp_min(1)[:, None].to(total.dtype)
         else:
-            # The smallest key of each proxy wins: its order in the data, or its rank by closeness to the mean.
+            # The smallest key of each proxy wins: the order in the data, or the rank by closeness to the mean.
             closeness = (unit * functional.normalize(total)[y]).sum(1)
             rank = torch.arange(y.numel(), device=y.device)
             if how == "nearest":

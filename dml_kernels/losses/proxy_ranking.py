@@ -40,8 +40,8 @@ def proxy_ranking_loss(
     """The ranking loss of embeddings (N, D) and proxies (M, D), one for each class; see the module.
 
     Args:
-        embeddings: (N, D), any norm where ``normalize``. proxies: (M, D), likewise, in a dtype of
-            their own.
+        embeddings: (N, D), any norm where ``normalize``. proxies: (M, D), likewise; the
+            dtypes may differ.
         labels: (N,) integers, rows of ``proxies``. margin: on the difference of two scores.
         metric, normalize: as in :func:`functional.masked_hinge_sum`.
         class_weight: (M,), a weight for each label; the mean is then weighted.
@@ -86,7 +86,7 @@ def proxy_ranking_reference(
     reduction: str = "mean",
     eps: float = 1e-12,
 ) -> Tensor:
-    """The sum over triplets, written densely; independent of the ops. Tests only."""
+    """The sum over triplets, written densely; independent of the ops. For tests only."""
     x, w = (unit(embeddings, eps), unit(proxies, eps)) if normalize else (embeddings, proxies)
     kept = labels != ignore_index
     y = labels[kept]
@@ -106,7 +106,7 @@ def proxy_ranking_reference(
 
 
 class ProxyRankingLoss(ProxyLoss):
-    """The ranking loss with one learned proxy a class.
+    """The ranking loss with one learned proxy per class.
 
     Args:
         num_classes: C. embedding_size: D. margin: on the difference of two scores.

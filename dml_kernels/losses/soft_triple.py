@@ -54,7 +54,7 @@ def soft_triple_reference(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, centers_per_class: int = 10, la: float | Tensor = 20.0,
     gamma: float = 0.1, margin: float = 0.01, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The paper's loss, written densely; independent of the ops. Tests only."""
+    """The loss of the paper, written densely and independent of the ops; for tests only."""
 
     def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         s = (x @ w.T).unflatten(1, (-1, centers_per_class))

@@ -1,4 +1,4 @@
-r"""What the softmax losses share: cross-entropy of scores against a bank, with a margin on the positive's score alone.
+r"""What the softmax losses share: cross-entropy of scores against a bank, with a margin only on the positive's score.
 
 A row with label y and logits z_j = scale s_j has, with z'_y the positive's logit after the margin::
 
@@ -6,8 +6,8 @@ A row with label y and logits z_j = scale s_j has, with z'_y the positive's logi
 
 The op gives z_y and L-, both (N,); the margin is a function of z_y. So no loss sees an N x M matrix, and none gathers
 w[y]. Label smoothing e adds e (z'_y - mean of all logits). Labels (N, L), padded with ``ignore_index``, are targets of
-L classes: a row is then the mean of -log p(label) over its labels, each taken alone, its margin with it; a row of L
-labels costs as much as L rows.
+L classes: a row is then the mean of -log p(label) over its labels, each with its own margin; a row of L labels costs as
+much as L rows.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .base import (
 
 
 class SoftmaxOptions(TypedDict, total=False):
-    """The keyword arguments of every softmax loss, beside its own settings; C classes.
+    """The keyword arguments of every softmax loss, in addition to its own settings; C classes.
 
     class_weight (None): (C,), a weight for each label; the mean is then weighted.
-    label_smoothing (0): as in ``torch.nn.functional.cross_entropy``, of which class weights weigh whole rows.
+    label_smoothing (0): as in ``torch.nn.functional.cross_entropy``, except that class weights weigh whole rows.
     ignore_index (-100): rows with this label contribute 0 and are not counted in the mean.
     reduction ("mean"): ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
     eps (1e-12): guards the division by the norm. backend (None): overrides the choice of backend.
@@ -59,9 +59,10 @@ class Logits(NamedTuple):
     Args:
         scale: multiplies the scores; a number or a () tensor, which gets a gradient.
         target: the positive's logits (N,) and the scale -> its logits after the margin; None without a margin.
-        metric: of the ops. by_length: the length of the embedding multiplies its scores: without a margin they are
-            x . w^, linear in x down to the zero vector; with one a length under eps takes the gradient away.
-        by_lengths: those of the embedding and of the proxies do: the scores are x . w as they are.
+        metric: of the ops.
+        by_length: the length of the embedding multiplies its scores. Without a margin they are x . w^, linear in x down
+            to the zero vector; with a margin, an embedding shorter than eps has no gradient.
+        by_lengths: the lengths of the embedding and of the proxies multiply the scores, which are then x . w.
         policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp.
     """
 
@@ -85,11 +86,11 @@ class Logits(NamedTuple):
         length = torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype))
         if self.target is None and self.by_length:  # what the cosine was divided by
             length = length.clamp_min(eps)
-        # A scale must be finite; an embedding that is not has NaN for scores already.
+        # A scale must be finite; the scores of an embedding that is not finite are NaN already.
         return torch.where(length.isfinite(), length, 1) * self.scale
 
     def __call__(self, embeddings: Tensor, bank: Tensor) -> Tensor:
-        """The N x M matrix of logits without a margin, for who wants it; no loss builds it."""
+        """The N x M matrix of logits without a margin; no loss builds it."""
         if self.metric == "cosine":
             s = cosines(embeddings, bank)
         else:
@@ -131,7 +132,7 @@ def softmax_loss(
     """The loss of embeddings (N, D) against proxies (C K, D), the K rows of a class together; see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (C K, D), likewise, in a dtype of their own.
+        embeddings: (N, D), any norm. proxies: (C K, D), likewise; the dtypes may differ.
         labels: (N,) integers, classes; or (N, L) padded with ``ignore_index``: a row is then the mean over its labels,
             each with its own margin.
         logits: what the loss makes of the scores; its ``centres`` are K, 1 for most losses.
@@ -168,7 +169,7 @@ def softmax_loss(
     if logits.by_lengths:  # (M,) lengths, whose gradient takes tensors of the bank's size
         lengths = torch.linalg.vector_norm(proxies, dim=1, dtype=accumulate_dtype(dtype))
         scale = scale * lengths[torch.where(counted, y, 0).clamp(0, classes - 1)]
-    # Logits of 64 have few digits left behind the point in fp32: the few numbers of a row are compared in fp64.
+    # fp32 has few digits after the point for logits of 64: the few numbers of a row are compared in fp64.
     positive = out.same.masked_fill(ignored, 0).double()
     if logits.target is not None:
         positive = logits.target(positive, scale.double() if isinstance(scale, Tensor) else scale)
@@ -192,7 +193,7 @@ def softmax_loss(
 
 
 def _one_label_a_row(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Rows, their labels (rows,) and how many rows stand for one embedding: L where labels are (N, L)."""
+    """Rows, their labels (rows,), and how many rows represent one embedding: L where labels are (N, L)."""
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return embeddings, check_labels(labels, embeddings), 1
     check_tensor("labels", labels)

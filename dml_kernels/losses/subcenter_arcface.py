@@ -44,7 +44,7 @@ def subcenter_arcface_reference(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, margin: float = 28.6, scale: float | Tensor = 64.0,
     sub_centers: int = 3, **options: Any,
 ) -> Tensor:  # fmt: skip
-    """The paper's loss, written densely; independent of the ops. Tests only."""
+    """The loss of the paper, written densely and independent of the ops; for tests only."""
 
     def logits(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
         cosines = (x @ w.T).unflatten(1, (-1, sub_centers)).max(2).values
@@ -77,7 +77,7 @@ class SubCenterArcFaceLoss(AngularLoss):
     def get_outliers(
         self, embeddings: Tensor, labels: Tensor, threshold: float = 75, return_dominant_centers: bool = True
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Examples far from their class's dominant sub-centre, the one nearest to most of its examples.
+        """Examples far from the dominant sub-centre of their class, the one nearest to most of its examples.
 
         Args:
             embeddings: (n, D). labels: (n,); those with ``ignore_index`` are left out. threshold: in degrees.

@@ -31,7 +31,7 @@ from .temperature import TemperatureLoss
 class SupConLoss(TemperatureLoss):
     """Supervised contrastive loss; a drop-in for pytorch-metric-learning 2.9's class of this name.
 
-    See the module for the formula. A pair that a miner lists several times counts once, as theirs.
+    See the module for the formula. A pair that a miner lists several times counts once, as in pytorch-metric-learning.
 
     Args:
         temperature: divides the similarity; not 0.
@@ -63,7 +63,7 @@ def supcon_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     temperature: float = 0.1, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, anchor by anchor. Tests only."""
+    """The formula, anchor by anchor. For tests only."""
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance or distances.CosineSimilarity())
     rows = [embeddings.sum() * 0]
     if pairs.same.any() and pairs.different.any():

@@ -1,8 +1,8 @@
 """``loss.W`` and ``loss.fc``: the parameter ``weight`` (M, D) as pytorch-metric-learning has it, (D, M).
 
-The parameter itself is row-major, and only ``weight`` is in ``loss.parameters()``. What this view shares with it by
-its memory works by itself: reading, derivatives, changes in place. What belongs to a parameter (its gradient, data,
-requires_grad) is handed on to ``weight``; what cannot be is refused by name, never done to the view alone.
+The parameter itself is row-major, and only ``weight`` is in ``loss.parameters()``. Reading, derivatives and changes in
+place work because the view shares the memory of ``weight``. What belongs to a parameter (its gradient, data,
+requires_grad) is passed on to ``weight``. What cannot be passed on is refused by name, never done to the view alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Each would be done to a view that the loss never sees again.
+# Each would act on a view that the loss never sees again.
 REFUSED = {
     torch.autograd.grad, Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad,
     Tensor.resize_, Tensor.resize_as_, Tensor.share_memory_,
@@ -29,7 +29,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def fill(bank: Tensor, transposed: Tensor) -> None:
-    """The values of (D, M) into the parameter (M, D), which stays the parameter, in its memory if it can."""
+    """Copy the values of (D, M) into the parameter (M, D), which stays the parameter, in its memory if possible."""
     if transposed.shape != bank.shape[::-1]:
         raise ValueError(f"the transpose of weight must have shape {tuple(bank.shape[::-1])}; got "
                          f"{tuple(transposed.shape)}")  # fmt: skip
@@ -42,7 +42,7 @@ def fill(bank: Tensor, transposed: Tensor) -> None:
 
 
 class Transposed(Tensor):
-    """The transpose of a parameter, which acts for it.
+    """The transpose of a parameter, which stands for it.
 
     Raises:
         RuntimeError: what only the parameter itself can do: stand in an optimiser, have hooks, be differentiated by.
@@ -92,7 +92,7 @@ class Transposed(Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        """The parameter's."""
+        """That of the parameter."""
         return self.bank.requires_grad
 
     @requires_grad.setter
@@ -100,13 +100,13 @@ class Transposed(Tensor):
         self.bank.requires_grad = value
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        """Of the parameter."""
+        """Set it on the parameter."""
         self.bank.requires_grad_(requires_grad)
         return self
 
     @property
     def retains_grad(self) -> bool:  # type: ignore[override]
-        """Asked by optimisers alone: they would step a tensor that is not the parameter."""
+        """Only optimisers read this; they would step a tensor that is not the parameter."""
         raise _refuse("an optimiser")
 
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -114,9 +114,9 @@ class Transposed(Tensor):
         raise _refuse("set_")
 
     def __deepcopy__(self, memo: Any) -> torch.nn.Parameter:
-        """A parameter of its own, (D, M)."""
+        """A separate parameter, (D, M)."""
         return torch.nn.Parameter(self.data.clone(), self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as a parameter of its own, (D, M)."""
+        """Saved as a separate parameter, (D, M)."""
         return self.__deepcopy__({}).__reduce_ex__(protocol)

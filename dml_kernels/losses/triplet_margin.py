@@ -1,4 +1,4 @@
-"""Triplet margin loss: every positive of an anchor closer than every negative, by a margin.
+"""Triplet margin loss: every positive of an anchor must be closer than every negative, by a margin.
 
 With the distances d of a triplet of an anchor a, a positive p and a negative n::
 
@@ -6,16 +6,16 @@ With the distances d of a triplet of an anchor a, a positive p and a negative n:
 
 (v)+ = max(v, 0). ``smooth_loss``: log(1 + exp v). ``swap``: the smaller of d_an and d_pn in place of d_an (Balntas et
 al. 2016, "Learning local feature descriptors with triplets and shallow convolutional neural networks"). For a
-similarity the signs turn around. By default d is the distance of unit vectors. Schroff, Kalenichenko and Philbin 2015,
+similarity the signs are reversed. By default d is the distance of unit vectors. Schroff, Kalenichenko and Philbin 2015,
 "FaceNet: A Unified Embedding for Face Recognition and Clustering", arXiv 1503.03832; Weinberger and Saul 2009.
 
 All triplets of the batch are counted, exactly, in O(N M log K) time for K positives an anchor and without a list of
 them (pytorch-metric-learning lists N M K); with ``smooth_loss`` or ``swap`` in O(N M K), still without a list. A
-miner's pairs make every triplet of a common anchor; with ``smooth_loss`` or ``swap`` those are listed, which breaks a
+miner's pairs form every triplet of a common anchor; with ``smooth_loss`` or ``swap`` those are listed, which breaks a
 compiled graph, as random triplets do.
 
-With references, d_pn is the distance of two references. pytorch-metric-learning takes the distance of the row of
-that number from the reference there; in the batch itself both agree.
+With references, d_pn is the distance of two references. There pytorch-metric-learning takes the distance between the
+reference and the row of the batch with that index; in the batch itself both agree.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class TripletMarginLoss(MetricLoss):
     See the module for the formula.
 
     Args:
-        margin: in units of the distance. swap, smooth_loss: the variants.
+        margin: in units of the distance.
+        swap, smooth_loss: the variants, see the module.
         triplets_per_anchor: ``all``, or how many random ones of each anchor, by PyTorch's default generator.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer AvgNonZeroReducer.
 
@@ -133,7 +134,7 @@ def triplet_margin_reference(
     embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     margin: float = 0.05, swap: bool = False, smooth_loss: bool = False, distance: Any = None,
 ) -> Tensor:  # fmt: skip
-    """The formula, one anchor and positive at a time. Tests only."""
+    """The formula, one anchor and positive at a time. For tests only."""
     distance = distance or distances.LpDistance()
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     bank = embeddings if ref_emb is None else ref_emb
