@@ -1,4 +1,4 @@
-"""What a loss or a miner compares: the arguments people already pass, checked once."""
+"""What a loss or a miner compares: the arguments of pytorch-metric-learning, checked once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .distances import Distance
 from .functional.distance import matrix_in
 from .ops.contract import accumulate_dtype, as_int64, check_labels, check_matrix, check_pair, product_dtype
 
-# Scores held at once by what walks them tile by tile: 16 MB in fp32.
+# The most scores that are held at once where they are computed tile by tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22
 IGNORE_INDEX = -100
 
@@ -21,10 +21,10 @@ class Batch(NamedTuple):
     """Embeddings and what they are compared with; labels as int64 on the embeddings' device.
 
     Args:
-        x: (N, D) embeddings. y: (N,) their labels, None where the tuples say all.
-        w: (M, D) what they are compared with: the batch itself, or the references. c: (M,) their labels.
+        x: (N, D) embeddings. y: (N,) their labels; None where the tuples determine everything.
+        w: (M, D) what the embeddings are compared with: the batch itself, or the references. c: (M,) its labels.
         exclude: (N,) bank index of each row's own copy, -1 for none; None where the references hold no copies.
-        tuples: a miner's pairs (a1, p, a2, n) or triplets (a, p, n); None for all that the labels make.
+        tuples: a miner's pairs (a1, p, a2, n) or triplets (a, p, n); None for all that the labels define.
     """
 
     x: Tensor
@@ -63,7 +63,7 @@ def check_tuples(tuples: Any, like: Tensor) -> tuple[Tensor, ...] | None:
 
 
 def _indices(given: Any, like: Tensor) -> Tensor:
-    """One of a tuple's tensors, or lists, as int64."""
+    """One tensor, or list, of a tuple as int64."""
     if not isinstance(given, Tensor):
         given = torch.as_tensor(given)
         given = given.long() if given.numel() == 0 else given  # an empty list has no dtype of its own
@@ -76,9 +76,10 @@ def make_batch(
     embeddings: Tensor, labels: Tensor | None, indices_tuple: Any = None, ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None, exclude: Tensor | None = None,
 ) -> Batch:  # fmt: skip
-    """The arguments of a loss's or miner's call, checked. ``exclude`` marks own copies among the references.
+    """The checked arguments of a call of a loss or miner. ``exclude`` marks own copies among the references.
 
-    References that are the embeddings, the same tensor, are the batch itself: each row's own copy is left out.
+    Where ``ref_emb`` is the same tensor as ``embeddings``, the batch is compared with itself, and each row's own copy
+    is left out.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
@@ -86,7 +87,7 @@ def make_batch(
     own_batch = ref_emb is None or ref_emb is embeddings
     w = embeddings if ref_emb is None else ref_emb
     if own_batch:
-        check_matrix("embeddings", embeddings)  # of no rows, too: a loss is then 0
+        check_matrix("embeddings", embeddings)  # may have no rows: a loss is then 0
     else:
         check_pair(embeddings, w, ("embeddings", "ref_emb"))
     tuples = check_tuples(indices_tuple, embeddings)
@@ -114,7 +115,7 @@ def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
     known, dtype = c != IGNORE_INDEX, accumulate_dtype(product_dtype(x, w))
     for start in range(0, x.size(0), step):
         rows = slice(start, start + step)
-        # In half precision close pairs would tie, and fp16 has no distance over 65504.
+        # In half precision close pairs would tie, and fp16 holds no distance over 65504.
         values = matrix_in(dtype, x[rows], w, distance.metric, normalize=distance.normalize_embeddings)
         same = y[rows, None] == c
         different = ~same & known & (y[rows, None] != IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""The bank sorted by label, and where in it each row's class lies: by binary search, shapes follow no values."""
+"""The bank sorted by label, and where the class of each row lies in it. Shapes do not depend on the labels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 
 
 class ClassRanges(NamedTuple):
-    """Where each row's class lies in the bank sorted by label.
+    """Where the class of each row lies in the bank sorted by label, found by binary search.
 
     Args:
-        order: (M,) bank indices, by label. start, stop: (N,) the row's class in it; equal for a row without a set.
-        own: (N,) where the row's excluded entry is in it, if among its class; else -1.
+        order: (M,) bank indices, sorted by label.
+        start, stop: (N,) the range of the row's class in ``order``; empty for an ignored row.
+        own: (N,) the place of the row's excluded entry in ``order`` if that is of its class; else -1.
         positives, negatives: (N,) int64, how many each row has.
     """
 
@@ -45,7 +46,7 @@ class ClassRanges(NamedTuple):
 
 
 def count_pairs(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """``positives`` and ``negatives`` alone, in half as many steps."""
+    """Only ``positives`` and ``negatives``, in half as many steps."""
     labels = c.sort().values
     positives = torch.searchsorted(labels, y, right=True) - torch.searchsorted(labels, y)
     others = (c != ignore_index).sum()

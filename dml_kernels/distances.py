@@ -18,20 +18,20 @@ from .ops.checks import check_flag, check_number
 from .ops.contract import accumulate_dtype, check_pair, product_dtype
 from .records import Recorded
 
-# What pytorch-metric-learning's distances are set up by.
+# The settings of a distance in pytorch-metric-learning.
 SETTINGS = ("normalize_embeddings", "p", "power", "is_inverted")
 
 
-# Unit vectors made at a time, in elements: 16 MB in fp32.
+# How many elements of unit vectors are made at a time: 16 MB in fp32.
 UNIT_ELEMENTS = 1 << 22
 
 
 def cosines(x: Tensor, w: Tensor) -> Tensor:
     """All N x M cosines as ``torch.nn.functional.normalize`` and a matrix product give them: normalise, then multiply.
 
-    :func:`functional.normalized_distance` multiplies first, which rounds differently: a cosine near 0 then has other
-    last digits than in code that compares with ``F.normalize(x) @ F.normalize(w).T``. Without gradient the copies of
-    ``w`` stay within some tiles of 16 MB.
+    :func:`functional.normalized_distance` multiplies first, which rounds differently: a cosine near 0 then differs in
+    the last digits from ``F.normalize(x) @ F.normalize(w).T``. Without gradient the copies of ``w`` stay within a few
+    tiles of 16 MB.
     """
     check_pair(x, w, ("embeddings", "ref_emb"))
     dtype = product_dtype(x, w)
@@ -49,15 +49,17 @@ def cosines(x: Tensor, w: Tensor) -> Tensor:
 class Distance(Recorded):
     """One metric of the ops: ``distance(x, w)`` is the (N, M) matrix, a loss takes only ``metric`` and ``normalize``.
 
-    The methods are those of pytorch-metric-learning's distances, so that its losses, miners and trainers take this one.
+    The methods are those of distances in pytorch-metric-learning, whose losses, miners and trainers therefore accept
+    it.
 
     Args:
-        normalize_embeddings, p, power: the attributes. collect_stats: taken as pytorch-metric-learning takes it;
-            nothing of a step is recorded: norms take a pass over the embeddings.
+        normalize_embeddings, p, power: the attributes below.
+        collect_stats: accepted as in pytorch-metric-learning; nothing of a step is recorded, because norms would take a
+            pass over the embeddings.
 
     Attributes:
-        metric: ``cosine``, ``dot``, ``euclidean`` or ``sqeuclidean``, as :func:`functional.normalized_distance` has it;
-            follows the settings below, which may be assigned.
+        metric: ``cosine``, ``dot``, ``euclidean`` or ``sqeuclidean``, as in :func:`functional.normalized_distance`. It
+            follows from the settings below, which may be assigned.
         normalize_embeddings: unit vectors are compared.
         p: of the norm, 2. power: of the value.
         is_inverted: larger values are closer points, as for similarities.
@@ -86,18 +88,18 @@ class Distance(Recorded):
         super().__setattr__(name, value)
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
-        """The metric that these settings make; refuses those that make none."""
+        """The metric of these settings; an error if there is none."""
         return self.metric
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
-        """All N x M values, for who wants the matrix; no loss here builds it."""
+        """The matrix of all N x M values; no loss of this package builds it."""
         ref_emb = query_emb if ref_emb is None else ref_emb
         if self.metric == "cosine":
             return cosines(query_emb, ref_emb)
         return functional.normalized_distance(query_emb, ref_emb, self.metric, normalize=self.normalize_embeddings)
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """(N,) values of row against row; as in pytorch-metric-learning of the vectors as they are, to the power 1."""
+        """(N,) values of corresponding rows; as in pytorch-metric-learning without normalisation, to the power 1."""
         if self.is_inverted:
             return torch.linalg.vecdot(query_emb, ref_emb)
         return torch.nn.functional.pairwise_distance(query_emb, ref_emb, p=self.p)
@@ -137,11 +139,11 @@ class Distance(Recorded):
 
 
 class LpDistance(Distance):
-    """Euclidean distance |u - p| of unit vectors; with ``power=2`` its square; of the vectors as they are with
+    """Euclidean distance |u - p| of unit vectors, or its square with ``power=2``; of the given vectors with
     ``normalize_embeddings=False``.
 
     Raises:
-        ValueError: another p than 2 or power than 1 or 2, which no kernel here streams.
+        ValueError: p other than 2, or power other than 1 or 2, which no kernel here streams.
     """
 
     metric = "euclidean"
@@ -155,11 +157,10 @@ class LpDistance(Distance):
 
 
 class DotProductSimilarity(Distance):
-    """x.w of unit vectors, as pytorch-metric-learning has it; with ``normalize_embeddings=False`` of the vectors as
-    they are.
+    """x.w of unit vectors, as in pytorch-metric-learning; of the given vectors with ``normalize_embeddings=False``.
 
     Raises:
-        ValueError: another power than 1, or another norm than p=2.
+        ValueError: power other than 1, or p other than 2.
     """
 
     metric = "cosine"
@@ -177,7 +178,7 @@ class CosineSimilarity(DotProductSimilarity):
     """u.p of unit vectors.
 
     Raises:
-        ValueError: ``normalize_embeddings=False``: that is DotProductSimilarity; another power than 1.
+        ValueError: ``normalize_embeddings=False``, which is DotProductSimilarity; power other than 1.
     """
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
@@ -191,15 +192,15 @@ class CosineSimilarity(DotProductSimilarity):
 def accept(
     distance: Any, default: Distance, only: tuple[type[Distance], ...] = (Distance,), user: str = ""
 ) -> Distance:
-    """A distance for a loss or miner: ours, or one of pytorch-metric-learning's own classes, turned into ours.
+    """A distance for a loss or miner: one of ours, or one of pytorch-metric-learning converted to ours.
 
     Args:
         distance: what the caller was given; None for ``default``.
-        only: the kinds that make sense there. user: who asks, for the message.
+        only: the kinds that the caller supports. user: the caller, for the message.
 
     Raises:
-        ValueError, TypeError: a kind that no kernel streams, any other class, or one that makes no sense there; the
-            message names those that do.
+        ValueError, TypeError: a kind that no kernel streams, any other class, or one that the caller does not support;
+            the message names those that it does.
     """
     if distance is None:
         return default
@@ -215,10 +216,10 @@ def accept(
     return distance
 
 
-def _translated(theirs: Any) -> Distance:
-    name = pml_name(theirs, "distances")
+def _translated(original: Any) -> Distance:
+    name = pml_name(original, "distances")
     if name not in ("LpDistance", "CosineSimilarity", "DotProductSimilarity"):
-        kind = type(theirs)
+        kind = type(original)
         raise TypeError(
             "distance must be LpDistance, CosineSimilarity or DotProductSimilarity (of dml_kernels.distances or "
             f"pytorch_metric_learning.distances); got {kind.__module__}.{kind.__qualname__}. What another class "
@@ -226,7 +227,7 @@ def _translated(theirs: Any) -> Distance:
         )
     ours: Distance = globals()[name]()
     for setting in SETTINGS:
-        setattr(ours, setting, getattr(theirs, setting))
+        setattr(ours, setting, getattr(original, setting))
     return ours
 
 

@@ -37,7 +37,7 @@ ABSENT: dict[str, dict[str, str]] = {
         "BaseMiner": "`dml_kernels.miners.Miner`; a loss takes any tuple of indices",
     },
     "distances": {
-        "BaseDistance": "`LpDistance`, `CosineSimilarity` or `DotProductSimilarity`: losses stream those alone",
+        "BaseDistance": "`LpDistance`, `CosineSimilarity` or `DotProductSimilarity`: losses stream only those",
         "BatchedDistance": "`dml_kernels.evaluation`, which goes through the matrix in pieces, as losses do",
         "SNRDistance": "pytorch-metric-learning's own, in its losses and miners",
     },
@@ -71,7 +71,7 @@ MODULES: dict[str, str] = {
 
 
 def _importing() -> bool:
-    """Whether a ``from module import name`` asks, two calls up: it drops an AttributeError and its message."""
+    """Whether two calls up a ``from module import name`` is running, which drops an AttributeError and its message."""
     caller = sys._getframe(2)
     return caller.f_code.co_name == "_handle_fromlist" or (
         dis.opname[caller.f_code.co_code[max(caller.f_lasti, 0)]] == "IMPORT_FROM"
@@ -79,9 +79,9 @@ def _importing() -> bool:
 
 
 def explain(module: str) -> None:
-    """Gives a module of this package a ``__getattr__`` that says what to use in place of a name that is not here.
+    """Give a module of this package a ``__getattr__`` that says what to use instead of a name that is missing here.
 
-    It is set here, and not defined there, so that type checkers go on refusing unknown names.
+    It is set here, and not defined in the module, so that type checkers keep refusing unknown names.
     """
     absent = MODULES if module == "dml_kernels" else ABSENT[module.removeprefix("dml_kernels.")]
 

@@ -1,4 +1,4 @@
-"""Objects of pytorch-metric-learning, told by their class: its name alone says nothing of what an object computes."""
+"""Objects of pytorch-metric-learning, recognised by class and module: a name alone does not say what is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels as people hold them, read by position: tensors, arrays, lists, pandas columns."""
+"""Labels in any common container, read by position: tensors, arrays, lists, pandas columns."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ NUMBER_THEM = "number them first, as torch.from_numpy(numpy.unique(names, return
 
 
 def integers_by_position(name: str, values: Any, *, names: bool = False, booleans: bool = False) -> Tensor:
-    """Labels (or indices) as int64, in their order: what a pandas column is indexed by does not matter.
+    """Labels (or indices) as int64, in their order; the index of a pandas column does not matter.
 
     Args:
         name: of the argument, for messages.
         values: a tensor (kept on its device), a numpy array, a list or tuple, a pandas Series, Index or Categorical, or
-            whatever else has ``to_numpy()`` or ``__array__()``; of any integer dtype, or of Python's integers.
-        names: whether strings are taken, where only equality matters. They are numbered from 0 in sorted order.
-        booleans: whether False and True are taken, as 0 and 1.
+            anything else with ``to_numpy()`` or ``__array__()``; of any integer dtype, or Python integers.
+        names: whether strings are accepted, where only equality matters. They are numbered from 0 in sorted order.
+        booleans: whether False and True are accepted, as 0 and 1.
 
     Raises:
-        TypeError: no such container, or values that are no integers. ValueError: missing values, strings where they are
-            not taken, or integers beyond int64; the message names the argument and the fix.
+        TypeError: no such container, or values that are not integers.
+        ValueError: missing values, strings where they are not accepted, or integers beyond int64. The message names the
+            argument and the fix.
     """
     if isinstance(values, Tensor):
         return _of_tensor(name, values, booleans)
@@ -69,13 +70,13 @@ def _to_array(name: str, values: Any) -> np.ndarray[Any, Any]:
         array = np.asarray(values)
     except (ValueError, RuntimeError, TypeError) as error:
         raise TypeError(f"{name} must be a vector of integers; got one that numpy cannot read: {error}") from None
-    # A list of strings and numbers becomes one of strings: look at what was given.
+    # numpy turns a list of strings and numbers into strings: look at the values as they were given.
     mixed = array.dtype.kind in "US" and not isinstance(values, np.ndarray)
     return np.asarray(values, dtype=object) if mixed else array
 
 
 def _refuse_missing(name: str, array: np.ndarray[Any, Any]) -> None:
-    """None, NaN, pandas.NA and NaT: what does not equal itself, or will not say."""
+    """Refuse None, NaN, pandas.NA and NaT."""
     if array.dtype.kind == "f":
         missing = np.isnan(array)
     else:

@@ -1,4 +1,4 @@
-"""Log space, where the losses live: an empty set is -inf and must give a zero gradient, never NaN."""
+"""Functions in log space for the losses: an empty set is -inf and must give a zero gradient, never NaN."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def log1pexp(x: Tensor) -> Tensor:
 def logaddexp(u: Tensor, v: Tensor, empty: float) -> Tensor:
     """log(exp(u) + exp(v)), broadcast, and ``empty`` where both are -inf; right to the second derivative.
 
-    ``torch.logaddexp`` has NaN for second derivatives where one operand is -inf, and a maximum taken by autograd has 0
-    where both are equal: here it is a constant.
+    ``torch.logaddexp`` has NaN second derivatives where one operand is -inf. Autograd through a maximum would give 0
+    where both are equal; here the maximum is a constant.
     """
     peak = torch.maximum(u, v).detach()
     none = peak == -torch.inf

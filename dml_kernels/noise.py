@@ -1,7 +1,7 @@
 """Counter-based noise: a number for (seed, row, column), the same on any tiling, thread count and backend.
 
 The hash is splitmix64: a row's stream starts at mix(mix(seed) + row gamma) and its element is mix(start + (column + 1)
-gamma), all modulo 2^64. csrc/core/noise.h spells the same in C++, and a test holds both to the same bits.
+gamma), all modulo 2^64. csrc/core/noise.h is the same in C++, and a test compares the bits of both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
 
 
 def _shifted(h: Tensor, by: int) -> Tensor:
-    """Logical shift right: PyTorch's repeats the sign."""
+    """Logical shift right; that of PyTorch repeats the sign."""
     return (h >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Packages that some parts need and the library does not: imported when first needed, or an error that says the fix."""
+"""Optional packages: imported when they are first needed, or an error that says how to install them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 __all__ = ["how_to_install", "import_optional"]
 
-# What a package is called where it is installed from, if not as its module.
+# The names of packages on an index, where they differ from the names of their modules.
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn"}
 
 
 def how_to_install(*modules: str) -> str:
     """How to get these modules, for messages.
 
-    The packages' own names, or the extra out of a checkout. Never this package's bare name: no index holds it, and
-    whoever registered it there could run their code on every machine that follows the message.
+    The message names the packages themselves, or the extra of a checkout. It never names this package alone: no index
+    holds it, and anyone who registered that name could run code on every machine that follows the message.
     """
     names = " ".join(PACKAGES.get(module, module) for module in modules)
     return f"pip install {names} (in a checkout of this repository, pip install --no-build-isolation -e '.[demo]')"

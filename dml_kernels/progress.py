@@ -1,4 +1,4 @@
-"""How long jobs tell what they have done: a function of the caller's, or a bar."""
+"""How long jobs report progress: a function of the caller, or a bar."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from .optional import import_optional
 
 __all__ = ["Progress", "reporter"]
 
-# Called with the number of units just finished (queries, examples, ...); True shows a tqdm bar; None or False nothing.
+# Called with the number of units just finished (queries, examples, ...); True shows a tqdm bar; None or False shows
+# nothing.
 Progress = Callable[[int], object] | bool | None
 
 
 @contextlib.contextmanager
 def reporter(progress: Progress, total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
-    """What a job calls with the number of units just finished."""
+    """The function that a job calls with the number of units just finished."""
     if callable(progress):
         yield progress
     elif progress:

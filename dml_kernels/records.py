@@ -1,4 +1,4 @@
-"""What pytorch-metric-learning's users and record keepers read off losses, miners, distances and reducers."""
+"""The attributes of losses, miners, distances and reducers that pytorch-metric-learning's record keepers read."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Recorded(torch.nn.Module):
     """A module whose settings, and statistics of the last call, are attributes that a record keeper finds.
 
     Args:
-        collect_stats: whether record keepers are told of the ``statistics`` too.
+        collect_stats: whether record keepers see the ``statistics`` too.
 
     Attributes:
         collect_stats: bool.
         statistics: names of the numbers that a call leaves on the module: 0 before the first one.
-        fixed: names of settings that other things were made from: they cannot be assigned once the module is there.
-        unused: names of what pytorch-metric-learning's module computes with, and this one does not.
+        fixed: names of settings from which the module is built; they cannot be assigned afterwards.
+        unused: names of attributes that the module in pytorch-metric-learning computes with, and this one does not.
 
     Raises:
-        ValueError: an assignment that would have no effect, or another one than in pytorch-metric-learning.
+        ValueError: an assignment that would have no effect, or a different effect than in pytorch-metric-learning.
     """
 
     statistics: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class Recorded(torch.nn.Module):
 
     @property
     def _record_these(self) -> list[str]:
-        """The settings that are numbers. This name and the next are what pytorch-metric-learning's keepers look for."""
+        """The settings that are numbers. Record keepers of pytorch-metric-learning look for this name and the next."""
         names = inspect.signature(type(self).__init__).parameters
         return [name for name in names if type(getattr(self, name, None)) in (int, float)]
 

@@ -1,11 +1,11 @@
-"""Reducers by the names people use: from what a loss streamed for each anchor to one number.
+"""Reducers, under pytorch-metric-learning's names: from the sums that a loss streams for each anchor to one number.
 
-A loss hands over sums, never its terms: the N x M pairs or N x M x K triplets of a batch are not listed. So a reducer
-can be whatever follows from the sum, the number and the number of non-zero terms of each anchor; what needs the terms
-themselves is refused, with the reducer that comes nearest.
+A loss passes on sums, never its terms: the N x M pairs or N x M x K triplets of a batch are not listed. So a reducer
+can be anything that follows from the sum, the number and the number of non-zero terms of each anchor. A reducer that
+needs the terms themselves is refused, with an error that names the nearest one.
 
-pytorch-metric-learning's losses list their terms, and call ``reducer(loss_dict, embeddings, labels)``: these reducers
-take that call as well, and then see every term.
+The losses of pytorch-metric-learning list their terms, and call ``reducer(loss_dict, embeddings, labels)``: these
+reducers accept that call too, and then see every term.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
 
 
 def nonzero(values: Tensor) -> Tensor:
-    """1 for a term over 0, else 0, in the dtype of the values. NaN is over 0: a mean over such terms is NaN as well."""
+    """1 for a term over 0, else 0, in the dtype of the values. NaN counts as over 0, so that a mean over it is NaN."""
     values = values.detach()
     return (~(values <= 0)).to(values)
 
 
 class Terms(NamedTuple):
-    """One part of a loss (its positive pairs, say), summed for each anchor.
+    """One part of a loss (for example its positive pairs), summed for each anchor.
 
     Args:
-        total: (N,) sum of the anchor's terms; () for ``kind="reduced"``, a value that is final.
-        number: (N,) how many terms. active: (N,) how many are over 0, or NaN. Same dtype as total, without gradient.
+        total: (N,) sum of the anchor's terms; () for ``kind="reduced"``, a final value.
+        number, active: (N,) how many terms there are, and how many are over 0 or NaN; in the dtype of total, without
+            gradient.
         kind: ``element`` (one term for each anchor), ``pair``, ``triplet`` or ``reduced``.
-        labels: (N,) the anchors' labels, for class weights. divisor: () what DivisorReducer divides by.
+        labels: (N,) labels of the anchors, for class weights. divisor: () what DivisorReducer divides by.
     """
 
     total: Tensor
@@ -52,23 +53,23 @@ class Terms(NamedTuple):
     def elements(
         values: Tensor, labels: Tensor | None, keep: Tensor | None = None, divisor: Tensor | None = None
     ) -> Terms:
-        """One term for each anchor; those outside ``keep`` (N,) bool count for nothing."""
+        """One term for each anchor; those outside ``keep`` (N,) bool do not count."""
         keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
         values = torch.where(keep, values, 0)
         return Terms(values, keep.to(values), nonzero(values), ELEMENT, labels, divisor)
 
     @staticmethod
     def final(value: Tensor) -> Terms:
-        """A value that no reducer touches."""
+        """A value that no reducer changes."""
         one = torch.ones_like(value)
         return Terms(value, one, one, REDUCED)
 
 
 class Reducer(Recorded):
-    """Adds up its parts: each Terms to a number, or what is final as it is.
+    """Adds up the parts of a loss: each Terms as a number, final values as they are.
 
     Args:
-        collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded, as the terms are not
+        collect_stats: accepted as in pytorch-metric-learning; nothing of a step is recorded, because the terms are not
             kept.
     """
 
@@ -88,9 +89,9 @@ class Reducer(Recorded):
         """The loss, a scalar connected to the graph.
 
         Args:
-            parts: :class:`Terms` by name, as losses here hand them over; or what a loss of pytorch-metric-learning
-                does, a dict of ``losses``, ``indices``, ``reduction_type`` and, for some, ``divisor``.
-            embeddings, labels: needed beside such a dict.
+            parts: :class:`Terms` by name, from a loss of this package; or from a loss of pytorch-metric-learning a dict
+                of ``losses``, ``indices``, ``reduction_type`` and, for some, ``divisor``.
+            embeddings, labels: needed with such a dict.
         """
         values = []
         for name, part in parts.items():
@@ -101,16 +102,16 @@ class Reducer(Recorded):
         return torch.stack(values).sum() if len(values) > 1 else values[0]
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """One part to a number; ``name`` is for messages."""
+        """The number for one part; ``name`` is for messages."""
         raise NotImplementedError
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
-        """One part of a loss of pytorch-metric-learning to a number: each term that it lists is an element."""
+        """The number for one part of a loss of pytorch-metric-learning: each term that it lists is an element."""
         if not isinstance(part, Mapping) or embeddings is None:
-            raise TypeError(f"{name} must be Terms, or come from pytorch-metric-learning's loss_dict with embeddings "
-                            f"beside it; got {type(part).__name__}")  # fmt: skip
+            raise TypeError(f"{name} must be Terms, or come from the loss_dict of pytorch-metric-learning, given with "
+                            f"embeddings; got {type(part).__name__}")  # fmt: skip
         values, indices = part["losses"], part["indices"]
-        if not isinstance(values, Tensor):  # 0: there was nothing to compare
+        if not isinstance(values, Tensor):  # 0, as there was nothing to compare
             return (embeddings * 0).sum() + values
         values = values.to(accumulate_dtype(values.dtype))
         if part["reduction_type"] == "already_reduced":
@@ -122,7 +123,7 @@ class Reducer(Recorded):
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
-    """total / count, and 0 (connected) where nothing was counted."""
+    """total / count, and 0 (connected to the graph) where the count is 0."""
     return total / count.masked_fill(count == 0, torch.inf)
 
 
@@ -146,7 +147,7 @@ class ThresholdReducer(Reducer):
     """The mean over the terms above ``low`` and below ``high``. A term that is NaN passes.
 
     Raises:
-        ValueError: at a loss of pairs or triplets, other thresholds than ``low=0`` (AvgNonZeroReducer).
+        ValueError: when called by a loss of pairs or triplets, thresholds other than ``low=0`` (AvgNonZeroReducer).
     """
 
     def __init__(self, low: float | None = None, high: float | None = None, **options: Any):
@@ -191,7 +192,7 @@ class DivisorReducer(Reducer):
 
 
 class PerAnchorReducer(Reducer):
-    """First the mean of each anchor's pairs (0 without any), then ``reducer`` over the anchors (default: the mean)."""
+    """First the mean over the pairs of each anchor (0 without any), then ``reducer`` over anchors (default: mean)."""
 
     unused = ("aggregation_func",)
     reducer: Any
@@ -201,7 +202,7 @@ class PerAnchorReducer(Reducer):
         self.reducer = reducer
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
-        """Listed pairs are added up by anchor first."""
+        """Add up listed pairs by anchor first."""
         kind = part["reduction_type"] if isinstance(part, Mapping) and isinstance(part["losses"], Tensor) else ""
         if not kind.endswith(PAIR) and kind != TRIPLET:
             return self.reducer.reduce_listed(name, part, embeddings, labels)
@@ -216,7 +217,7 @@ class PerAnchorReducer(Reducer):
         return self.reduce(name, Terms(total, number, active, TRIPLET if kind == TRIPLET else PAIR, own))
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Mean of each anchor, then over anchors."""
+        """The mean for each anchor, then over the anchors."""
         if part.kind == TRIPLET:
             raise ValueError(f"{name} is a sum over triplets, which have no mean per anchor; use MeanReducer")
         if part.kind == PAIR:
@@ -225,7 +226,7 @@ class PerAnchorReducer(Reducer):
 
 
 class ClassWeightedReducer(Reducer):
-    """The mean of the terms, each times the weight of its anchor's class.
+    """The mean of the terms, each multiplied by the weight of its anchor's class.
 
     Args:
         weights: (number of classes,), a weight for each label.
@@ -256,13 +257,13 @@ class ClassWeightedReducer(Reducer):
             raise ValueError(f"labels must be in [0, {classes}): ClassWeightedReducer has {classes} weights; got "
                              f"{labels[beyond][0].item()}")  # fmt: skip
         weight = self.weights.to(part.total)[labels.clamp(0, classes - 1)]
-        # Where no one looked, a label without a weight is NaN, not the last class's.
+        # Where the values are not read, a label without a weight gives NaN, not the weight of the last class.
         weight = torch.where(beyond, torch.nan, weight)
         return _ratio((part.total * weight).sum(), part.number.sum())
 
 
 class DoNothingReducer(Reducer):
-    """Hands back the parts as they are, from a loss here a dict of :class:`Terms`."""
+    """Returns the parts as they are; for a loss of this package a dict of :class:`Terms`."""
 
     def forward(self, parts: Mapping[str, Any], *_: Any) -> Mapping[str, Any]:  # type: ignore[override]
         """The parts."""
@@ -278,11 +279,11 @@ class MultipleReducers(Reducer):
         self.default_reducer = default_reducer
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """By the part's own reducer."""
+        """Delegate to the reducer of the part."""
         return self._of(name).reduce(name, part)
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
-        """By the part's own reducer."""
+        """Delegate to the reducer of the part."""
         return self._of(name).reduce_listed(name, part, embeddings, labels)
 
     def _of(self, name: str) -> Reducer:
@@ -295,10 +296,10 @@ _PLAIN = {kind.__name__: kind for kind in (MeanReducer, SumReducer, DivisorReduc
 
 
 def accept(reducer: Any, default: Reducer) -> Reducer:
-    """A reducer for a loss: ours, or one of pytorch-metric-learning's own classes, turned into ours; None: ``default``.
+    """A reducer for a loss: one of ours, or one of pytorch-metric-learning converted to ours; None: ``default``.
 
     Raises:
-        TypeError, ValueError: one that needs every term, or any other class; the message names those that do not.
+        TypeError, ValueError: a reducer that needs every term, or any other class; the message names the possible ones.
     """
     if reducer is None:
         return default

@@ -1,7 +1,7 @@
-"""Regularisers of embeddings or of a learned bank, by the names people use; none builds an M x M matrix.
+"""Regularisers of embeddings or of a learned bank, under pytorch-metric-learning's names; none builds an M x M matrix.
 
-Each is called on rows (M, D) and gives a scalar, in fp32 (fp64 for fp64), which a loss adds times a weight. A reducer
-of :mod:`dml_kernels.reducers` may say how the rows' values become one; the mean by default.
+Each is called on rows (M, D) and returns a scalar in fp32 (fp64 for fp64), which a loss adds, multiplied by a weight. A
+reducer of :mod:`dml_kernels.reducers` may say how the rows' values become one; the mean by default.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Regularizer(Recorded):
     """A function of the rows of a matrix; a subclass states its ``terms``.
 
     Args:
-        reducer: of :mod:`dml_kernels.reducers`, or pytorch-metric-learning's; None: the regulariser's own.
-        collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded.
+        reducer: one of :mod:`dml_kernels.reducers`, or of pytorch-metric-learning; None: the default of the
+            regulariser.
+        collect_stats: accepted as in pytorch-metric-learning; nothing of a step is recorded.
     """
 
     def __init__(self, *, reducer: Any = None, collect_stats: bool | None = None):
@@ -45,7 +46,7 @@ class Regularizer(Recorded):
         return reducers.MeanReducer()
 
     def terms(self, weights: Tensor) -> Terms:
-        """The value of each row, summed as a reducer takes it."""
+        """The values of the rows, as Terms for a reducer."""
         raise NotImplementedError
 
     def forward(self, weights: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class LpRegularizer(Regularizer):
 
 
 class ZeroMeanRegularizer(Regularizer):
-    """The mean of |sum_d w_jd|: the components of each row to add up to 0."""
+    """The mean of |sum_d w_jd|, which pulls the sum of each row's components to 0."""
 
     def terms(self, weights: Tensor) -> Terms:
         """Absolute sums."""
@@ -84,8 +85,8 @@ class ZeroMeanRegularizer(Regularizer):
 
 
 class CenterInvariantRegularizer(Regularizer):
-    """The mean of (|w_j|^2 - mean_k |w_k|^2)^2 / 4: rows of one length (Wu et al., Deep Face Recognition with Center
-    Invariant Loss, 2017).
+    """The mean of (|w_j|^2 - mean_k |w_k|^2)^2 / 4, which pulls rows to one length (Wu et al., Deep Face Recognition
+    with Center Invariant Loss, 2017).
     """
 
     def terms(self, weights: Tensor) -> Terms:
@@ -95,10 +96,10 @@ class CenterInvariantRegularizer(Regularizer):
 
 
 class RegularFaceRegularizer(Regularizer):
-    """The mean over rows of the cosine to the nearest other row (Zhao et al., RegularFace, CVPR 2019): classes apart.
+    """The mean over rows of the cosine to the nearest other row (Zhao et al., RegularFace, CVPR 2019).
 
-    The nearest row is found streaming, and is a constant in the derivative, as in pytorch-metric-learning. A bank of
-    one row gives 0.
+    It pushes classes apart. The nearest row is found by streaming, and is a constant in the derivative, as in
+    pytorch-metric-learning. A bank of one row gives 0.
     """
 
     def terms(self, weights: Tensor) -> Terms:
@@ -113,18 +114,18 @@ class RegularFaceRegularizer(Regularizer):
 
 
 class SparseCentersRegularizer(Regularizer):
-    """Centres of one class that may fall together (SoftTriple, Qian et al., ICCV 2019, equation 8)::
+    """Lets centres of one class merge (SoftTriple, Qian et al., ICCV 2019, equation 8)::
 
         sum_c sum_{k < l} |u_ck - u_cl| / (C K (K - 1)),  u unit vectors
 
-    The rows are C classes of K centres, class by class. K x K cosines a class are built, never M x M. A pair that
-    has merged, to rounding, has distance 0 and no gradient.
+    The rows are C classes of K centres, class by class. K x K cosines per class are built, never M x M. A pair that has
+    merged up to rounding has distance 0 and no gradient.
 
     Args:
         num_classes: C. centers_per_class: K, at least 2.
 
     Raises:
-        ValueError: sizes that are too small, or another number of rows than C K.
+        ValueError: sizes that are too small, or a number of rows other than C K.
     """
 
     fixed = ("num_classes", "centers_per_class")
@@ -141,7 +142,7 @@ class SparseCentersRegularizer(Regularizer):
         self.num_classes, self.centers_per_class = num_classes, centers_per_class
 
     def default_reducer(self) -> reducers.Reducer:
-        """Twice the number of pairs divides, as in the paper."""
+        """The reducer that divides by twice the number of pairs, as in the paper."""
         return reducers.DivisorReducer()
 
     def terms(self, weights: Tensor) -> Terms:
@@ -158,21 +159,21 @@ class SparseCentersRegularizer(Regularizer):
                      divisor=number.sum() * 2)  # fmt: skip
 
 
-def _sparse_centers(theirs: Any) -> SparseCentersRegularizer:
-    """Theirs keeps its sizes in a mask alone: a class has K (K - 1) / 2 pairs."""
-    mask = theirs.same_class_mask
+def _sparse_centers(original: Any) -> SparseCentersRegularizer:
+    """pytorch-metric-learning keeps the sizes only in a mask, where a class has K (K - 1) / 2 pairs."""
+    mask = original.same_class_mask
     k = 2 * int(mask.sum()) // mask.size(0) + 1
-    return SparseCentersRegularizer(mask.size(0) // k, k, reducer=theirs.reducer)
+    return SparseCentersRegularizer(mask.size(0) // k, k, reducer=original.reducer)
 
 
 _KNOWN: dict[str, Callable[[Any], Regularizer]] = {
-    "LpRegularizer": lambda theirs: LpRegularizer(theirs.p, theirs.power, reducer=theirs.reducer),
-    "ZeroMeanRegularizer": lambda theirs: ZeroMeanRegularizer(reducer=theirs.reducer),
-    "CenterInvariantRegularizer": lambda theirs: CenterInvariantRegularizer(reducer=theirs.reducer),
-    "RegularFaceRegularizer": lambda theirs: RegularFaceRegularizer(reducer=theirs.reducer),
+    "LpRegularizer": lambda original: LpRegularizer(original.p, original.power, reducer=original.reducer),
+    "ZeroMeanRegularizer": lambda original: ZeroMeanRegularizer(reducer=original.reducer),
+    "CenterInvariantRegularizer": lambda original: CenterInvariantRegularizer(reducer=original.reducer),
+    "RegularFaceRegularizer": lambda original: RegularFaceRegularizer(reducer=original.reducer),
     "SparseCentersRegularizer": _sparse_centers,
 }
-# The distance of those that use one.
+# The distance of the regularisers that use one.
 _DISTANCE: dict[str, type[distances.Distance]] = {
     "CenterInvariantRegularizer": distances.LpDistance,
     "RegularFaceRegularizer": distances.CosineSimilarity,
@@ -181,11 +182,11 @@ _DISTANCE: dict[str, type[distances.Distance]] = {
 
 
 def accept(regularizer: Any) -> Any:
-    """A regulariser for a loss: ours, one of pytorch-metric-learning's own classes turned into ours, or any callable.
+    """A regulariser for a loss: one of ours, one of pytorch-metric-learning converted to ours, or any callable.
 
     Raises:
-        TypeError: something that cannot be called. ValueError: one of pytorch-metric-learning's own with another
-            distance than its default.
+        TypeError: an object that cannot be called.
+        ValueError: a regulariser of pytorch-metric-learning with a distance other than its default.
     """
     if regularizer is None or isinstance(regularizer, Regularizer):
         return regularizer

@@ -1,4 +1,4 @@
-"""Saved states, checked before they are taken up: made as the loading object's own state is, all numbers finite."""
+"""Checks of saved states before they are loaded: built like the state of the loading object, all numbers finite."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["check_count", "check_keys", "check_like"]
 
 
 def check_like(what: str, found: Any, like: Any) -> None:
-    """Raise ValueError, naming the place and the difference, unless `found` is made as `like` is.
+    """Raise ValueError, naming the place and the difference, unless ``found`` is built like ``like``.
 
-    The same keys in dicts, at every depth; the same shape and dtype of tensors; the same type of all else. Floating
-    point numbers, in tensors too, must be finite. What lists hold is not looked at.
+    Dicts must have the same keys, at every depth; tensors the same shape and dtype; everything else the same type.
+    Floating point numbers, also in tensors, must be finite. The contents of lists are not checked.
     """
     if isinstance(like, dict):
         check_keys(what, found, like)
@@ -30,7 +30,7 @@ def check_like(what: str, found: Any, like: Any) -> None:
 
 
 def check_keys(what: str, found: Any, keys: Collection[Any] | None = None) -> None:
-    """Raise ValueError unless `found` is a dict, of these keys where some are given."""
+    """Raise ValueError unless ``found`` is a dict, with exactly these keys if any are given."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} is of type {type(found).__name__}, expected dict")
     if keys is not None and found.keys() != set(keys):
@@ -40,7 +40,7 @@ def check_keys(what: str, found: Any, keys: Collection[Any] | None = None) -> No
 
 
 def check_count(what: str, found: Any, least: int, most: int) -> int:
-    """`found`, where it is an integer in [least, most]; else ValueError."""
+    """Return ``found`` if it is an integer in [least, most]; else raise ValueError."""
     if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= most:
         raise ValueError(f"{what} must be an integer from {least} to {most}; got {found!r}")
     return found

@@ -1,4 +1,4 @@
-"""Index tuples: triplets of a miner's pairs, triplets drawn at random, rows weighed by how often they are named."""
+"""Index tuples: triplets from a miner's pairs, random triplets, and weights of rows by how often they are listed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_per_anchor(value: int | str) -> int | str:
 
 
 def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets (a, p, n) of a miner's tuple: pairs make every triplet of a common anchor, in O(triplets) memory."""
+    """Triplets (a, p, n) of a miner's tuple: pairs form every triplet of a common anchor, in O(triplets) memory."""
     if len(tuples) == 3:
         return tuples[0], tuples[1], tuples[2]
     a1, p, a2, n = tuples
@@ -47,13 +47,13 @@ def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tenso
     if y is None or c is None:
         raise ValueError("labels are needed to draw triplets")
     order, start, end, own, positives, _ = ClassRanges.of(y, c, batch.exclude, IGNORE_INDEX)
-    # The place of the row's own copy among its class, past the end where it is not there.
+    # The place of the row's own copy within its class; past the end if the copy is not there.
     at, others = torch.where(own < 0, end, own), (c != IGNORE_INDEX).sum() - (end - start)
     usable = (y != IGNORE_INDEX) & (positives > 0) & (others > 0)
     many = end - start if per_anchor is None else torch.full_like(start, per_anchor)
     a = torch.repeat_interleave(torch.where(usable, many, 0))
     p, n = start[a] + _drawn(positives[a]), _drawn(others[a])
-    # Negatives are counted off around the class, in the list without labels to be ignored.
+    # Negatives are numbered around the class, in the list without ignored labels.
     by_label = c[order]
     used = by_label != IGNORE_INDEX
     before = torch.searchsorted(by_label[used], y[a])
@@ -61,7 +61,7 @@ def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tenso
 
 
 def _drawn(below: Tensor) -> Tensor:
-    """A number in [0, below) for each entry, all alike likely."""
+    """A number in [0, below) for each entry, all equally likely."""
     uniform = torch.rand(below.numel(), dtype=torch.float64).to(below.device)
     return (uniform * below).long().minimum(below - 1)
 
@@ -72,10 +72,11 @@ def anchors(tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
-    """(N,) fp64, how often a miner's tuple names each row, over the largest count; None for no tuple, or an empty one.
+    """(N,) fp64, how often a miner's tuple lists each row, over the largest count; None without a tuple, or for an
+    empty one.
 
     Args:
-        anchors_alone: count the rows as anchors only, as pytorch-metric-learning 2.9 does for its NCA losses.
+        anchors_alone: count rows only as anchors, as pytorch-metric-learning 2.9 does for its NCA losses.
 
     Raises:
         ValueError: an index outside [0, N).
