@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -73,20 +74,25 @@ def ops_of(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     return recorder.seen
 
 
-def hops(call: Call) -> Hops:
-    """Counted by the interpreter's own hook."""
-    files: list[str] = []
+def called(call: Call) -> list[CodeType]:
+    """Every function of the package that a call enters, in order; counted by the interpreter's own hook."""
+    found: list[CodeType] = []
 
     def note(frame: Any, event: str, _: Any) -> None:
-        path = frame.f_code.co_filename
-        if event == "call" and path.startswith(PACKAGE):
-            files.append(path)
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            found.append(frame.f_code)
 
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
+    return found
+
+
+def hops(call: Call) -> Hops:
+    """How far a call goes through the package."""
+    files = [code.co_filename for code in called(call)]
     return Hops(len(files), len(set(files)), sum(a != b for a, b in itertools.pairwise(files)))
 
 

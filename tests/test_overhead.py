@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 from bench import overhead
+from dml_kernels import losses
 from dml_kernels.ops import checks, masked_logsumexp
 
 
@@ -49,3 +51,14 @@ def test_the_command_prints_a_row_for_each_loss_and_layer(tmp_path, capsys, monk
     assert "ArcFaceLoss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         overhead.main(["--losses", "ArcLoss"])
+
+
+@pytest.mark.parametrize("name", losses.family("proxies"))
+def test_a_loss_checks_and_chooses_once(name):
+    """Of the whole call: nothing that softmax_loss, say, has looked at is looked at by what it calls."""
+    entry = losses.REGISTRY[name]
+    x, y = overhead.batch("proxies")
+    for options in entry.options:
+        proxies = torch.randn(overhead.SIZE * entry.centres, overhead.SIZE)
+        called = Counter(code.co_name for code in overhead.called(lambda: entry.function(x, proxies, y, **options)))  # noqa: B023
+        assert [called[f] for f in ("check_pair", "product_dtype", "choose")] == [1, 1, 1], options

@@ -102,3 +102,8 @@ def test_a_view_with_its_sign_pending_is_read_with_its_sign():
     assert lazy.is_neg()
     torch.testing.assert_close(F.normalize(lazy), -F.normalize(X))
     torch.testing.assert_close(F.normalized_distance(lazy, X), F.normalized_distance(-X, X))
+
+
+def test_a_temperature_whose_inverse_overflows_is_refused():
+    with pytest.raises(ValueError, match="scale must be finite; got inf"):
+        losses.NormalizedSoftmaxLoss(4, 3, temperature=1e-309)(torch.ones(2, 3), torch.arange(2))

@@ -124,43 +124,44 @@ def masked_logsumexp(
     chosen = backends.choose(
         "masked_logsumexp", x.device, dtype, policy, backend, (n, *w.shape), w.size(0) // max(m, 1)
     )
-    bank = Bank(x, contract.apart(w, x), y, contract.apart(c, y), exclude, scale_tensor, col_scale, col_bias)
-    if chosen == backends.REFERENCE:
-        out = _reference_lse(bank, base, unit, logit, ignore_index, eps, policy, params)
+    bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)
+    spec = Spec(
+        metric=base, normalize=unit, logit=logit, eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
+        sums=sums, policy=policy, policy_params=params,
+    )  # fmt: skip
+    return logsumexp_of(bank, spec)
+
+
+def logsumexp_of(bank: Bank, spec: Spec) -> MaskedLogSumExp:
+    """:func:`masked_logsumexp` of arguments that are checked, on the backend that is chosen: for losses, which check
+    theirs under their own names. ``logit`` holds factors and offsets as they are stated, whatever the policy.
+    """
+    if spec.backend == backends.REFERENCE:
+        out = _reference_lse(bank, spec)
     else:
-        if policy == "quadratic":
-            logit = [-logit[0], logit[1] + 1 - params[0], logit[2], logit[3] + params[0]]
-        keep = torch.is_grad_enabled() and x.requires_grad
-        spec = Spec(
-            metric=base, normalize=unit, logit=logit, eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
-            sums=sums, keep=keep, policy=policy, policy_params=params,
-        )  # fmt: skip
-        out = _lse.masked_logsumexp(bank, spec)
-    return MaskedLogSumExp(out[0], out[1], out[2] if sums else None, out[3] if sums else None)
+        logit = spec.logit
+        if spec.policy == "quadratic":
+            (m,) = spec.policy_params
+            logit = [-logit[0], logit[1] + 1 - m, logit[2], logit[3] + m]
+        keep = torch.is_grad_enabled() and bank.x.requires_grad
+        bank = bank._replace(w=contract.apart(bank.w, bank.x), c=contract.apart(bank.c, bank.y))
+        out = _lse.masked_logsumexp(bank, spec._replace(logit=logit, keep=keep))
+    return MaskedLogSumExp(out[0], out[1], *(out[2:4] if spec.sums else (None, None)))
 
 
-def _reference_lse(
-    bank: Bank,
-    metric: str,
-    unit: bool,
-    logit: list[float],
-    ignore_index: int,
-    eps: float,
-    policy: str,
-    policy_params: list[float],
-) -> tuple[Tensor, ...]:
+def _reference_lse(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     return reference.masked_logsumexp(
         *bank[:4],
-        metric=metric,
-        normalized=unit,
+        metric=spec.metric,
+        normalized=spec.normalize,
         scale=torch.ones((), dtype=bank.x.dtype) if bank.scale is None else bank.scale,
-        same=(logit[0], logit[1]),
-        different=(logit[2], logit[3]),
+        same=(spec.logit[0], spec.logit[1]),
+        different=(spec.logit[2], spec.logit[3]),
         col_scale=bank.col_scale,
         col_bias=bank.col_bias,
         exclude=bank.exclude,
-        ignore_index=ignore_index,
-        eps=eps,
-        policy=policy,
-        policy_params=policy_params,
+        ignore_index=spec.ignore_index,
+        eps=spec.eps,
+        policy=spec.policy,
+        policy_params=spec.policy_params,
     )

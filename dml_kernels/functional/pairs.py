@@ -112,19 +112,27 @@ def masked_hinge_sum(
     numbers = [number for name, line in lines for number in contract.check_line(name, line, optional=True)]
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose("masked_hinge_sum", x.device, dtype, argument=backend, size=(n, m, x.size(1)))
-    if chosen == backends.REFERENCE:
-        return MaskedHingeSum(*reference.masked_hinge_sum(
-            x, w, y, c, metric=base, normalized=unit, same=(numbers[0], numbers[1]), different=(numbers[2], numbers[3]),
-            t_same=t_same, t_different=t_different, relative=relative, exclude=exclude, ignore_index=ignore_index,
-            eps=eps,
-        ))  # fmt: skip
-    w, c, t_different = contract.apart(w, x), contract.apart(c, y), contract.apart(t_different, t_same)
-    inputs = Hinged(x, w, y, c, exclude, t_same, t_different)
     spec = HingeSpec(
         metric=base, normalize=unit, hinge=numbers, relative=relative, eps=eps, ignore_index=ignore_index,
         dtype=dtype, backend=chosen,
     )  # fmt: skip
-    return MaskedHingeSum(*_hinge.masked_hinge_sum(inputs, spec))
+    return hinge_sum_of(Hinged(x, w, y, c, exclude, t_same, t_different), spec)
+
+
+def hinge_sum_of(inputs: Hinged, spec: HingeSpec) -> MaskedHingeSum:
+    """:func:`masked_hinge_sum` of arguments that are checked, on the backend that is chosen: for losses, which check
+    theirs under their own names.
+    """
+    x, w, y, c, exclude, t_same, t_different = inputs
+    if spec.backend == backends.REFERENCE:
+        k_same, o_same, k_different, o_different = spec.hinge
+        return MaskedHingeSum(*reference.masked_hinge_sum(
+            x, w, y, c, metric=spec.metric, normalized=spec.normalize, same=(k_same, o_same),
+            different=(k_different, o_different), t_same=t_same, t_different=t_different, relative=spec.relative,
+            exclude=exclude, ignore_index=spec.ignore_index, eps=spec.eps,
+        ))  # fmt: skip
+    w, c, t_different = contract.apart(w, x), contract.apart(c, y), contract.apart(t_different, t_same)
+    return MaskedHingeSum(*_hinge.masked_hinge_sum(Hinged(x, w, y, c, exclude, t_same, t_different), spec))
 
 
 def masked_argmax(

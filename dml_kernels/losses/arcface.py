@@ -39,7 +39,9 @@ def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear",
         turned = torch.sub(z * math.cos(m), sine, alpha=math.sin(m))
         return torch.where(z >= s * -math.cos(m), turned, z - s * (m * math.sin(m)))
 
-    return Logits(check_scale("scale", scale), target, policy=policy, policy_params=(centres,) if centres > 1 else ())
+    return Logits(
+        check_scale("scale", scale), target, policy=policy, policy_params=(float(centres),) if centres > 1 else ()
+    )
 
 
 def arcface_loss(

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances, functional, logspace, reducers
+from .. import distances, logspace, reducers
+from ..functional.logsumexp import logsumexp_of
 from ..ops import backend as backends
 from ..ops.checks import check_integer, check_number
-from ..ops.contract import check_pair, check_vector, product_dtype
+from ..ops.contract import check_eps, check_pair, check_vector, product_dtype, split_metric
+from ..ops.signatures import Bank, Spec
 from ..reducers import Terms
 from ..tuples import row_weights
 from .base import LossEntry, check_label_range, check_labels, check_reduction
@@ -50,16 +52,18 @@ def _both_terms(
     y = torch.where(y == ignore_index, -1, y)
     size, dtype = (m, *embeddings.shape), product_dtype(proxies, embeddings)
     chosen = backends.choose("masked_logsumexp", y.device, dtype, argument=backend, size=size)
+    base, unit_vectors = split_metric(metric, normalize)
+    spec = Spec(
+        metric=base, normalize=unit_vectors, logit=[-alpha, margin, alpha, -margin], eps=check_eps(eps),
+        ignore_index=-1, dtype=dtype, backend=chosen,
+    )  # fmt: skip
     # That backend keeps copies of its rows, which are usually few. Here the proxies are the rows: give it blocks.
     each = torch.arange(m, device=y.device)
     split = chosen == "torch" and m > ROWS
     blocks = zip(proxies.split(ROWS), each.split(ROWS), strict=True) if split else [(proxies, each)]
     same, different = [], []
     for block, label in blocks:
-        out = functional.masked_logsumexp(
-            block, embeddings, label, y, metric=metric, normalize=normalize, same=(-alpha, margin),
-            different=(alpha, -margin), col_bias=bias, ignore_index=-1, eps=eps, backend=chosen,
-        )  # fmt: skip
+        out = logsumexp_of(Bank(block, embeddings, label, y, col_bias=bias), spec)
         same.append(out.same)
         different.append(out.different)
     pos, neg = (torch.cat(parts) if split else parts[0] for parts in (same, different))

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional, logspace
+from ..functional.logsumexp import MaskedLogSumExp, logsumexp_of
 from ..ops import backend as backends
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
-from ..ops.contract import check_eps, check_matrix, check_pair, check_vector, product_dtype
+from ..ops.contract import apart, check_eps, check_matrix, check_pair, check_vector, product_dtype, split_metric
 from ..ops.proxy_nca import proxy_nca
-from ..ops.signatures import Proxied, ProxySpec
+from ..ops.signatures import Bank, Proxied, ProxySpec, Spec
 from .base import (
     LossEntry,
     check_class_weight,
@@ -127,43 +128,42 @@ def proxy_nca_loss(
     if label_to_proxy is not None:
         _check_map(label_to_proxy, proxies.size(0))
     check_class_weight(class_weight, proxies.size(0) if label_to_proxy is None else label_to_proxy.numel())
-    check_integer("ignore_index", ignore_index)
     y, ignored = _map_labels(labels, label_to_proxy, ignore_index)
     weight = None if class_weight is None else row_weight(class_weight, labels, embeddings)
-    dtype = product_dtype(embeddings, proxies)
-    size = (embeddings.size(0), proxies.size(0), embeddings.size(1))
-    chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend, size=size)
     scale, factor = (softmax_scale, 1.0) if isinstance(softmax_scale, Tensor) else (None, softmax_scale)
     check_vector("softmax_scale", scale, embeddings.size(0), embeddings, integer=False, scalar=True)
+    factor, eps = check_number("softmax_scale", factor), check_eps(eps)
+    base, unit = split_metric(metric, normalize)
+    fused = (base, unit) == ("sqeuclidean", True)
+    dtype, size = product_dtype(embeddings, proxies), (embeddings.size(0), *proxies.shape)
+    chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend, size=size)
     if chosen == backends.REFERENCE:
         return proxy_nca_reference(
             embeddings, proxies, labels, softmax_scale=softmax_scale, exclude_positive=exclude_positive,
             label_smoothing=label_smoothing, class_weight=class_weight, ignore_index=ignore_index,
             label_to_proxy=label_to_proxy, metric=metric, normalize=normalize, reduction=reduction, eps=eps,
         )  # fmt: skip
-    if (metric, normalize) != ("sqeuclidean", True):
-        rows, mass = _composed_rows(
-            embeddings, proxies, y, weight, exclude_positive, label_smoothing, metric=metric, normalize=normalize,
-            scale=softmax_scale, ignore_index=ignored, eps=eps, backend=backend,
+    if not fused:
+        comparison = Spec(
+            metric=base, normalize=unit, logit=[factor, 0.0, factor, 0.0], eps=eps, ignore_index=ignored, dtype=dtype,
+            backend=chosen, sums=label_smoothing > 0,
         )  # fmt: skip
+        out = logsumexp_of(Bank(embeddings, proxies, y, scale=scale), comparison)
+        rows, mass = _composed_rows(out, y != ignored, weight, exclude_positive, label_smoothing, proxies.size(0))
         return reduce_rows(rows, mass, reduction)
     spec = ProxySpec(
-        factor=check_number("softmax_scale", factor), exclude_positive=exclude_positive,
-        label_smoothing=label_smoothing, eps=check_eps(eps), ignore_index=ignored, reduction=reduction, dtype=dtype,
-        backend=chosen,
+        factor=factor, exclude_positive=exclude_positive, label_smoothing=label_smoothing, eps=eps,
+        ignore_index=ignored, reduction=reduction, dtype=dtype, backend=chosen,
     )  # fmt: skip
     # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
-    proxies = proxies.view_as(proxies) if proxies is embeddings else proxies
-    return proxy_nca(Proxied(embeddings, proxies, y, scale, weight), spec)
+    return proxy_nca(Proxied(embeddings, apart(proxies, embeddings), y, scale, weight), spec)
 
 
 def _composed_rows(
-    x: Tensor, w: Tensor, y: Tensor, weight: Tensor | None, exclude_positive: bool, label_smoothing: float,
-    **comparison: Any,
+    out: MaskedLogSumExp, counted: Tensor, weight: Tensor | None, exclude_positive: bool, label_smoothing: float,
+    classes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(N,) losses and what each counts in the mean, of scores that the fused op does not take."""
-    out = functional.masked_logsumexp(x, w, y, **comparison, sums=label_smoothing > 0)
-    counted = y != comparison["ignore_index"]
     if exclude_positive:
         some = counted & (out.different != -math.inf)
         rows = torch.where(some, torch.where(some, out.different, 0) - torch.where(some, out.same, 0), 0)
@@ -172,9 +172,11 @@ def _composed_rows(
     if label_smoothing:
         assert out.sum_same is not None
         assert out.sum_different is not None
-        mean = (out.sum_same + out.sum_different) / w.size(0)
+        mean = (out.sum_same + out.sum_different) / classes
         rows = rows + label_smoothing * (out.same - mean).masked_fill(~counted, 0)
-    mass = counted.to(rows.dtype) if weight is None else torch.where(counted, weight.to(rows.dtype), 0)
+    if weight is None:
+        return rows, counted
+    mass = torch.where(counted, weight.to(rows.dtype), 0)
     return torch.where(counted, rows * mass, 0), mass
 
 
@@ -332,10 +334,11 @@ class ProxyNCALoss(ProxyLoss):
 
     def options(self) -> Mapping[str, Any]:
         """The function's keyword arguments."""
+        distance = self.distance
         return {
             **super().options(), "softmax_scale": self.softmax_scale, "exclude_positive": self.exclude_positive,
             "label_smoothing": self.label_smoothing, "label_to_proxy": self.label_to_proxy,
-            "metric": self.distance.metric, "normalize": self.distance.normalize_embeddings,
+            "metric": distance.metric, "normalize": distance.normalize_embeddings,
         }  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances, functional
+from .. import distances
+from ..functional.pairs import hinge_sum_of
+from ..ops import backend as backends
 from ..ops.checks import check_integer, check_number
-from ..ops.contract import check_pair
+from ..ops.contract import check_eps, check_pair, product_dtype, split_metric
+from ..ops.signatures import Hinged, HingeSpec
 from .base import LossEntry, check_class_weight, check_labels, check_reduction, reduce_rows, row_weight
 from .proxy_loss import ProxyLoss
 from .softmax import unit
@@ -61,12 +64,16 @@ def proxy_ranking_loss(
     y = check_labels(labels, embeddings)
     check_class_weight(class_weight, proxies.size(0))
     ignore_index = check_integer("ignore_index", ignore_index)
-    found = functional.masked_hinge_sum(
-        embeddings, proxies, y, metric=metric, normalize=normalize, different=(1.0, check_number("margin", margin)),
-        relative=True, ignore_index=ignore_index, eps=eps, backend=backend,
+    base, unit_vectors = split_metric(metric, normalize, plain_dot=True)
+    dtype, size = product_dtype(embeddings, proxies), (embeddings.size(0), *proxies.shape)
+    chosen = backends.choose("masked_hinge_sum", embeddings.device, dtype, argument=backend, size=size)
+    spec = HingeSpec(
+        metric=base, normalize=unit_vectors, hinge=[0.0, 0.0, 1.0, check_number("margin", margin)], relative=True,
+        eps=check_eps(eps), ignore_index=ignore_index, dtype=dtype, backend=chosen,
     )  # fmt: skip
+    found = hinge_sum_of(Hinged(embeddings, proxies, y, None, None, None, None), spec)
     rows, counted = found.different, y != ignore_index
-    mass = counted.to(rows.dtype)
+    mass = counted
     if class_weight is not None:
         mass = torch.where(counted, row_weight(class_weight, y, rows), 0)
         rows = torch.where(counted, rows * mass, 0)

@@ -31,7 +31,7 @@ def _logits(centers_per_class: int, la: float | Tensor, gamma: float, margin: fl
     pooled = centers_per_class > 1
     return Logits(
         check_scale("la", la), lambda z, s: z - s * margin, policy="softmax_pool" if pooled else "linear",
-        policy_params=(centers_per_class, gamma) if pooled else (),
+        policy_params=(float(centers_per_class), gamma) if pooled else (),
     )  # fmt: skip
 
 

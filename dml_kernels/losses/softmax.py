@@ -22,8 +22,18 @@ from typing_extensions import Unpack as Unpack  # comes with PyTorch; typing has
 
 from .. import functional, logspace
 from ..distances import cosines
-from ..ops.checks import check_integer, check_positive, check_tensor
-from ..ops.contract import accumulate_dtype, check_pair, product_dtype
+from ..functional.logsumexp import logsumexp_of
+from ..ops import backend as backends
+from ..ops.checks import check_integer, check_number, check_positive, check_tensor
+from ..ops.contract import (
+    accumulate_dtype,
+    check_eps,
+    check_pair,
+    check_vector,
+    product_dtype,
+    split_metric,
+)
+from ..ops.signatures import Bank, Spec
 from .base import (
     as_int64,
     check_class_weight,
@@ -63,7 +73,8 @@ class Logits(NamedTuple):
         by_length: the length of the embedding multiplies its scores. Without a margin they are x . w^, linear in x down
             to the zero vector; with a margin, an embedding shorter than eps has no gradient.
         by_lengths: the lengths of the embedding and of the proxies multiply the scores, which are then x . w.
-        policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp.
+        policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp; linear where
+            there is one.
     """
 
     scale: float | Tensor
@@ -148,10 +159,10 @@ def softmax_loss(
     check_pair(embeddings, proxies, ("embeddings", "proxies"))
     check_reduction(reduction)
     label_smoothing = check_smoothing(label_smoothing)
-    ignore_index = check_integer("ignore_index", ignore_index)
-    if proxies.size(0) % logits.centres:
-        raise ValueError(f"proxies must have {logits.centres} rows for each class; got {proxies.size(0)} rows")
-    classes = proxies.size(0) // logits.centres
+    ignore_index, eps, centres = check_integer("ignore_index", ignore_index), check_eps(eps), logits.centres
+    if proxies.size(0) % centres:
+        raise ValueError(f"proxies must have {centres} rows for each class; got {proxies.size(0)} rows")
+    classes = proxies.size(0) // centres
     check_class_weight(class_weight, classes)
     embeddings, y, each = _one_label_a_row(embeddings, labels)
     if isinstance(logits.scale, Tensor) and logits.scale.device != embeddings.device:
@@ -159,11 +170,17 @@ def softmax_loss(
         raise ValueError(f"scale (called temperature or la in some losses) is on {where}; move one with .to()")
     dtype = product_dtype(embeddings, proxies)
     scale = logits.scale_of(embeddings, dtype, eps)
-    out = functional.masked_logsumexp(
-        embeddings, proxies, y, metric="dot" if logits.by_lengths else logits.metric, normalize=not logits.by_lengths,
-        scale=logits.scale if logits.by_lengths else scale, ignore_index=ignore_index, eps=eps,
-        sums=label_smoothing > 0, policy=logits.policy, policy_params=logits.policy_params, backend=backend,
+    metric, unit = split_metric("dot" if logits.by_lengths else logits.metric, not logits.by_lengths)
+    factor = logits.scale if logits.by_lengths else scale
+    tensor, k = (factor, 1.0) if isinstance(factor, Tensor) else (None, check_number("scale", factor))
+    check_vector("scale", tensor, embeddings.size(0), embeddings, integer=False, scalar=True)
+    size = (embeddings.size(0), *proxies.shape)
+    chosen = backends.choose("masked_logsumexp", embeddings.device, dtype, logits.policy, backend, size, centres)
+    spec = Spec(
+        metric=metric, normalize=unit, logit=[k, 0.0, k, 0.0], eps=eps, ignore_index=ignore_index, dtype=dtype,
+        backend=chosen, sums=label_smoothing > 0, policy=logits.policy, policy_params=[*logits.policy_params],
     )  # fmt: skip
+    out = logsumexp_of(Bank(embeddings, proxies, y, scale=tensor), spec)
     counted = y != ignore_index
     ignored = ~counted
     if logits.by_lengths:  # (M,) lengths, whose gradient takes tensors of the bank's size

@@ -15,7 +15,8 @@ REDUCTION_CODES = Choices("reduction", {"none": 0, "sum": 1, "mean": 2})
 
 def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> tuple[Any, ...]:
     """Label vectors contiguous, the rest as it is."""
-    return x, w, *(t if t is None else t.contiguous() for t in (y, c, exclude))
+    c, exclude = c if c is None else c.contiguous(), exclude if exclude is None else exclude.contiguous()
+    return x, w, y.contiguous(), c, exclude
 
 
 def clustered(inputs: Clustered) -> tuple[Any, ...]:

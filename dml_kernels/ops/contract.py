@@ -44,13 +44,14 @@ def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     it is on; the inputs'; half precision beside fp32; and fp32 for fp16 beside bf16, of which neither holds the other.
     No input is cast as a whole: a backend widens, or rounds, a tile.
     """
-    dtypes, device = {x.dtype, w.dtype}, x.device.type
-    if torch.float64 in dtypes:
+    a, b, device = x.dtype, w.dtype, x.device.type
+    if torch.float64 in (a, b):
         return torch.float64
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    halves = dtypes - {torch.float32}
-    return halves.pop() if len(halves) == 1 else torch.float32
+    if a == b or b == torch.float32:
+        return a
+    return b if a == torch.float32 else torch.float32
 
 
 def split_metric(metric: str, normalize: bool, *, plain_dot: bool = False) -> tuple[str, bool]:
