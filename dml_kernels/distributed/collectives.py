@@ -1,4 +1,4 @@
-"""Rows of all ranks as one tensor, rank after rank, and the adjoint: two collectives, each the other's derivative."""
+"""The rows of all ranks as one tensor, rank after rank, and the adjoint: each of the two is the other's derivative."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def world_size(group: Group = None) -> int:
     """The number of ranks; 1 without a process group.
 
     Raises:
-        ValueError: a group that this rank is no part of.
+        ValueError: this rank is not in the group.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     if distributed.get_rank(group) < 0:
-        raise ValueError("this rank is no part of the group; call on its ranks alone")
+        raise ValueError("this rank is not in the group; call only on its ranks")
     return distributed.get_world_size(group)
 
 
 def _all_gather(whole: Tensor, mine: Tensor, group: Group) -> None:
-    # PyTorch 2.13 gave it another name.
+    # PyTorch 2.13 renamed it.
     call = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     call(whole, mine, group=group)
 
@@ -39,7 +39,7 @@ def _reduce_scatter(mine: Tensor, whole: Tensor, group: Group) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the numbers are needed at once
 def exchange(numbers: Sequence[int], device: torch.device, group: Group) -> list[list[int]]:
-    """Everybody's numbers, by rank; each rank gives as many."""
+    """The numbers of all ranks, by rank; every rank gives the same count."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     all_ranks = mine.new_empty(world_size(group) * len(numbers))
     _all_gather(all_ranks, mine, group)
@@ -47,7 +47,7 @@ def exchange(numbers: Sequence[int], device: torch.device, group: Group) -> list
 
 
 class Rows(NamedTuple):
-    """Who has how many rows of a tensor whose parts lie with the ranks."""
+    """How many rows each rank holds of a tensor whose parts are spread over the ranks."""
 
     sizes: tuple[int, ...]
     rank: int
@@ -89,7 +89,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """(sum of N_r, ...) on each rank to this rank's rows of their sum over the ranks, added in fp32 or fp64."""
+    """From (sum of N_r, ...) on each rank to this rank's rows of the sum over the ranks, added in fp32 or fp64."""
 
     @staticmethod
     def forward(whole: Tensor, rows: Rows) -> Tensor:
@@ -112,6 +112,6 @@ class _Scatter(torch.autograd.Function):
 
 
 def _padded(t: Tensor, rows: int) -> Tensor:
-    """``t`` with so many rows, the further ones 0, contiguous as collectives need it."""
+    """``t`` filled up to so many rows with 0, contiguous as collectives require."""
     short = rows - t.size(0)
     return torch.cat([t, t.new_zeros(short, *t.shape[1:])]) if short else t.contiguous()

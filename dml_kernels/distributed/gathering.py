@@ -1,4 +1,4 @@
-"""The arguments of a loss's call, of all ranks."""
+"""The arguments of a call of a loss, from all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ GRADIENTS = ("mean", "sum")
 class GlobalTuple(tuple[Tensor, ...]):
     """Pairs or triplets that DistributedMinerWrapper found: rows of the whole batch, the same list on every rank.
 
-    With ``efficient`` this rank's alone: anchors are its own rows, positives and negatives rows of the whole batch.
+    With ``efficient`` they are those of this rank only: anchors are its own rows, positives and negatives rows of the
+    whole batch.
     """
 
     efficient: bool
@@ -31,7 +32,7 @@ class GlobalTuple(tuple[Tensor, ...]):
 
 
 class Gathered(NamedTuple):
-    """The arguments of a loss's call over the batches of all ranks, rank after rank: ``loss(*gathered)``."""
+    """The arguments of a call over the batches of all ranks, rank after rank: ``loss(*gathered)``."""
 
     embeddings: Tensor
     labels: Tensor | None
@@ -44,15 +45,16 @@ def gather(
     embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None, ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None, *, group: Group = None, gradient: str = "mean",
 ) -> Gathered:  # fmt: skip
-    """The batches of all ranks as one, on every rank; what its gradient is says :mod:`dml_kernels.distributed`.
+    """The batches of all ranks as one, on every rank; :mod:`dml_kernels.distributed` explains the gradient.
 
     Args:
-        embeddings: (N_r, D), N_r the rank's own number, 0 too. labels: (N_r,) or (N_r, K) integers, or None.
+        embeddings: (N_r, D); N_r may differ between ranks and may be 0.
+        labels: (N_r,) or (N_r, K) integers, or None.
         indices_tuple: a miner's pairs or triplets of the rank's own rows; they become rows of the whole batch.
-        ref_emb: (M_r, D), with ref_labels (M_r,); ``embeddings`` itself stays the batch itself.
+        ref_emb, ref_labels: (M_r, D) and (M_r,); where ``ref_emb`` is ``embeddings``, the result is the batch itself.
         group: a process group; None: all ranks.
-        gradient: how gradients are put together over the ranks afterwards: ``mean``, as by DistributedDataParallel,
-            or ``sum``.
+        gradient: how gradients are combined over the ranks afterwards: ``mean``, as in DistributedDataParallel, or
+            ``sum``.
 
     Raises:
         ValueError: an index outside the rank's rows; arguments that differ in more than length between the ranks.
@@ -73,13 +75,13 @@ def gather(
 
 
 def check_gradient(gradient: str) -> None:
-    """Refuses a way to put gradients together that is not known."""
+    """Refuse an unknown way to combine gradients."""
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
 
 
 def divide_gradient(t: Any, ranks: int) -> Any:
-    """``t``, whose gradient is divided from here on; None for None."""
+    """``t`` as a tensor whose gradient is divided by ``ranks``; None for None."""
     if t is None or not t.requires_grad:
         return t
     t = t.view_as(t)
@@ -88,11 +90,11 @@ def divide_gradient(t: Any, ranks: int) -> Any:
 
 
 class Parts:
-    """This rank's arguments, checked, and who else has how many rows: one exchange of numbers.
+    """The checked arguments of this rank, and the numbers of rows on all ranks, from one exchange of numbers.
 
     Args:
-        indices_tuple: a GlobalTuple, or the rank's own rows.
-        places: the indices of positives and negatives are places of something else, so many, that all ranks share.
+        indices_tuple: a GlobalTuple, or a tuple of the rank's own rows.
+        places: where positives and negatives are indices into something that all ranks share (a memory), its size.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Parts:
             raise ValueError(f"enqueue_mask must be {wanted}; got {mask.dtype} {tuple(mask.shape)}")
 
     def gathered(self) -> Gathered:
-        """All ranks' embeddings, labels and references, without tuples."""
+        """Embeddings, labels and references of all ranks, without tuples."""
         x, y = self.rows.gather(self.embeddings), None if self.labels is None else self.rows.gather(self.labels)
         if self.ref_emb is None:
             return Gathered(x, y, None, None, None)
@@ -157,13 +159,13 @@ class Parts:
         return Gathered(x, y, None, w, self.ref_rows.gather(self.ref_labels))
 
     def _shift(self) -> int:
-        """From the rank's own positives and negatives to those of the whole batch."""
+        """What is added to indices of the rank's own positives and negatives for those of the whole batch."""
         if self.places is not None:
             return 0
         return self.rows.start if self.ref_emb is None or self.same_emb else self.ref_rows.start
 
     def own_tuples(self) -> tuple[Tensor, ...] | None:
-        """Anchors of the rank's own rows; positives and negatives of the whole batch."""
+        """The tuple with anchors in the rank's own rows, and positives and negatives in the whole batch."""
         if self.tuples is None or self.marked:
             return self.tuples
         return tuple(t + by for t, by in zip(self.tuples, _by_kind(self.tuples, 0, self._shift()), strict=True))
@@ -178,14 +180,14 @@ class Parts:
         return tuple(column for listed in whole for column in listed.unbind(1))
 
     def references(self, found: Gathered) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the rank's own rows are compared with, its labels, and the place of each row's own copy, if any."""
+        """What the rank's rows are compared with, the labels of that, and the place of each row's own copy, if any."""
         if self.ref_emb is None:
             return found.embeddings, found.labels, self.rows.own(self.embeddings.device)
         assert found.ref_emb is not None
         return found.ref_emb, found.ref_labels, self.rows.own(self.embeddings.device) if self.same_emb else None
 
     def whole_mask(self) -> Tensor | None:
-        """All ranks' masks as one."""
+        """The masks of all ranks as one."""
         if self.mask is None:
             return None
         return self.rows.gather(self.mask.to(self.embeddings.device, torch.int64)).bool()

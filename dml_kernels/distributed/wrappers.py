@@ -1,4 +1,4 @@
-"""A loss, and its miner, over the batches of all ranks, by the names of pytorch-metric-learning."""
+"""A loss and its miner over the batches of all ranks, under the names of pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ from .gathering import Gathered, GlobalTuple, Parts, check_gradient, divide_grad
 class DistributedLossWrapper(torch.nn.Module):
     """A loss of the batches of all ranks; values and gradients are those of one process with all of them.
 
-    The value is the loss, the same on every rank. Gradients: :mod:`dml_kernels.distributed`. On one rank, or without a
-    process group, the loss is called as it is.
+    The value is the loss, the same on every rank. :mod:`dml_kernels.distributed` explains the gradients. On one rank,
+    or without a process group, the loss is called unchanged.
 
     Args:
-        loss: of this package or pytorch-metric-learning's; a CrossBatchMemory too: then each rank's memory holds the
-            same rows, of all ranks. Wrap MagnetLoss by hand: ``loss(*gather(embeddings, clusters)[:2], classes)``.
-        efficient: compare the rank's own rows with all ranks' in place of all with all: a Rth of the work and of the
-            memory. The value is the rank's own, and the gradient that of the mean over the ranks: one process's if the
-            loss is a mean over anchors and batches are of one length, and something near it otherwise. For losses that
-            take ``ref_emb``. (In pytorch-metric-learning other ranks' rows then get no gradient; here they do.)
+        loss: a loss of this package or of pytorch-metric-learning. With a CrossBatchMemory the memory of each rank
+            holds the same rows, those of all ranks. For MagnetLoss use ``loss(*gather(embeddings, clusters)[:2],
+            classes)``.
+        efficient: compare the rank's own rows with those of all ranks, instead of all with all: 1/R of the work and of
+            the memory. The value is that of the rank, and the gradient that of the mean over the ranks. It is that of
+            one process if the loss is a mean over anchors and the batches have one length, and close to it otherwise.
+            Only for losses that take ``ref_emb``. (In pytorch-metric-learning the rows of other ranks then get no
+            gradient; here they do.)
         group: a process group; None: all ranks.
-        gradient: how gradients are put together over the ranks afterwards, those of the network and of the loss:
-            ``mean``, as by DistributedDataParallel, or ``sum``.
+        gradient: how gradients of the network and of the loss are combined over the ranks afterwards: ``mean``, as in
+            DistributedDataParallel, or ``sum``.
 
     Raises:
-        TypeError: something that has not the call of a loss, DistributedDataParallel, or a loss that ``efficient`` is
-            not for. ValueError: ``efficient`` with a CrossBatchMemory; an unknown ``gradient``.
+        TypeError: an object that is not called like a loss, DistributedDataParallel, or a loss that does not work with
+            ``efficient``.
+        ValueError: ``efficient`` with a CrossBatchMemory; an unknown ``gradient``.
     """
 
     def __init__(self, loss: torch.nn.Module, efficient: bool = False, *, group: Group = None, gradient: str = "mean"):
@@ -47,7 +50,7 @@ class DistributedLossWrapper(torch.nn.Module):
                 "MagnetLoss takes clusters, not labels; use loss(*dml_kernels.distributed.gather(embeddings, "
                 "clusters)[:2], classes)"
             )
-        self.has_memory = any(c.__name__ == "CrossBatchMemory" for c in type(loss).__mro__)  # theirs too
+        self.has_memory = any(c.__name__ == "CrossBatchMemory" for c in type(loss).__mro__)  # in either library
         if self.has_memory and efficient:
             raise ValueError("CrossBatchMemory compares with its memory already; use efficient=False")
         if efficient and isinstance(loss, MetricLoss) and not loss.takes_references:
@@ -62,9 +65,9 @@ class DistributedLossWrapper(torch.nn.Module):
         """The loss of the batches of all ranks.
 
         Args:
-            embeddings, labels, ref_emb, ref_labels: the rank's own.
+            embeddings, labels, ref_emb, ref_labels: those of this rank.
             indices_tuple: what a DistributedMinerWrapper returned, or another miner's tuple of the rank's own rows.
-            enqueue_mask: for a CrossBatchMemory, the rank's own.
+            enqueue_mask: for a CrossBatchMemory, that of this rank.
 
         Raises:
             ValueError: arguments that do not fit together, or differ in more than length between the ranks.
@@ -110,11 +113,11 @@ class DistributedLossWrapper(torch.nn.Module):
 class DistributedMinerWrapper(torch.nn.Module):
     """A miner over the batches of all ranks, for a DistributedLossWrapper with the same ``efficient``.
 
-    A miner that draws at random draws on each rank for itself; the gradient is then that of the ranks' mean.
+    A miner that draws at random draws separately on each rank; the gradient is then that of the mean over the ranks.
 
     Args:
-        miner: of this package or pytorch-metric-learning's.
-        efficient: mine for the rank's own rows, among all ranks'.
+        miner: a miner of this package or of pytorch-metric-learning.
+        efficient: mine only for the rank's own rows, among the rows of all ranks.
         group: a process group; None: all ranks.
     """
 
@@ -127,7 +130,7 @@ class DistributedMinerWrapper(torch.nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """A GlobalTuple; on one rank the miner's own."""
+        """A GlobalTuple; on one rank the tuple of the miner."""
         if world_size(self.group) == 1:
             return self.miner(embeddings, labels, ref_emb, ref_labels)
         parts = Parts(embeddings, labels, ref_emb, ref_labels, self.group)
@@ -142,7 +145,7 @@ class DistributedMinerWrapper(torch.nn.Module):
 
 
 def _without(own: Tensor | None, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Less the positives that are the anchor's own copy."""
+    """The tuple without positives that are the anchor's own copy."""
     if own is None:
         return tuples
     a, p, *rest = tuples
