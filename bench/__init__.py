@@ -1,4 +1,4 @@
-"""Time and memory of the losses and ops beside what people use today: `python -m bench`, or `pytest bench/`.
+"""Time and memory of the losses and ops, compared with their alternatives: `python -m bench`, or `pytest bench/`.
 
 A *case* is something to compute, with an fp64 truth; a *contender* is one way to compute it; a *group* is a
 set of contenders on one problem (a size and a dtype), timed in interleaved rounds. Nothing that fails its

@@ -23,7 +23,7 @@ from .options import add_options, read_options
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs" / "bench"
 DESCRIPTION = """\
-Time and peak memory of the losses and ops beside the bare matrix products (the floor), plain PyTorch,
+Time and peak memory of the losses and ops, compared with the bare matrix products (the floor), plain PyTorch,
 torch.compile and pytorch-metric-learning. Every contender is checked against an fp64 truth before it is
 timed; a wrong one is not timed. Times are medians of interleaved rounds; "x floor" is the median over rounds
 of the ratio within a round.

@@ -1,8 +1,8 @@
-"""`python -m bench.drop_in`: a step of every drop-in loss beside pytorch-metric-learning's class of the same name.
+"""`python -m bench.drop_in`: a step of every drop-in loss, compared with that of pytorch-metric-learning.
 
-The same arguments, embeddings, labels and parameters. The values and the gradients of the embeddings are compared
-before anything is timed; rounds are interleaved, times are medians, peak memory is each one's own, in a fresh process.
-With `--write docs/losses.md` the table between the page's markers is renewed.
+Both get the same arguments, embeddings, labels and parameters. The values and the gradients of the embeddings are
+compared before anything is timed. Rounds are interleaved, times are medians, and peak memory is measured for each in a
+fresh process. `--write docs/losses.md` renews the table between the markers of the page.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .busy import Usage, share_of_others
 
 RUNS = Path(__file__).resolve().parent.parent / "runs" / "bench"
 MARKERS = ("<!-- measured: python -m bench.drop_in --write docs/losses.md -->", "<!-- end of measured -->")
-# Values relative to the truth's, gradients to the largest entry: fp32 on both sides.
+# Of values relative to the value, of gradients relative to the largest entry: fp32 on both sides.
 TOLERANCE = 1e-3
-# Theirs holds every positive pair beside every negative pair: over 20 GB at N = 512.
+# pytorch-metric-learning holds every positive pair with every negative pair: over 20 GB at N = 512.
 FEWER = {"LiftedStructureLoss": 256, "NTXentLoss": 256}
-BUDGET = 30.0  # seconds of theirs: a slow one gets fewer rounds, at least one
-# Settings beside the defaults: theirs needs 28 matrices of N x M x centres for SoftTriple.
+BUDGET = 30.0  # seconds of pytorch-metric-learning: a slow loss gets fewer rounds, at least one
+# Settings other than the defaults: pytorch-metric-learning needs 28 matrices of N x M x centres for SoftTriple.
 SETTINGS: dict[str, dict[str, Any]] = {"SoftTripleLoss": {"centers_per_class": 5}}
-# With its default scale of 1 the softmax over many classes is flat: what people train with.
+# A scale that is used in training: with the default of 1 the softmax over many classes is flat.
 SETTINGS["ProxyNCALoss"] = {"softmax_scale": 8}
 
 
@@ -57,7 +57,7 @@ class Size:
 
 @dataclass
 class Record:
-    """What was found of one loss. Seconds of each round, peak bytes beside the gradients and all; None: not run."""
+    """The measurements of one loss: seconds of each round, and peak bytes including gradients; None: not run."""
 
     name: str
     size: str
@@ -74,12 +74,12 @@ class Record:
 
 
 def theirs() -> Any:
-    """pytorch-metric-learning's losses."""
+    """The losses of pytorch-metric-learning."""
     return importlib.import_module("pytorch_metric_learning.losses")
 
 
 def names() -> list[str]:
-    """The losses both have, those with a learned bank first."""
+    """The losses that both libraries have, those with a learned bank first."""
     found = [*losses.family("proxies"), *losses.family("pairs")]
     return [name for name in found if hasattr(theirs(), name)]
 
@@ -92,7 +92,7 @@ def step(name: str, whose: str, size: Size) -> Callable[[], tuple[Tensor, Tensor
     torch.manual_seed(0)  # the same parameters in both
     loss = getattr(losses if whose == "ours" else theirs(), name)(**options)
     y = torch.randint(size.m, (size.n,), generator=generator) if bank else torch.arange(size.n) // size.per_class
-    # A batch early in training: classes overlap, so every loss has something to say.
+    # A batch early in training: classes overlap, so no loss is 0.
     centres = torch.randn(size.n if bank else size.n // size.per_class + 1, size.d, generator=generator)
     x = centres[torch.arange(size.n) if bank else y] + 2.5 * torch.randn(size.n, size.d, generator=generator)
     x.requires_grad_()
@@ -110,7 +110,7 @@ def step(name: str, whose: str, size: Size) -> Callable[[], tuple[Tensor, Tensor
 
 
 def peak(name: str, whose: str, n: int, m: int, d: int) -> int:
-    """Peak extra bytes of a step; in a process of its own."""
+    """Peak extra bytes of a step; run it in a fresh process."""
     run, small = step(name, whose, Size(n, m, d)), step(name, whose, Size(16, min(m, 64), d))
     return peak_extra_bytes(run, small)
 
@@ -124,7 +124,7 @@ def measure(name: str, size: Size, rounds: int, memory: bool) -> Record:
     slow = time.perf_counter() - start
     value_error = float((value - expected).abs() / expected.abs().clamp_min(1e-3))
     gradient_error = float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max().clamp_min(1e-9))
-    assert expected > 0, f"{name}: theirs is {expected:.1e} on this batch, which compares nothing"
+    assert expected > 0, f"{name}: pytorch-metric-learning gives {expected:.1e} on this batch, which compares nothing"
     assert max(value_error, gradient_error) < TOLERANCE, f"{name}: differs by {value_error:.1e}, {gradient_error:.1e}"
     rounds, warmup = max(1, min(rounds, int(BUDGET / slow))), int(slow < BUDGET / 10)
     times = interleaved_times({"ours": ours, "theirs": others}, rounds, warmup=warmup)

@@ -1,4 +1,4 @@
-"""The losses on proxies beside what people use today: forward, and backward to embeddings and proxies.
+"""The losses on proxies, compared with their alternatives: forward, and backward to embeddings and proxies.
 
 Walks the registry of `dml_kernels.losses`: every loss meets the floor and runs on each of our backends. Peers are
 optional.
@@ -40,7 +40,7 @@ class Peers:
 
     options: of our function and of the dense one. dense: plain PyTorch, dense(embeddings, proxies, labels,
     **options). pml: keyword arguments of pytorch-metric-learning's class of the same name; pml_parameter: its
-    (M, D) parameter; transposed: theirs is (D, M).
+    (M, D) parameter; transposed: that of pytorch-metric-learning is (D, M).
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)

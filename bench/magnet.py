@@ -1,4 +1,4 @@
-"""The Magnet loss beside a dense PyTorch version and torch.compile: forward, and backward to embeddings and centres.
+"""The Magnet loss, compared with dense PyTorch and torch.compile: forward, and backward to embeddings and centres.
 
 Two suites: a batch of clusters with its own means, and many clusters given. A problem's bank entries are the clusters'
 centres, its labels the cluster ids, in no order and of unequal sizes; three clusters make a class.

@@ -1,8 +1,8 @@
-"""The losses on a batch's pairs and triplets beside pytorch-metric-learning's: forward, and backward to the embeddings.
+"""The losses on pairs and triplets, compared with pytorch-metric-learning: forward, and backward to the embeddings.
 
-A problem's rows are the embeddings, compared with each other, 8 of a class; its bank, as large, serves the floor alone.
-They lie in no clusters yet, as at the start of a training. One suite holds most losses; those of which theirs lists
-every triplet, or holds every positive pair beside every negative pair, have suites of their own.
+The rows of a problem are the embeddings, 8 of each class, compared with each other; its bank, of the same size, is used
+only for the floor. The embeddings form no clusters yet, as at the start of training. One suite holds most losses. Those
+for which pytorch-metric-learning lists every triplet, or every positive pair with every negative pair, have their own.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def _listed_triplets(size: Size) -> float:
     return (PER_CLASS - 1) * max(size.n - PER_CLASS, 0) * 6 * 8 / (4 * size.m)
 
 
-def _pairs_beside_pairs(size: Size) -> float:
-    """The negatives beside each positive, their mask as such and as numbers, and the masked negatives, in fp32."""
+def _pairs_with_pairs(size: Size) -> float:
+    """The negatives for each positive, their mask as booleans and as numbers, and the masked negatives, in fp32."""
     return (PER_CLASS - 1) * max(size.n - PER_CLASS, 0) * size.n * (1 + 3 * 4) / (4 * size.m)
 
 
-# The losses with suites of their own: how many N x N fp32 matrices theirs holds at its peak, at the least.
+# The losses with their own suites: how many N x N fp32 matrices pytorch-metric-learning holds at its peak, at least.
 SUITE = "pairs"
 APART: dict[str, Callable[[Size], float]] = {
     "TripletMarginLoss": _listed_triplets,
-    "NTXentLoss": _pairs_beside_pairs,
-    "LiftedStructureLoss": _pairs_beside_pairs,
+    "NTXentLoss": _pairs_with_pairs,
+    "LiftedStructureLoss": _pairs_with_pairs,
 }
 SUITES = (SUITE, *APART)
 # The same of the others, measured at N = 2,048; what is not here, 20.

@@ -1,4 +1,4 @@
-"""`python -m bench.refresh`: what a refresh of the cluster index costs, beside faiss alone.
+"""`python -m bench.refresh`: what a refresh of the cluster index costs, compared with faiss alone.
 
 Per 100 thousand embeddings: the first refresh (k-means++), a warm one after every embedding has moved a little, and
 what anybody has to pay for the same clusters: one bare `faiss.Kmeans` a class on rows gathered beforehand, k-means++ as
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     title = f"Cluster index, {options.clusters} clusters a class, D = {options.dim}: per 100,000 embeddings"
     tables.show(title, ("classes", "", "median", "x faiss alone"), rows)
-    print(f"{machine.line(found)}. Others took {others or 0:.0%} of the cores.")
+    print(f"{machine.line(found)}. Other processes took {others or 0:.0%} of the cores.")
     path = options.out / f"refresh-{time.strftime('%Y%m%d-%H%M%S')}.json"
     write_json(path, {"machine": found, "options": vars(options) | {"out": str(options.out)}, "records": records})
     print(f"saved {path}")

@@ -1,8 +1,8 @@
-"""Time and memory of a step, measured so that every allocator is seen and the machine's drift cancels.
+"""Time and memory of a step, measured so that every allocator is seen and the drift of the machine cancels.
 
-Memory is the kernel's own count of resident pages, not PyTorch's: buffers of a C++ extension, of the BLAS and
-of the allocator are all in it. Time is taken in interleaved rounds, so that a clock change or a neighbour's
-load falls on every variant alike.
+Memory is the count of resident pages by the kernel, not by PyTorch, so it includes buffers of a C++ extension, of the
+BLAS and of the allocator. Time is taken in interleaved rounds, so that a change of the clock rate or the load of other
+processes affects every variant equally.
 """
 
 from __future__ import annotations
@@ -35,21 +35,24 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_extra_bytes(fn: Callable[[], object], warmup: Callable[[], object] | None = None) -> int:
-    """Peak resident memory during fn() less resident memory just before it, in bytes.
+    """Peak resident memory during fn() minus the resident memory just before it, in bytes.
 
-    Counted: everything that fn makes the process touch, by whatever allocator, gradients and results
-    included, also what a BLAS or an allocator keeps after it. Not counted: what is resident before, such as
-    inputs; pages allocated but never written. Run it in a fresh process (`run_in_child`), once a variant:
-    memory that an earlier call left in a pool is reused and would not be seen.
+    It counts everything that fn makes the process touch, by any allocator, including gradients, results, and what a
+    BLAS or an allocator keeps afterwards. It does not count what is resident before, such as inputs, nor pages that are
+    allocated but never written. Run it in a fresh process (``run_in_child``) for each variant, because memory that an
+    earlier call left in a pool is reused and would not be seen.
 
-    warmup runs first. Give the same code on a tiny problem: it loads code pages, starts threads and fills
-    caches whose size is the same for every problem. What grows with the problem is then counted in fn alone.
+    Accurate to about 1 MB: the kernel counts pages in batches for each core. The peak is reset through
+    /proc/self/clear_refs. Where that is refused, the peak of the whole life of the process is used (ru_maxrss).
 
-    Accurate to about 1 MB: the kernel counts pages in batches for each core.
+    Args:
+        fn: what is measured.
+        warmup: runs first. Give the same code on a tiny problem: it loads code pages, starts threads and fills caches
+            whose size is the same for every problem, so that fn is charged only with what grows with the problem.
 
-    The peak is reset through /proc/self/clear_refs. Where that is refused, the peak of the whole process life
-    so far (ru_maxrss) stands in for it, and a peak below that raises RuntimeError in place of a number too
-    small. Linux only; raises OSError elsewhere.
+    Raises:
+        RuntimeError: the peak could not be reset and an earlier one was higher, so the number would be too small.
+        OSError: not on Linux.
     """
     if not STATUS.exists():
         raise OSError("peak_extra_bytes reads /proc/self/status: Linux only")
@@ -69,9 +72,10 @@ def peak_extra_bytes(fn: Callable[[], object], warmup: Callable[[], object] | No
 
 
 def run_in_child(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run `python -m module arguments...` in a fresh interpreter and return its standard output.
+    """Run ``python -m module arguments...`` in a fresh interpreter and return its standard output.
 
-    Raises RuntimeError with the end of the child's error output when it fails.
+    Raises:
+        RuntimeError: it failed; the message has the end of its error output.
     """
     # The parent's import path, so that a checkout that is not installed is found from any directory.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -98,12 +102,18 @@ def interleaved_times(
     synchronize: Callable[[], object] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, name -> one entry a round; every round runs every variant once.
+    """Seconds of each call, name -> one entry per round; every round runs every variant once.
 
-    The order turns by one place a round, so that no variant always follows the same one. The garbage
-    collector is off while a call runs. clock gives seconds (time.thread_time leaves out what others do on the
-    core). synchronize is called before each clock reading (torch.cuda.synchronize); progress after each call,
-    warm-up included.
+    The order rotates by one place per round, so that no variant always follows the same one. The garbage collector is
+    off while a call runs.
+
+    Args:
+        variants: what is timed, by name.
+        rounds: how many rounds are timed.
+        warmup: how many rounds run before them.
+        clock: gives seconds; time.thread_time leaves out what other processes do on the core.
+        synchronize: called before each clock reading, such as torch.cuda.synchronize.
+        progress: called after each call, including those of the warm-up.
     """
     if rounds < 1 or not variants:
         raise ValueError(f"need at least one round and one variant; got {rounds} and {len(variants)}")
@@ -130,13 +140,13 @@ def interleaved_times(
 def interleaved_medians(
     variants: Mapping[str, Callable[[], object]], rounds: int = 3, **options: Any
 ) -> dict[str, float]:
-    """Median seconds of each variant over `interleaved_times` (same options)."""
+    """Median seconds of each variant over ``interleaved_times`` (same options)."""
     times = interleaved_times(variants, rounds, **options)
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def cpu_model() -> str:
-    """The processor's own name, as the system tells it."""
+    """The name of the processor, as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -150,7 +160,7 @@ def usable_cores() -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What a measurement was taken on: processor, cores, threads, system, Python and PyTorch versions."""
+    """The machine of a measurement: processor, cores, threads, system, Python and PyTorch versions."""
     import torch
 
     return {

@@ -105,7 +105,7 @@ def test_a_backend_that_cannot_run_here_is_refused_with_its_reason(backend, by, 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if by == "environment":
         monkeypatch.setenv("DML_BACKEND", backend)
-        refused(["--out", str(tmp_path)], monkeypatch, capsys, "DML_BACKEND: no backend runs masked_logsumexp")
+        refused(["--out", str(tmp_path)], monkeypatch, capsys, "DML_BACKEND: no backend runs proxy_nca")
         monkeypatch.setenv("DML_BACKEND", "x")
         refused(["--out", str(tmp_path)], monkeypatch, capsys, "unknown backend 'x'")
     else:

@@ -1,11 +1,11 @@
-"""Proof and speed on a real GPU, in one command: `python -m bench.gpu` (also: make gpu). Needs torch alone.
+"""Proof and speed on a real GPU, in one command: `python -m bench.gpu` (also: make gpu). Needs only torch.
 
 | file | what |
 |---|---|
 | `__main__.py` | the stages, their order, the time each may take, the results file |
-| `store.py` | results, saved after every case, so that a run cut short goes on where it was |
+| `store.py` | results, saved after every case, so that an interrupted run continues |
 | `checks.py` | build, correctness against fp64, same bits, streams and graphs, compute-sanitizer |
-| `speed.py` | ceilings of this GPU, times and peak memory of large problems beside the peers |
+| `speed.py` | ceilings of this GPU, times and peak memory of large problems, compared with the peers |
 | `small.py` | latency of small problems, launches counted |
 | `tiles.py` | the fastest tiles of the Triton kernels, on request (`--stages autotune`) |
 | `peers.py` | who else can compute the same loss |

@@ -1,4 +1,4 @@
-"""How fast and in how much memory: this GPU's ceilings, then a training step of Proxy-NCA beside the peers."""
+"""How fast and in how much memory: this GPU's ceilings, then a training step of Proxy-NCA, compared with the peers."""
 
 from __future__ import annotations
 

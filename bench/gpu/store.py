@@ -1,4 +1,4 @@
-"""Results of a run, by stage and case, written after every case: a run cut short goes on where it was."""
+"""Results of a run, by stage and case, written after every case: so that an interrupted run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place and moved into it.
+"""Files that are either whole or not there: written under another name and then renamed.
 
 A checkpoint is PyTorch's own file, which `torch.load` reads, with a line after it: the SHA-256 of all before. A flipped
 bit anywhere, which PyTorch would load without a word, is found.

@@ -25,11 +25,11 @@ EPILOG = """\
 examples:
   python -m dml_kernels train --quick                   a minute: does everything work here?
   python -m dml_kernels train --out runs/a              the whole job, some minutes on two cores
-  python -m dml_kernels train --out runs/a --resume     go on where it was stopped, with the same options
+  python -m dml_kernels train --out runs/a --resume     continue where it was stopped, with the same options
   python -m dml_kernels train --loss magnet --clusters-per-class 2 --cost-classes 0
 
 exit status: 0 done; 1 the run failed, and the last checkpoints are whole; 2 refused before any work;
-130 stopped by Ctrl-C, 143 by SIGTERM: --resume goes on from the last whole epoch.
+130 stopped by Ctrl-C, 143 by SIGTERM: --resume continues from the last whole epoch.
 """
 
 
@@ -68,7 +68,7 @@ def make_parser() -> Parser:
         help="classes in the comparison of Proxy-NCA's cost with plain PyTorch, which needs some 15 kB of memory "
         "for each; 0 for none (default 100000, quick 10000)")
     add("--out", type=folder, default=Path("runs/demo"), metavar="DIR", help="where files go (default %(default)s)")
-    add("--resume", action="store_true", help="go on from the checkpoints in DIR, to the same bits")
+    add("--resume", action="store_true", help="continue from the checkpoints in DIR, to the same bits")
     add("--backend", choices=backend_choice.names(), help="backend of the losses (default: chosen, see `info`)")
     add("--threads", type=threads(), metavar="T", help="threads of PyTorch (default: its own choice)")
     add = parser.add_argument_group(ProxyNCARecipe.title).add_argument

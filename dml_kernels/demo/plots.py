@@ -232,7 +232,7 @@ def _spread(places: npt.NDArray[np.floating], size: float, rounds: int = 300) ->
 
 
 def cost_bars(path: Path, cost: StepCost) -> None:
-    """Time and peak extra memory of one step, fused beside plain PyTorch."""
+    """Time and peak extra memory of one step, fused and in plain PyTorch."""
     names = {"fused": "fused", "plain": "plain PyTorch"}
     time = [cost.variants[name].seconds * 1e3 for name in names]
     memory = [cost.variants[name].peak_bytes / 1e6 for name in names]

@@ -34,7 +34,7 @@ from ..ops import backend as backend_choice
 
 __all__ = ["ComparisonError", "StepCost", "VariantCost", "measure", "plain_bytes", "plain_proxy_nca"]
 
-# fp32 sums of 100,000 terms in two orders; observed differences are listed by the demo beside these.
+# fp32 sums of 100,000 terms in two orders; the demo prints observed differences with these.
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 SEED = 0

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.say_how_to_resume()
             return exit_status(interrupt)
         except OSError as error:  # a full disk
-            print(f"error: {error}; mend that, and go on with --resume", file=sys.stderr)
+            print(f"error: {error}; correct that, and continue with --resume", file=sys.stderr)
             return FAILED
         except (CheckpointError, ComparisonError, FloatingPointError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -156,7 +156,7 @@ class Run:
         self.console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)
 
     def say_how_to_resume(self) -> None:
-        """After Ctrl-C: what is on disk, and the command that goes on from it."""
+        """After Ctrl-C: what is on disk, and the command that continues from it."""
         if not self.saved_epochs:
             self.console.print("\nInterrupted before the first checkpoint: there is nothing to resume.")
             return
@@ -168,7 +168,7 @@ class Run:
             for recipe in self.recipes
             if recipe.title in self.saved_epochs
         ]
-        lines.append(f"To go on from there: {python} -m dml_kernels train {again}")
+        lines.append(f"To continue: {python} -m dml_kernels train {again}")
         self.console.print("\nInterrupted. " + "\n".join(lines), markup=False, soft_wrap=True)
 
     def _checkpoint(self, recipe: Recipe) -> Path:
@@ -297,8 +297,8 @@ class Run:
         except (RuntimeError, MemoryError) as error:  # no memory, here or in the child: PyTorch says RuntimeError
             reason = (str(error).strip().splitlines() or ["no memory"])[-1]
             raise ComparisonError(
-                f"the step cost could not be measured ({reason}); what was trained is saved: go on with --resume, and "
-                "fewer --cost-classes or 0"
+                f"the step cost could not be measured ({reason}); what was trained is saved: continue with "
+                "--resume and fewer --cost-classes or 0"
             ) from error
 
     def _plot(

@@ -99,7 +99,7 @@ class Trainer:
             group["lr"] = rate * group["factor"]
 
     def state(self) -> dict[str, Any]:
-        """Everything to go on from, between two epochs."""
+        """All that is needed to continue, between two epochs."""
         return {
             "loss_name": self.recipe.key,
             "recipe": asdict(self.recipe),
@@ -143,7 +143,7 @@ class Trainer:
             raise ValueError(
                 "the checkpoint is of another recipe: "
                 + ", ".join(f"{name} {stored.get(name)} there, {wanted[name]} asked for" for name in differing)
-                + "; go on with the options it was made with"
+                + "; continue with the options it was made with"
             )
         epoch = check_count("epoch", state.get("epoch"), 0, self.recipe.epochs)
         steps = epoch * self.steps_per_epoch
