@@ -44,18 +44,18 @@ test-triton: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## t
 kernel-report: $(VENV)/.stamp-build $(VENV)/.stamp-triton ## registers, shared memory, instructions, predicted times of the Triton kernels
 	$(PY) -m dml_kernels.triton_backend.report $(REPORT_ARGS)
 
-bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory beside other losses, a table and a plot
+bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory of ours and of other losses, a table and a plot
 	$(PY) -m bench $(BENCH_ARGS)
 
-bench-refresh: $(VENV)/.stamp-build $(VENV)/.stamp-test ## seconds of a refresh of the cluster index, beside faiss alone
+bench-refresh: $(VENV)/.stamp-build $(VENV)/.stamp-test ## seconds of a refresh of the cluster index, compared with faiss alone
 	$(PY) -m bench.refresh $(BENCH_ARGS)
 
-bench-losses: $(VENV)/.stamp-build $(VENV)/.stamp-test ## a step of every drop-in loss beside pytorch-metric-learning's; the table of docs/losses.md
+bench-losses: $(VENV)/.stamp-build $(VENV)/.stamp-test ## a step of every drop-in loss, compared with pytorch-metric-learning; the table of docs/losses.md
 	$(PY) -m bench.drop_in $(BENCH_ARGS)
 
 # No set-up: any interpreter with torch for this GPU serves, and the script builds the extension for it.
 GPU_PYTHON ?= python3
-gpu: ## every proof and figure that needs a GPU, with GPU_PYTHON (python3); goes on where an earlier run stopped
+gpu: ## every proof and figure that needs a GPU, with GPU_PYTHON (python3); continues an interrupted run
 	$(GPU_PYTHON) -m bench.gpu $(GPU_ARGS)
 
 lint: $(VENV)/.stamp-build $(VENV)/.stamp-dev $(VENV)/.stamp-test ## ruff, clang-format and mypy, changing nothing
