@@ -33,3 +33,14 @@ def test_named_paths_exist():
 def test_a_missing_path_is_found():
     assert missing("see csrc/cpu/tiles.h, dml_kernels/functional_pairs.py.") == ["dml_kernels/functional_pairs.py"]
     assert missing("`dml_kernels/losses/`, dml_kernels/losses/NAME.py, x/dml_kernels/y") == []
+
+
+def test_the_constants_that_bound_memory_are_where_the_table_says():
+    page = (ROOT / "docs" / "design.md").read_text()
+    table = page.split("## The constants that bound memory")[1].split("\n## ")[0]
+    rows = [[re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:3]] for line in table.splitlines()]
+    rows = [row for row in rows if len(row) == 2 and all(row)]
+    assert len(rows) > 10
+    for names, files in rows:
+        texts = [(ROOT / file).read_text() for file in files]
+        assert [name for name in names if not all(re.search(rf"\b{name}\b", text) for text in texts)] == []
