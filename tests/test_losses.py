@@ -315,3 +315,12 @@ def test_the_entry_names_the_op_and_policy_that_the_loss_runs_on(name, monkeypat
         asked.clear()
         entry.function(*inputs, **options)
         assert (entry.op, entry.policy) in asked, options
+
+
+def test_arcface_at_scales_whose_square_is_no_number():
+    """The loss over the scale, of a row whose own class is the farthest: s (s_other - s_own) / s for large s."""
+    x, w, y = torch.eye(2, 3).double(), torch.eye(3).double().flip(0), torch.tensor([0, 0])
+    for scale in (1e60, 1e200):
+        found = REGISTRY["ArcFaceLoss"].function(x, w, y, margin=30.0, scale=scale) / scale
+        # Own cosine 0: cos(90 + 30 degrees) = -1/2; the best other is 1.
+        torch.testing.assert_close(found, torch.tensor(1.5).double())

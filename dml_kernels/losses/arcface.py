@@ -33,10 +33,11 @@ def angular_logits(margin: float, scale: float | Tensor, policy: str = "linear",
     m = math.radians(margin)
 
     def target(z: Tensor, s: float | Tensor) -> Tensor:
-        # s sin theta. Where z equals s up to rounding it is 1e-75, negligible in any logit, and the clamp stops the
+        cosine = z / s
+        # Where the cosine is +-1 up to rounding this is 1e-75, negligible in any logit, and the clamp stops the
         # gradient, whose slope is infinite there. NaN stays.
-        sine = (s * s - z * z).clamp_min(1e-150).sqrt()
-        turned = torch.sub(z * math.cos(m), sine, alpha=math.sin(m))
+        sine = (1 - cosine * cosine).clamp_min(1e-150).sqrt()
+        turned = torch.sub(z * math.cos(m), sine * s, alpha=math.sin(m))
         return torch.where(z >= s * -math.cos(m), turned, z - s * (m * math.sin(m)))
 
     return Logits(
