@@ -68,31 +68,26 @@ Policy policy(std::int64_t kind, std::int64_t centres, double number, const Tens
 }
 
 LogitArgs logit_args(std::int64_t n, std::int64_t m, double k_same, double o_same, double k_different,
-                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_scale,
-                     const OptionalTensor& col_bias, const Policy& rule) {
-  return {k_same,
-          o_same,
-          k_different,
-          o_different,
-          vector(scale, n, "scale"),
-          vector(col_scale, m, "col_scale"),
-          vector(col_bias, m, "col_bias"),
-          rule};
+                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_bias,
+                     const Policy& rule) {
+  return {k_same, o_same, k_different, o_different, vector(scale, n, "scale"), vector(col_bias, m, "col_bias"), rule};
 }
 
 // `kind` is an empty tensor whose dtype is the products'.
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
-    Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
-    OptionalTensor col_scale, OptionalTensor col_bias, std::int64_t metric, bool normalize, double k_same,
-    double o_same, double k_different, double o_different, double eps, std::int64_t ignore_index,
-    std::int64_t kind_of_policy, std::int64_t centres, double number, bool sums) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
+                                                        OptionalTensor exclude, OptionalTensor scale,
+                                                        OptionalTensor col_bias, std::int64_t metric, bool normalize,
+                                                        double k_same, double o_same, double k_different,
+                                                        double o_different, double eps, std::int64_t ignore_index,
+                                                        std::int64_t kind_of_policy, std::int64_t centres,
+                                                        double number, bool sums) {
   const Policy rule = policy(kind_of_policy, centres, number, w);
   const std::int64_t n = x.size(0), m = w.size(0) / centres;
   const ScalarType acc = accumulation(kind);
   const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, acc); };
   Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
   const Labels label = labels(n, m, y, c, exclude, ignore_index);
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias, rule);
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias, rule);
   const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), sums ? sum_same.mutable_data_ptr() : nullptr,
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
@@ -103,17 +98,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(
   return {same, different, sum_same, sum_different};
 }
 
-void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_scale, Tensor grad_col_bias,
-                   Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different,
-                   Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
-                   OptionalTensor exclude, OptionalTensor scale, OptionalTensor col_scale, OptionalTensor col_bias,
-                   std::int64_t metric, bool normalize, double k_same, double o_same, double k_different,
-                   double o_different, double eps, std::int64_t ignore_index, std::int64_t kind_of_policy,
-                   std::int64_t centres, double number) {
+void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_bias, Tensor grad_same,
+                   Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, Tensor same,
+                   Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
+                   OptionalTensor exclude, OptionalTensor scale, OptionalTensor col_bias, std::int64_t metric,
+                   bool normalize, double k_same, double o_same, double k_different, double o_different, double eps,
+                   std::int64_t ignore_index, std::int64_t kind_of_policy, std::int64_t centres, double number) {
   const Policy rule = policy(kind_of_policy, centres, number, w);
   const std::int64_t n = x.size(0), m = w.size(0) / centres;
   const Labels label = labels(n, m, y, c, exclude, ignore_index);
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias, rule);
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias, rule);
   const auto optional = [n](const Tensor& t, const char* name) { return t.numel() ? vector(t, n, name) : Vector{}; };
   const LseIn in{vector(grad_same, n, "grad_same"),
                  vector(grad_different, n, "grad_different"),
@@ -122,8 +116,7 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                  vector(same, n, "same"),
                  vector(different, n, "different")};
   const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
-                           target(grad_scale, {n}, "grad_scale"), target(grad_col_scale, {m}, "grad_col_scale"),
-                           target(grad_col_bias, {m}, "grad_col_bias")};
+                           target(grad_scale, {n}, "grad_scale"), target(grad_col_bias, {m}, "grad_col_bias")};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
@@ -243,16 +236,15 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
       "float eps) -> ()");
   m.def(
       "mlse_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, "
-      "Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, "
-      "float k_different, float o_different, float eps, int ignore_index, int policy, int centres, float number, "
-      "bool sums) "
+      "Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
+      "float o_different, float eps, int ignore_index, int policy, int centres, float number, bool sums) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_scale, "
-      "Tensor(e!) grad_col_bias, Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, "
-      "Tensor grad_sum_different, Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, "
-      "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
-      "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index, int policy, "
+      "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_bias, "
+      "Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, "
+      "Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, "
+      "Tensor? scale, Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
+      "float o_different, float eps, int ignore_index, int policy, "
       "int centres, float number) -> ()");
   m.def(
       "proxy_nca_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "

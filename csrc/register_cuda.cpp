@@ -57,23 +57,16 @@ Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalT
 }
 
 LogitArgs logit_args(std::int64_t n, std::int64_t m, double k_same, double o_same, double k_different,
-                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_scale,
-                     const OptionalTensor& col_bias) {
-  return {k_same,
-          o_same,
-          k_different,
-          o_different,
-          vector(scale, n, "scale"),
-          vector(col_scale, m, "col_scale"),
-          vector(col_bias, m, "col_bias")};
+                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_bias) {
+  return {k_same, o_same, k_different, o_different, vector(scale, n, "scale"), vector(col_bias, m, "col_bias")};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor c,
                                                     OptionalTensor exclude, OptionalTensor scale,
-                                                    OptionalTensor col_scale, OptionalTensor col_bias,
-                                                    std::int64_t metric, bool normalize, double k_same, double o_same,
-                                                    double k_different, double o_different, double eps,
-                                                    std::int64_t ignore_index, bool with_sums) {
+                                                    OptionalTensor col_bias, std::int64_t metric, bool normalize,
+                                                    double k_same, double o_same, double k_different,
+                                                    double o_different, double eps, std::int64_t ignore_index,
+                                                    bool with_sums) {
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
   const Comparison problem = comparison(x, w, metric, normalize, eps);
@@ -81,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y
   Tensor same = make(n), different = make(n), sum_same = make(with_sums ? n : 0),
          sum_different = make(with_sums ? n : 0);
   if (n == 0) return {same, different, sum_same, sum_different};
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias);
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias);
   const LseOut out{same.mutable_data_ptr(),
                    different.mutable_data_ptr(),
                    with_sums ? sum_same.mutable_data_ptr() : nullptr,
@@ -93,16 +86,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y
   return {same, different, sum_same, sum_different};
 }
 
-void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_scale, Tensor grad_col_bias,
-              Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, Tensor same,
-              Tensor different, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude,
-              OptionalTensor scale, OptionalTensor col_scale, OptionalTensor col_bias, std::int64_t metric,
-              bool normalize, double k_same, double o_same, double k_different, double o_different, double eps,
-              std::int64_t ignore_index) {
+void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_bias, Tensor grad_same,
+              Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, Tensor same, Tensor different,
+              Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
+              OptionalTensor col_bias, std::int64_t metric, bool normalize, double k_same, double o_same,
+              double k_different, double o_different, double eps, std::int64_t ignore_index) {
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
   const Comparison problem = comparison(x, w, metric, normalize, eps);
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_scale, col_bias);
+  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias);
   const LseGrads grads{vector_unless_empty(grad_same, n, "grad_same"),
                        vector_unless_empty(grad_different, n, "grad_different"),
                        vector_unless_empty(grad_sum_same, n, "grad_sum_same"),
@@ -111,8 +103,7 @@ void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_s
                        sums(different, n, problem.wide, "different"),
                        {}};
   const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
-                           target(grad_scale, {n}, "grad_scale"), target(grad_col_scale, {m}, "grad_col_scale"),
-                           target(grad_col_bias, {m}, "grad_col_bias")};
+                           target(grad_scale, {n}, "grad_scale"), target(grad_col_bias, {m}, "grad_col_bias")};
   const Scratch scratch(x, backward_bytes(problem));
   check(lse_backward(problem, labels(x, w, y, c, exclude, ignore_index), args, grads, targets, scratch.data(),
                      launch.stream),
@@ -132,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, O
   const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, accumulation(problem.wide)); };
   Tensor same = make(n), different = make(n), sums_of_logits = make(label_smoothing > 0 ? 2 * n : 0);
   Tensor value = reduction ? torch::stable::new_empty(x, {}, accumulation(problem.wide)) : make(n);
-  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
+  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}};
   char* logits = label_smoothing > 0 ? static_cast<char*>(sums_of_logits.mutable_data_ptr()) : nullptr;
   const LseOut out{same.mutable_data_ptr(),
                    different.mutable_data_ptr(),
@@ -154,7 +145,7 @@ void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad,
   const Launch launch(x);
   const std::int64_t n = x.size(0);
   const Comparison problem = comparison(x, w, squared, true, eps);
-  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}, {}};
+  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}};
   const LseGrads grads{vector(grad, n, "grad"),
                        {},
                        {},
@@ -163,11 +154,8 @@ void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad,
                        sums(different, n, problem.wide, "different"),
                        {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
                         choice<Reduction>(reduction, 3, "reduction"), nullptr}};
-  const LseTargets targets{target_like(grad_x, x, "grad_x"),
-                           target_like(grad_w, w, "grad_w"),
-                           target(grad_scale, {n}, "grad_scale"),
-                           {},
-                           {}};
+  const LseTargets targets{
+      target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"), target(grad_scale, {n}, "grad_scale"), {}};
   const Scratch scratch(x, backward_bytes(problem));
   check(lse_backward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, grads, targets,
                      scratch.data(), launch.stream),
@@ -246,15 +234,15 @@ void define(Library& m) {
       "distance_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor grad, Tensor x, Tensor w, int metric, bool normalize, "
       "float eps) -> ()");
   m.def(
-      "mlse_fwd(Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, Tensor? col_scale, "
+      "mlse_fwd(Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, "
       "Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
       "float o_different, float eps, int ignore_index, bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_scale, "
-      "Tensor(e!) grad_col_bias, Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, "
-      "Tensor grad_sum_different, Tensor same, Tensor different, Tensor x, Tensor w, Tensor y, Tensor? c, "
-      "Tensor? exclude, Tensor? scale, Tensor? col_scale, Tensor? col_bias, int metric, bool normalize, "
-      "float k_same, float o_same, float k_different, float o_different, float eps, int ignore_index) -> ()");
+      "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_bias, "
+      "Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, "
+      "Tensor same, Tensor different, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, "
+      "Tensor? scale, Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
+      "float o_different, float eps, int ignore_index) -> ()");
   m.def(
       "proxy_nca_fwd(Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
       "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) "

@@ -172,11 +172,6 @@ def one_factor_zero(p: Problem) -> None:
 
 
 @feature
-def column_scale(p: Problem) -> None:
-    p.tensors["col_scale"] = randn(p.sizes[2], seed=p.seed + 15)
-
-
-@feature
 def column_bias(p: Problem) -> None:
     p.tensors["col_bias"] = randn(p.sizes[2], seed=p.seed + 16) * 2
 
@@ -200,7 +195,6 @@ def everything_at_once(p: Problem) -> None:
     bank_labels(p, 5)
     factors_and_offsets(p)
     columns_left_out_by_bias(p)
-    column_scale(p)
     p.options["c"][::7] = -100
     p.y[::5] = -100
     p.options["exclude"] = randint(-1, m, n, seed=p.seed + 13)
@@ -286,15 +280,12 @@ def expanded_rows(p: Problem) -> None:
 @feature
 def expanded_bank(p: Problem) -> None:
     def expand(name: str, t: Tensor) -> Tensor:
-        return t[:1].expand_as(t) if name in ("w", "col_scale", "col_bias", "c") else t
+        return t[:1].expand_as(t) if name in ("w", "col_bias", "c") else t
 
     bank_labels(p, 1)
     p.y[::2] = 1
-    p.tensors["col_scale"], p.tensors["col_bias"] = (
-        randn(p.sizes[2], seed=p.seed + 15),
-        randn(p.sizes[2], seed=p.seed + 16),
-    )
-    for t in (*(p.tensors[k] for k in ("w", "col_scale", "col_bias")), p.options["c"]):
+    column_bias(p)
+    for t in (p.tensors["w"], p.tensors["col_bias"], p.options["c"]):
         t[:] = t[:1].clone()
     p.layout = expand
 

@@ -254,7 +254,7 @@ class Problem:
     Without `sums` the op is not asked for plain sums.
     """
 
-    tensors: dict[str, Tensor]  # x, w and any of scale, col_scale, col_bias, in fp64
+    tensors: dict[str, Tensor]  # x, w and any of scale, col_bias, in fp64
     y: Tensor
     options: dict[str, Any]
     grads: dict[str, Tensor] = field(default_factory=dict)  # incoming, by output

@@ -69,12 +69,12 @@ def exercise(backend: str) -> None:
     y, c = torch.arange(n), torch.arange(m) % 4
     for t in (x, w, proxies):
         t.requires_grad_()
-    scale, col_scale, col_bias = (torch.rand(k, requires_grad=True) for k in (n, m, m))
+    scale, col_bias = (torch.rand(k, requires_grad=True) for k in (n, m))
     exclude = torch.full((n,), -1)
     on = {"backend": backend}
     twice(F.normalize(x, **on).square().sum(), x)
     twice(F.normalized_distance(x, w, **on).sum(), x, w)
-    sum(F.masked_logsumexp(x, w, y, c, scale=scale, col_scale=col_scale, col_bias=col_bias, exclude=exclude, sums=True,
+    sum(F.masked_logsumexp(x, w, y, c, scale=scale, col_bias=col_bias, exclude=exclude, sums=True,
                            **on)[:4]).sum().backward()  # fmt: skip
     twice(sum(F.masked_logsumexp(x, w, y, **on)[:2]).sum(), x, w)
     weight = torch.rand(m)

@@ -15,10 +15,10 @@ SHAPES = ((7, 1, 5), (7, 3, 5), (64, 100, 33), (5, 513, 64), (300, 1000, 17), (1
 def outputs(shape, dtype, backend, metric, normalize):
     n, m, d = shape
     x, w = randn(n, d, seed=1).to(dtype.x).requires_grad_(), randn(m, d, seed=2).to(dtype.w).requires_grad_()
-    vectors = [randn(size, seed=3).to(dtype.vectors).requires_grad_() for size in (n, m, m)]
+    vectors = [randn(size, seed=3).to(dtype.vectors).requires_grad_() for size in (n, m)]
     out = F.masked_logsumexp(
         x, w, randint(0, 5, n, seed=4), randint(0, 5, m, seed=5), metric=metric, normalize=normalize, scale=vectors[0],
-        same=(-2.0, 0.1), different=(3.0, 0.2), col_scale=vectors[1], col_bias=vectors[2],
+        same=(-2.0, 0.1), different=(3.0, 0.2), col_bias=vectors[1],
         exclude=randint(-1, m, n, seed=6), sums=True, backend=backend,
     )  # fmt: skip
     kept = (out.different > -torch.inf) & (out.same > -torch.inf)

@@ -18,7 +18,7 @@ def problems(draw):
     n, m, d = draw(st.integers(0, 9)), draw(st.integers(1, 90)), draw(st.integers(1, 9))
     seed = draw(st.integers(0, 1000))
     p = Problem.random(n, m, d, *draw(st.sampled_from(METRICS)), seed=seed)
-    vectors = {"scale": n, "col_scale": m, "col_bias": m}
+    vectors = {"scale": n, "col_bias": m}
     for name in draw(st.sets(st.sampled_from(sorted(vectors)))):
         p.tensors[name] = randn(vectors[name], seed=seed + 20)
     if "scale" not in p.tensors:

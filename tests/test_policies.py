@@ -242,11 +242,11 @@ def test_pooling_differentiates_twice(metric, normalize, policy, backend):
     n, classes, k, d = 3, 4, 3, 2
     y, c = torch.tensor([0, 1, 9]), torch.tensor([0, 1, 0, -100])
     exclude = torch.tensor([-1, 1, 0])
-    given = [randn(n, d, seed=1), randn(classes * k, d, seed=2), *(randn(s, seed=s).abs() + 0.5 for s in (n, 4, 4))]
+    given = [randn(n, d, seed=1), randn(classes * k, d, seed=2), *(randn(s, seed=s).abs() + 0.5 for s in (n, 4))]
 
-    def function(x, w, scale, col_scale, col_bias):
+    def function(x, w, scale, col_bias):
         out = F.masked_logsumexp(
-            x, w, y, c, metric=metric, normalize=normalize, scale=scale, col_scale=col_scale, col_bias=col_bias,
+            x, w, y, c, metric=metric, normalize=normalize, scale=scale, col_bias=col_bias,
             same=(-1.5, 0.1), different=(2.0, -0.3), exclude=exclude, sums=True, policy=policy,
             policy_params=params_of(policy, k), backend=backend,
         )  # fmt: skip
@@ -285,12 +285,12 @@ def test_chunks_of_whole_classes_make_no_difference(k, policy, monkeypatch):
 def test_the_weights_of_circle_loss_are_constants_in_both_derivatives(metric, normalize, backend):
     """Finite differences would see the weights move: the truth is autograd of the dense expression, detached."""
     x, w, y, c = randn(6, 4, seed=1), randn(11, 4, seed=2), randint(0, 3, 6, seed=3), randint(0, 3, 11, seed=4)
-    tensors = [t.requires_grad_() for t in (x, w, *(randn(s, seed=s).abs() + 0.5 for s in (6, 11, 11)))]
+    tensors = [t.requires_grad_() for t in (x, w, *(randn(s, seed=s).abs() + 0.5 for s in (6, 11)))]
 
     def second(name):
-        x, w, scale, col_scale, col_bias = tensors
+        x, w, scale, col_bias = tensors
         out = F.masked_logsumexp(
-            x, w, y, c, metric=metric, normalize=normalize, scale=scale, col_scale=col_scale, col_bias=col_bias,
+            x, w, y, c, metric=metric, normalize=normalize, scale=scale, col_bias=col_bias,
             same=(1.5, 0.1), different=(0.5, -0.3), sums=True, policy="quadratic", policy_params=(0.3,), backend=name,
         )  # fmt: skip
         first = torch.autograd.grad(sum(v.square().sum() for v in out), tensors, create_graph=True)
@@ -320,10 +320,10 @@ def outputs(policy, shape, metric, dtype, backend):
     n, classes, k, d = shape
     m = classes * centres(policy, params_of(policy, k))
     x, w = randn(n, d, seed=1).to(dtype.x).requires_grad_(), randn(m, d, seed=2).to(dtype.w).requires_grad_()
-    vectors = [randn(size, seed=3).to(dtype.vectors).requires_grad_() for size in (n, classes, classes)]
+    vectors = [randn(size, seed=3).to(dtype.vectors).requires_grad_() for size in (n, classes)]
     out = F.masked_logsumexp(
         x, w, randint(0, 5, n, seed=4), randint(0, 5, classes, seed=5), metric=metric, scale=vectors[0],
-        same=(-2.0, 0.1), different=(3.0, 0.2), col_scale=vectors[1], col_bias=vectors[2], sums=True,
+        same=(-2.0, 0.1), different=(3.0, 0.2), col_bias=vectors[1], sums=True,
         exclude=randint(-1, classes, n, seed=6), policy=policy, policy_params=params_of(policy, k), backend=backend,
     )  # fmt: skip
     kept = (out.different > -torch.inf) & (out.same > -torch.inf)

@@ -2,7 +2,7 @@
 //
 //   raw   x.w, as the matrix product gives it
 //   s     score, larger is closer:  r_i r_j raw  |  -(sq_i + sq_j - 2 r_i r_j raw)  |  -sqrt of that
-//   z     logit:                    k t_i (q_j s - o) + b_j, with k and o of the entry's set
+//   z     logit:                    k t_i (s - o) + b_j, with k and o of the entry's set
 #pragma once
 #include <cstdint>
 
@@ -22,8 +22,8 @@ struct SetLogit {
 };
 
 template <class A>
-DML_PORTABLE inline A logit(A s, A kt, A o, A q, A b) {
-  return kt * (q * s - o) + b;
+DML_PORTABLE inline A logit(A s, A kt, A o, A b) {
+  return kt * (s - o) + b;
 }
 
 // d(-sqrt(d2)) / d(-d2) = 1 / (2 sqrt(d2)), and 0 at zero distance.

@@ -13,7 +13,7 @@ void distance_fwd(const Problem<P>& problem, Target out) {
     TileScores<P> scores(problem);
     const auto load = [&](std::int64_t tile) { scores.load(tile); };
     const auto row = [&](std::int64_t, std::int64_t i) {
-      scores.score_row(i, sign, A(0), nullptr, nullptr, false);
+      scores.score_row(i, sign, A(0), nullptr, false);
       write_values(scores.z.data(), out.data, out.dtype, i * m + scores.first, scores.count);
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice)
@@ -42,9 +42,9 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
       columns.data = static_cast<const char*>(grad.data) + scores.first * grad.col_stride * size;
     };
     const auto row = [&](std::int64_t local, std::int64_t i) {
-      scores.score_row(i, A(1), A(0), nullptr, nullptr, true);
+      scores.score_row(i, A(1), A(0), nullptr, true);
       read_row(columns, i, ds.data());
-      k.score_grad(ds.data(), scores.count, nullptr, root);
+      if (root) k.root_grad(ds.data(), root, scores.count);
       out.row(local, i, ds.data(), sign);
     };
     const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };

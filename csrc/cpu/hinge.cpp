@@ -99,7 +99,7 @@ void masked_hinge_sum_bwd(const Problem<P>& problem, const Labels& labels, const
         if (!(argument(walk.same[p], lines.k_same, lines.same[i]) <= A(0))) ds[walk.at[p]] = same[i];
       const std::int64_t column = labels.y[i] - walk.scores.first;
       if (slopes.own && column >= 0 && column < count) ds[column] = own[i];
-      k.score_grad(ds, count, nullptr, root ? walk.scores.s.data() : nullptr);
+      if (root) k.root_grad(ds, walk.scores.s.data(), count);
       out.row(local, i, ds, A(1));
     };
     const auto begin = [&](std::int64_t tile) { walk.load(tile), out.begin_tile(); };

@@ -96,7 +96,7 @@ class Magnet {
       const auto to = [](std::vector<A>& v) { return Target{v.empty() ? nullptr : v.data(), type}; };
       masked_logsumexp_bwd<P>(problem(), labels(), logit(),
                               {values(none), values(g), {}, {}, values(empty), values(lse)},
-                              {to(grad_rows), to(grad_bank), to(row_scale), {nullptr, type}, {nullptr, type}});
+                              {to(grad_rows), to(grad_bank), to(row_scale), {nullptr, type}});
     }
     grad_scale = std::accumulate(row_scale.begin(), row_scale.end(), grad_scale);
     // scale = 1 / (2 variance); at its floor the variance is a constant.
@@ -138,7 +138,7 @@ class Magnet {
     return {rows, bank_, Metric::sqeuclidean, false, args_.eps, Cut::longer_side};
   }
   Labels labels() const { return {y_.data(), given() ? args_.classes : c_.data(), nullptr, args_.ignore}; }
-  LogitArgs logit() const { return {1, 0, 1, 0, Vector{&scale_, type, 0}, {}, {}}; }
+  LogitArgs logit() const { return {1, 0, 1, 0, Vector{&scale_, type, 0}, {}}; }
 
   // body(group) over all groups, some tens of thousands of numbers a thread.
   template <class Body>

@@ -35,8 +35,8 @@ class Walk {
 
   Walk(const Setup<P>& setup, bool keep_scores, bool gradients)
       : scores(setup.problem), pool(setup.args.policy, setup.problem.plan.tile, gradients), setup_(setup),
-        keep_scores_(keep_scores || !setup.one_logit), q_(setup.args.col_scale ? setup.problem.plan.tile : 0),
-        b_(setup.problem.plan.tile), alpha_(setup.args.policy.quadratic() ? setup.problem.plan.tile : 0) {}
+        keep_scores_(keep_scores || !setup.one_logit), b_(setup.problem.plan.tile),
+        alpha_(setup.args.policy.quadratic() ? setup.problem.plan.tile : 0) {}
 
   TileScores<P> scores;
   Pool<A> pool;
@@ -45,7 +45,6 @@ class Walk {
   std::vector<A> same_alpha;          // and their weights, where the policy has such
   const std::int32_t* positions = nullptr;
 
-  const A* q() const { return q_.empty() ? nullptr : q_.data(); }
   const A* s() const { return setup_.args.policy.pools() ? pool.scores() : scores.s.data(); }
   const A* alpha() const { return alpha_.data(); }
 
@@ -53,7 +52,6 @@ class Walk {
     scores.load(tile);
     first = scores.first / setup_.args.policy.centres, count = scores.count / setup_.args.policy.centres;
     const std::int64_t n = count;
-    if (!q_.empty()) setup_.args.col_scale.read(first, n, q_.data());
     biased_ = bool(setup_.args.col_bias);
     if (biased_) {
       setup_.args.col_bias.read(first, n, b_.data());
@@ -83,10 +81,10 @@ class Walk {
       if (setup_.one_logit) {
         same[p] = z;
       } else {
-        const A score = s()[j], q = q_.empty() ? A(1) : q_[j];
+        const A score = s()[j];
         A kt = A(args.k_same) * t;
-        if (args.policy.quadratic()) kt *= same_alpha[p] = std::max(A(1 + args.policy.number) - q * score, A(0));
-        same[p] = logit(score, kt, A(args.o_same), q, b_[j]);
+        if (args.policy.quadratic()) kt *= same_alpha[p] = std::max(A(1 + args.policy.number) - score, A(0));
+        same[p] = logit(score, kt, A(args.o_same), b_[j]);
       }
       if (excludes && j == excluded) same[p] = minus_infinity;
       z = minus_infinity;
@@ -98,21 +96,20 @@ class Walk {
   // scores.z of row i's columns, as if all were of other labels.
   void logits(std::int64_t i, A kt, A o, const A* b) {
     const Policy& policy = setup_.args.policy;
-    if (policy.kind == Policy::Kind::linear) return scores.score_row(i, kt, o, q(), b, keep_scores_);
+    if (policy.kind == Policy::Kind::linear) return scores.score_row(i, kt, o, b, keep_scores_);
     scores.score_row(i);
     const Row<A> row{A(1), A(0), kt, o};
-    const Columns<A> columns{nullptr, nullptr, q(), b};
     if (policy.quadratic()) {
-      row_kernels<A>().circle(s(), row, columns, A(policy.number), alpha_.data(), scores.z.data(), count);
+      row_kernels<A>().circle(s(), row, b, A(policy.number), alpha_.data(), scores.z.data(), count);
     } else {
       pool.pool(scores.s.data(), count);
-      row_kernels<A>().logits(Metric::dot, s(), row, columns, scores.z.data(), nullptr, count);
+      row_kernels<A>().logits(Metric::dot, s(), row, {nullptr, nullptr, b}, scores.z.data(), nullptr, count);
     }
   }
 
   const Setup<P>& setup_;
   bool keep_scores_, biased_ = false;
-  std::vector<A> q_, b_, alpha_;
+  std::vector<A> b_, alpha_;
   std::vector<std::int32_t> ignored_;
   TilePairs pairs_;
 };
@@ -219,23 +216,21 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
     for (A& value : *lse)
       if (value == Walk<P>::minus_infinity) value = -value;
 
-  const bool scale_grads = targets.scale.data || targets.col_scale.data;
+  const bool scale_grads = targets.scale.data;
   std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
   Gradients<P> gradients(problem, targets.x, targets.w);
   const std::int64_t column_parts = problem.plan.by_rows ? slices : 1;
   const std::int64_t columns = problem.w.rows / args.policy.centres;
-  ColumnGradient<A> columns_q(targets.col_scale.data, column_parts, columns);
   ColumnGradient<A> columns_b(targets.col_bias.data, column_parts, columns);
   for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     const bool root = problem.metric == Metric::euclidean;
     Walk<P> walk(setup, root || scale_grads, true);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
-    ColumnSum<A> dq, db;          // of this tile
+    ColumnSum<A> db;              // of this tile
     std::int64_t at_slice = 0;
     const auto begin = [&](std::int64_t tile) {
       walk.load(tile), out.begin_tile();
-      if (columns_q.wanted()) dq.reset(walk.count);
       if (columns_b.wanted()) db.reset(walk.count);
     };
     const auto row = [&](std::int64_t local, std::int64_t i) {
@@ -251,7 +246,7 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
         k.add(sum, dz, count);
         for (std::int64_t p = 0; p < own; ++p) sum[at[p]] += same[p];
       }
-      // From here on dz is the gradient of k (q_j s - o), over its set's k where the sets differ or the scale asks for
+      // From here on dz is the gradient of k (s - o), over its set's k where the sets differ or the scale asks for
       // it; else that common factor stays outside.
       const bool inside = scale_grads || !setup.one_logit;
       if (inside) k.scale(dz, A(args.k_different), count);
@@ -266,22 +261,18 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       }
       const A t = setup.scale[i];
       if (scale_grads) {
-        const double total = k.scale_grads(dz, walk.s(), walk.q(), t, columns_q.wanted() ? dq.next() : nullptr, count);
-        if (row_scale) row_scale[i] += total - offsets;
+        const double total = k.dot(dz, walk.s(), count);
+        row_scale[i] += total - offsets;
       }
       if (args.policy.pools()) {
-        k.score_grad(dz, count, walk.q(), nullptr);
         dz = walk.pool.spread(dz, count);
-        if (root) k.score_grad(dz, walk.scores.count, nullptr, walk.scores.s.data());
-      } else {
-        k.score_grad(dz, count, walk.q(), root ? walk.scores.s.data() : nullptr);
       }
+      if (root) k.root_grad(dz, walk.scores.s.data(), walk.scores.count);
       out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
     const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };
     const auto end = [&] {
       out.end_tile();
-      columns_q.keep(at_slice, walk.first, walk.count, dq);
       columns_b.keep(at_slice, walk.first, walk.count, db);
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
@@ -291,7 +282,7 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
     }
   });
   gradients.finish();
-  columns_q.write(targets.col_scale), columns_b.write(targets.col_bias);
+  columns_b.write(targets.col_bias);
   if (!grad_scale.empty()) {
     std::vector<A> total(n);
     for (std::int64_t i = 0; i < n; ++i) {

@@ -38,7 +38,7 @@ struct Labels {
 
 struct LogitArgs {
   double k_same, o_same, k_different, o_different;
-  Vector scale, col_scale, col_bias;  // scale has stride 0 for a scalar
+  Vector scale, col_bias;  // scale has stride 0 for a scalar
   Policy policy = {};
 };
 
@@ -52,7 +52,7 @@ struct LseIn {
 };
 
 struct LseTargets {
-  Target x, w, scale, col_scale, col_bias;  // scale: (n,), one for each row, even of a scalar
+  Target x, w, scale, col_bias;  // scale: (n,), one for each row, even of a scalar
 };
 
 template <class P>

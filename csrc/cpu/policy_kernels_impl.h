@@ -47,14 +47,13 @@ void spread(const A* __restrict__ ds, std::int64_t centres, A* __restrict__ slop
 }
 
 template <class A>
-void circle(const A* __restrict__ s, const Row<A>& row, const Columns<A>& columns, A m, A* __restrict__ alpha,
+void circle(const A* __restrict__ s, const Row<A>& row, const A* __restrict__ b, A m, A* __restrict__ alpha,
             A* __restrict__ z, std::int64_t n) {
   const A kt = row.kt, o = row.o;
-  const A* __restrict__ q = columns.q, * __restrict__ b = columns.b;
   for (std::int64_t j = 0; j < n; ++j) {
-    const A v = q ? q[j] * s[j] : s[j], weight = v + m > A(0) ? v + m : A(0);
+    const A weight = s[j] + m > A(0) ? s[j] + m : A(0);
     alpha[j] = weight;
-    z[j] = kt * weight * (v - o) + (b ? b[j] : A(0));
+    z[j] = kt * weight * (s[j] - o) + (b ? b[j] : A(0));
   }
 }
 

@@ -56,8 +56,7 @@ class ProxyNca {
     }
     const auto values = [](const std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };
     const LseIn in{values(g_same), values(g_different), values(g_sums), values(g_sums), values(own), values(others)};
-    masked_logsumexp_bwd<P>(problem_, labels(), logit(), in,
-                            {targets.x, targets.w, targets.scale, {nullptr, type}, {nullptr, type}});
+    masked_logsumexp_bwd<P>(problem_, labels(), logit(), in, {targets.x, targets.w, targets.scale, {nullptr, type}});
   }
 
  private:
@@ -78,7 +77,7 @@ class ProxyNca {
   }
 
   Labels labels() const { return {args_.y, nullptr, nullptr, args_.ignore}; }
-  LogitArgs logit() const { return {args_.factor, 0, args_.factor, 0, args_.scale, {}, {}}; }
+  LogitArgs logit() const { return {args_.factor, 0, args_.factor, 0, args_.scale, {}}; }
 
   const ProxyArgs& args_;
   std::int64_t n_;

@@ -13,12 +13,11 @@ namespace dml::cpu {
 using bf16 = torch::headeronly::BFloat16;
 using fp16 = torch::headeronly::Half;  // only stored: it is widened before anything is computed
 
-// What a tile's columns bring to a score and a logit; null pointers stand for 1 (r, q) or 0 (b).
+// What a tile's columns bring to a score and a logit; null pointers stand for 1 (r) or 0 (b).
 template <class A>
 struct Columns {
   const A* r;   // 1 / |w_j|
   const A* sq;  // |p_j|^2, for distances
-  const A* q;   // column scale
   const A* b;   // column bias
 };
 
@@ -39,10 +38,7 @@ struct RowKernels {
   double (*sum_used)(const A* z, std::int64_t n);  // entries of -inf left out
   // In place: g exp(z - lse) + h; 0 where z is -inf. An empty set comes with lse = +inf.
   void (*weights)(A* z, std::int64_t n, A lse, A g, A h);
-  // In place: dz_j q_j where q is given, times the root's slope where s is.
-  void (*score_grad)(A* dz, std::int64_t n, const A* q, const A* s);
-  // dq_j += f dz_j s_j where dq is given; returns sum_j dz_j q_j s_j.
-  double (*scale_grads)(const A* dz, const A* s, const A* q, A f, A* dq, std::int64_t n);
+  void (*root_grad)(A* dz, const A* s, std::int64_t n);  // in place: dz_j times the root's slope at s_j
   A (*sum)(const A* v, std::int64_t n);
   A (*dot)(const A* a, const A* b, std::int64_t n);
   // |u - p|^2 of scaled rows: scaling here would let a fused product keep equal rows from cancelling to 0.
@@ -71,7 +67,7 @@ struct RowKernels {
   // In place: slope_ck ds_c.
   void (*spread)(const A* ds, std::int64_t centres, A* slope, std::int64_t n);
   // Circle loss's weights alpha and logits z of the different set.
-  void (*circle)(const A* s, const Row<A>& row, const Columns<A>& columns, A m, A* alpha, A* z, std::int64_t n);
+  void (*circle)(const A* s, const Row<A>& row, const A* b, A m, A* alpha, A* z, std::int64_t n);
   void (*multiply_by)(A* v, const A* f, std::int64_t n);
 };
 

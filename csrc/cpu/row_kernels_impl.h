@@ -94,7 +94,7 @@ inline A plus(A a, A b) {
   return a + b;
 }
 
-template <class A, Metric metric, bool unit, bool columns_too>
+template <class A, Metric metric, bool unit, bool biased>
 bool logits_of(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s_out, std::int64_t n) {
   const A r = metric == Metric::dot ? row.r : 2 * row.r, sq = row.sq, kt = row.kt, o = row.o;
   const A share = A(near_share);
@@ -109,21 +109,19 @@ bool logits_of(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s_
       if (metric == Metric::euclidean) s = -std::sqrt(-s);
     }
     if (s_out) s_out[j] = s;
-    A v = columns_too && c.q ? s * c.q[j] : s;
-    v = kt * (v - o);
-    z[j] = columns_too && c.b ? v + c.b[j] : v;
+    const A v = kt * (s - o);
+    z[j] = biased ? v + c.b[j] : v;
   }
   return close;
 }
 
 template <class A, Metric metric>
 bool logits_for(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s, std::int64_t n) {
-  const bool extra = c.q || c.b;
   if (c.r)
-    return extra ? logits_of<A, metric, true, true>(raw, row, c, z, s, n)
-                 : logits_of<A, metric, true, false>(raw, row, c, z, s, n);
-  return extra ? logits_of<A, metric, false, true>(raw, row, c, z, s, n)
-               : logits_of<A, metric, false, false>(raw, row, c, z, s, n);
+    return c.b ? logits_of<A, metric, true, true>(raw, row, c, z, s, n)
+               : logits_of<A, metric, true, false>(raw, row, c, z, s, n);
+  return c.b ? logits_of<A, metric, false, true>(raw, row, c, z, s, n)
+             : logits_of<A, metric, false, false>(raw, row, c, z, s, n);
 }
 
 template <class A>
@@ -167,19 +165,8 @@ void weights(A* z, std::int64_t n, A lse, A g, A h) {
 }
 
 template <class A>
-void score_grad(A* dz, std::int64_t n, const A* q, const A* s) {
-  if (q)
-    for (std::int64_t j = 0; j < n; ++j) dz[j] *= q[j];
-  if (s)
-    for (std::int64_t j = 0; j < n; ++j) dz[j] *= root_slope(s[j]);
-}
-
-template <class A>
-double scale_grads(const A* dz, const A* s, const A* q, A f, A* dq, std::int64_t n) {
-  if (dq)
-    for (std::int64_t j = 0; j < n; ++j) dq[j] += f * dz[j] * s[j];
-  if (q) return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + dz[j] * q[j] * s[j]; }, plus<A>);
-  return fold<A>(n, A(0), [=](A a, std::int64_t j) { return a + dz[j] * s[j]; }, plus<A>);
+void root_grad(A* dz, const A* s, std::int64_t n) {
+  for (std::int64_t j = 0; j < n; ++j) dz[j] *= root_slope(s[j]);
 }
 
 template <class A>
@@ -302,8 +289,7 @@ const RowKernels<A>& table() {
       .sum_exp = sum_exp<A>,
       .sum_used = sum_used<A>,
       .weights = weights<A>,
-      .score_grad = score_grad<A>,
-      .scale_grads = scale_grads<A>,
+      .root_grad = root_grad<A>,
       .sum = sum<A>,
       .dot = dot<A>,
       .squared_distance = squared_distance<A>,

@@ -31,7 +31,7 @@ class SetWalk {
 
   // Row i's scores: all in scores.z, those of its own label in `same` too.
   void score(std::int64_t i) {
-    scores.score_row(i, A(1), A(0), nullptr, nullptr, keep_scores_);
+    scores.score_row(i, A(1), A(0), nullptr, keep_scores_);
     excluded_ = labels_.exclude ? labels_.exclude[i] - scores.first : -1;
     row_ = i;
     same.clear(), at.clear();

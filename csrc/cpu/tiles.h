@@ -82,12 +82,12 @@ class TileScores {
   Mat<P> products(std::int64_t n) { return {tile_.data(), n, count, count}; }
 
   // s of row i, with no logit.
-  void score_row(std::int64_t i) { score_row(i, A(1), A(0), nullptr, nullptr, true); }
+  void score_row(std::int64_t i) { score_row(i, A(1), A(0), nullptr, true); }
 
   // z (and s where `keep_scores`) of row i for one set's factor and offset; `near` lists distances from differences.
-  void score_row(std::int64_t i, A kt, A o, const A* q, const A* b, bool keep_scores) {
+  void score_row(std::int64_t i, A kt, A o, const A* b, bool keep_scores) {
     const Row<A> row{problem_.rows.r[i], problem_.rows.sq[i], kt, o};
-    const Columns<A> columns{problem_.normalize ? bank.r.data() : nullptr, bank.sq.data(), q, b};
+    const Columns<A> columns{problem_.normalize ? bank.r.data() : nullptr, bank.sq.data(), b};
     const A* raw = raw_row(i - begin_);
     near.clear();
     if (row_kernels<A>().logits(problem_.metric, raw, row, columns, z.data(), keep_scores ? s.data() : nullptr, count))
@@ -128,7 +128,7 @@ class TileScores {
       scaled(bank, j, p_.data());
       const A d2 = row_kernels<A>().squared_distance(u_.data(), p_.data(), problem_.x.cols);
       const A score = problem_.metric == Metric::euclidean ? -std::sqrt(d2) : -d2;
-      z[j] = logit(score, row.kt, row.o, c.q ? c.q[j] : A(1), c.b ? c.b[j] : A(0));
+      z[j] = logit(score, row.kt, row.o, c.b ? c.b[j] : A(0));
       if (keep_scores) s[j] = score;
       near.push_back(std::int32_t(j));
     }

@@ -12,9 +12,9 @@ struct LseWeights {
   LseGrads grads;
   LseTargets targets;
 
-  // What pairs give their own side beside the score's gradient: of a row's scale; of a column's scale and bias.
+  // What pairs give their own side beside the score's gradient: a row's scale, a column's bias.
   struct Extra {
-    double scale = 0, column_scale = 0, bias = 0;
+    double scale = 0, bias = 0;
     A divisor;  // of a Proxy-NCA loss
 
     __device__ Extra(const LseWeights& weights, const Comparison& problem, double* parts)
@@ -25,7 +25,6 @@ struct LseWeights {
     __device__ void merge() {
       for (int bits = other_lanes / 2; bits; bits /= 2) {
         scale += __shfl_xor_sync(every_lane, scale, bits);
-        column_scale += __shfl_xor_sync(every_lane, column_scale, bits);
         bias += __shfl_xor_sync(every_lane, bias, bits);
       }
     }
@@ -61,10 +60,8 @@ struct LseWeights {
     A dz = (lse == A(-INFINITY) ? A(0) : g * exp(logit.z - lse)) + h;
     extra.bias += dz;
     dz *= logit.k;
-    extra.scale += dz * (column.scale * s - logit.o);
+    extra.scale += dz * (s - logit.o);
     dz *= row.scale;
-    extra.column_scale += dz * s;
-    dz *= column.scale;
     return problem.metric == Metric::euclidean ? dz * root_slope(s) : dz;
   }
 
@@ -73,7 +70,7 @@ struct LseWeights {
       if (target.data) store(target.data, target.dtype, at, A(value));
     };
     if (own_is_row) return to(targets.scale, extra.scale);
-    to(targets.col_scale, extra.column_scale), to(targets.col_bias, extra.bias);
+    to(targets.col_bias, extra.bias);
   }
 };
 
@@ -83,8 +80,8 @@ std::size_t backward_bytes(const Comparison& problem) { return gradients::scratc
 
 Failure lse_backward(const Comparison& problem, const Labels& labels, const LogitArgs& args, const LseGrads& grads,
                      const LseTargets& targets, void* scratch, Stream stream) {
-  const auto blocks = gradients::blocks_of(problem, targets.x.data || targets.scale.data,
-                                           targets.w.data || targets.col_scale.data || targets.col_bias.data);
+  const auto blocks =
+      gradients::blocks_of(problem, targets.x.data || targets.scale.data, targets.w.data || targets.col_bias.data);
   return with_accumulation(problem.wide, [&](auto zero) {
     using A = decltype(zero);
     return gradients::launch<A>(problem, LseWeights<A>{labels, args, grads, targets}, blocks, scratch, stream);

@@ -47,7 +47,7 @@ struct Labels {
 
 struct LogitArgs {
   double k_same, o_same, k_different, o_different;
-  Vector scale, col_scale, col_bias;
+  Vector scale, col_bias;
 };
 
 enum class Reduction : std::int32_t { none = 0, sum = 1, mean = 2 };
@@ -75,7 +75,7 @@ struct LseGrads {
 };
 
 struct LseTargets {
-  Target x, w, scale, col_scale, col_bias;
+  Target x, w, scale, col_bias;
 };
 
 struct MagnetArgs {

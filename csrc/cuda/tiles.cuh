@@ -179,15 +179,14 @@ struct RowInfo {
 template <class A>
 struct ColumnInfo {
   std::int64_t index, label;
-  A scale, bias;
+  A bias;
   bool ignored;
 
   __device__ ColumnInfo(const Labels& labels, const LogitArgs& args, std::int64_t j, std::int64_t m)
-      : index(j), label(j), scale(1), bias(0), ignored(true) {
+      : index(j), label(j), bias(0), ignored(true) {
     if (j >= m) return;
     if (labels.c) label = labels.c[j];
     ignored = labels.c && label == labels.ignore;
-    scale = load<A>(args.col_scale, j, A(1));
     bias = load<A>(args.col_bias, j, A(0));
   }
 };
@@ -200,7 +199,7 @@ struct PairLogit {
 
   __device__ PairLogit(const RowInfo<A>& row, const ColumnInfo<A>& column, const LogitArgs& args, A s)
       : same(row.label == column.label), k(same ? A(args.k_same) : A(args.k_different)),
-        o(same ? A(args.o_same) : A(args.o_different)), z(logit(s, k * row.scale, o, column.scale, column.bias)) {
+        o(same ? A(args.o_same) : A(args.o_different)), z(logit(s, k * row.scale, o, column.bias)) {
     used = !row.ignored && !column.ignored && row.exclude != column.index && !(z == A(-INFINITY));
   }
 };

@@ -158,7 +158,7 @@ def _backward(
     if spec.reduction == "mean":
         g = g / state.count.clamp_min(1)
     batch_means, batch_variance = inputs.centers is None, inputs.variance is None
-    wanted = [need_x, need_centers or batch_means, need_variance or batch_variance, False, False]
+    wanted = [need_x, need_centers or batch_means, need_variance or batch_variance, False]
     g_r, g_centers, g_scale = _lse_backward(g, different, wanted, state, spec, engine)
     g_measured = torch.zeros_like(state.measured)
     if g_scale is not None:

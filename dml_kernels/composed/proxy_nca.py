@@ -76,6 +76,6 @@ def _backward(
     pulls, e = h * slope, spec.label_smoothing
     of_sums = h * (-e / inputs.w.size(0)) if e else h.new_zeros(0)
     grads = (h * e - pulls, pulls, of_sums, of_sums)
-    wanted = [needs[0], needs[1], needs[2], False, False]
+    wanted = [needs[0], needs[1], needs[2], False]
     found = engine.lse_bwd(grads, (same, different), wanted, bank_of(inputs), spec.lse)
     return [g if need else None for g, need in zip(found, needs, strict=False)]

@@ -36,7 +36,6 @@ def masked_logsumexp(
     scale: float | Tensor = 1.0,
     same: tuple[float, float] = (1.0, 0.0),
     different: tuple[float, float] = (1.0, 0.0),
-    col_scale: Tensor | None = None,
     col_bias: Tensor | None = None,
     exclude: Tensor | None = None,
     ignore_index: int = -100,
@@ -51,7 +50,7 @@ def masked_logsumexp(
     With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors for ``cosine`` and
     wherever ``normalize``), each set has its own factor k and offset o::
 
-        z_ij   = k_set scale_i (col_scale_j s_ij - o_set) + col_bias_j
+        z_ij   = k_set scale_i (s_ij - o_set) + col_bias_j
         same_i = log sum_{j: c_j = y_i} exp(z_ij)          different_i = log sum_{j: c_j != y_i} exp(z_ij)
 
     Nothing of size N x M is built, in the forward, the backward or the double backward.
@@ -69,10 +68,10 @@ def masked_logsumexp(
       Of equal scores the first counts; copies of a centre can differ in the last bit of theirs, as in
       :func:`masked_argmax`.
 
-    - ``quadratic``, (m,): Circle loss (Sun et al. 2020), ``scale`` its gamma. With v_ij = col_scale_j s_ij::
+    - ``quadratic``, (m,): Circle loss (Sun et al. 2020), ``scale`` its gamma::
 
-          same       z_ij = -k scale_i relu(1 + m - v_ij) (v_ij - (1 - m) - o) + col_bias_j
-          different  z_ij =  k scale_i relu(v_ij + m)     (v_ij - m - o)       + col_bias_j
+          same       z_ij = -k scale_i relu(1 + m - s_ij) (s_ij - (1 - m) - o) + col_bias_j
+          different  z_ij =  k scale_i relu(s_ij + m)     (s_ij - m - o)       + col_bias_j
 
       The relu weights are detached: constants in every derivative.
 
@@ -86,7 +85,7 @@ def masked_logsumexp(
         normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
         scale: a number, or a () or (N,) tensor, which gets a gradient.
         same, different: (k, o) of each set; k may be negative (Proxy-Anchor's positives).
-        col_scale, col_bias: (M,), each gets a gradient. A bias of -inf leaves the column out.
+        col_bias: (M,), gets a gradient. A bias of -inf leaves the column out.
         exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
         ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
         eps: guards the division by the norm.
@@ -107,7 +106,6 @@ def masked_logsumexp(
     policy, params, m = contract.check_policy(policy, policy_params, w)
     n = x.size(0)
     contract.check_members(x, m, y, c, exclude)
-    contract.check_vector("col_scale", col_scale, m, x, integer=False)
     contract.check_vector("col_bias", col_bias, m, x, integer=False)
     ignore_index, sums = check_integer("ignore_index", ignore_index), check_flag("sums", sums)
     base, unit = contract.split_metric(metric, normalize)
@@ -124,7 +122,7 @@ def masked_logsumexp(
     chosen = backends.choose(
         "masked_logsumexp", x.device, dtype, policy, backend, (n, *w.shape), w.size(0) // max(m, 1)
     )
-    bank = Bank(x, w, y, c, exclude, scale_tensor, col_scale, col_bias)
+    bank = Bank(x, w, y, c, exclude, scale_tensor, col_bias)
     spec = Spec(
         metric=base, normalize=unit, logit=logit, eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
         sums=sums, policy=policy, policy_params=params,
@@ -157,7 +155,6 @@ def _reference_lse(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         scale=torch.ones((), dtype=bank.x.dtype) if bank.scale is None else bank.scale,
         same=(spec.logit[0], spec.logit[1]),
         different=(spec.logit[2], spec.logit[3]),
-        col_scale=bank.col_scale,
         col_bias=bank.col_bias,
         exclude=bank.exclude,
         ignore_index=spec.ignore_index,

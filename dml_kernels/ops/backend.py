@@ -113,8 +113,8 @@ def requested(argument: str | None = None) -> str | None:
 def keeps_mean(bank: Bank, spec: Spec) -> bool:
     """Whether masked_logsumexp's forward works out the gradient in x as well: ``mean`` (N, D), kept for the backward.
 
-    mean_i is the mean, under the softmax of ``different``, of the bank entries times their column scales, as unit
-    vectors where the scores are cosines: d different_i / d x_i but for the scale. A function of shapes and dtypes.
+    mean_i is the mean, under the softmax of ``different``, of the bank entries, as unit vectors where the scores are
+    cosines: d different_i / d x_i but for the scale. A function of shapes and dtypes.
     """
     backend = BACKENDS[spec.backend]
     return hasattr(backend, "keeps_mean") and backend.keeps_mean(bank, spec)

@@ -229,7 +229,6 @@ def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
         _require_within(bank.y, 0, m, ignore_index, wanted)
     _require_within(bank.exclude, 0, m, -1, f"exclude must be a bank index in [0, {m}), or -1 for none")
     _require_numbers(bank.scale, False, "scale must be finite")
-    _require_numbers(bank.col_scale, False, "col_scale must be finite")
     _require_numbers(bank.col_bias, True, "col_bias must be finite or -inf (which leaves a column out)")
 
 

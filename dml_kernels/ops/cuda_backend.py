@@ -95,7 +95,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
-    targets = [*gradients_like((bank.x, bank.w, None, *bank[6:]), needs, bank.x)]
+    targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
     if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
     if bank.x.size(0) == 0:

@@ -20,9 +20,9 @@ from .signatures import Bank, Spec
 
 _GRADS = "Tensor grad_same, Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different"
 _LSE = "Tensor same, Tensor different"
-_DIRECTIONS = "Tensor v_x, Tensor v_w, Tensor v_scale, Tensor v_col_scale, Tensor v_col_bias"
-# Positions in the bank of the tensors that may need a gradient: x, w, scale, col_scale, col_bias.
-DIFFERENTIABLE = (0, 1, 5, 6, 7)
+_DIRECTIONS = "Tensor v_x, Tensor v_w, Tensor v_scale, Tensor v_col_bias"
+# Positions in the bank of the tensors that may need a gradient: x, w, scale, col_bias.
+DIFFERENTIABLE = (0, 1, 5, 6)
 
 TensorTuple = tuple[Tensor, ...]
 
@@ -55,23 +55,23 @@ def _bwd_fake(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Sp
     return gradients_like([bank[i] for i in DIFFERENTIABLE], needs, bank.x)
 
 
-def _dbl(v_x, v_w, v_t, v_q, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
+def _dbl(v_x, v_w, v_t, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
     with without_autocast(bank.x.device.type):
         # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
-        directions, grads, lse = (v_x, v_w, v_t, v_q, v_b), (g1, g2, g3, g4), (same, different)
+        directions, grads, lse = (v_x, v_w, v_t, v_b), (g1, g2, g3, g4), (same, different)
         out = backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
     return filled(out, bank.x, 6 + len(DIFFERENTIABLE))
 
 
-def _dbl_fake(v_x, v_w, v_t, v_q, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
+def _dbl_fake(v_x, v_w, v_t, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
     inputs = (bank.x.new_empty(0) if bank[i] is None else bank[i] for i in DIFFERENTIABLE)
     like = (g1, g2, g3, g4, same, different, *inputs)
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)
 
 
 fwd = register("masked_logsumexp_fwd", Bank, Spec, 5, _fwd, _fwd_fake)
-bwd = register("masked_logsumexp_bwd", Bank, Spec, 5, _bwd, _bwd_fake, f"{_GRADS}, {_LSE}, Tensor? mean, bool[] needs")
-dbl = register("masked_logsumexp_dbl", Bank, Spec, 11, _dbl, _dbl_fake, f"{_DIRECTIONS}, {_GRADS}, {_LSE}")
+bwd = register("masked_logsumexp_bwd", Bank, Spec, 4, _bwd, _bwd_fake, f"{_GRADS}, {_LSE}, Tensor? mean, bool[] needs")
+dbl = register("masked_logsumexp_dbl", Bank, Spec, 10, _dbl, _dbl_fake, f"{_DIRECTIONS}, {_GRADS}, {_LSE}")
 
 
 @known_signature
@@ -81,20 +81,20 @@ class _Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(g1, g2, g3, g4, same, different, mean, needs, x, w, y, c, exclude, scale, col_scale, col_bias, spec):
-        bank = (x, w, y, c, exclude, scale, col_scale, col_bias)
+    def forward(g1, g2, g3, g4, same, different, mean, needs, x, w, y, c, exclude, scale, col_bias, spec):
+        bank = (x, w, y, c, exclude, scale, col_bias)
         return bwd(g1, g2, g3, g4, same, different, mean, needs, *bank, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *before, _mean, _needs, x, w, y, c, exclude, scale, col_scale, col_bias, ctx.spec = inputs
-        ctx.save_for_backward(*before, x, w, y, c, exclude, scale, col_scale, col_bias)
+        *before, _mean, _needs, x, w, y, c, exclude, scale, col_bias, ctx.spec = inputs
+        ctx.save_for_backward(*before, x, w, y, c, exclude, scale, col_bias)
 
     @staticmethod
     def backward(ctx, *directions):
         saved = ctx.saved_tensors
-        *before, x, w, scale, col_scale, col_bias = dbl(*directions, *saved, *ctx.spec)
-        of_vectors = (g if t is not None else None for g, t in zip((scale, col_scale, col_bias), saved[-3:]))
+        *before, x, w, scale, col_bias = dbl(*directions, *saved, *ctx.spec)
+        of_vectors = (g if t is not None else None for g, t in zip((scale, col_bias), saved[-2:]))
         return *before, None, None, x, w, None, None, None, *of_vectors, None
 
 
@@ -103,8 +103,8 @@ class _Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, y, c, exclude, scale, col_scale, col_bias, spec):
-        return fwd(x, w, y, c, exclude, scale, col_scale, col_bias, *spec)
+    def forward(x, w, y, c, exclude, scale, col_bias, spec):
+        return fwd(x, w, y, c, exclude, scale, col_bias, *spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -66,7 +66,7 @@ class ScoresSpec(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """The tensors of masked_logsumexp, a comparison of rows with a bank; scale () or (N,); col_scale, col_bias (M,).
+    """The tensors of masked_logsumexp, a comparison of rows with a bank; scale () or (N,); col_bias (M,).
 
     Where K centres a class are pooled, w is (M K, D), class by class, and a column is a class.
     """
@@ -77,14 +77,13 @@ class Bank(NamedTuple):
     c: Tensor | None = None
     exclude: Tensor | None = None
     scale: Tensor | None = None
-    col_scale: Tensor | None = None
     col_bias: Tensor | None = None
 
 
 class Spec(NamedTuple):
     """The numbers of masked_logsumexp: how a score becomes a logit, the product dtype, and who computes it.
 
-    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (col_scale_j s - o) + col_bias_j. Under the
+    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (s - o) + col_bias_j. Under the
     policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight. ``sums``: the plain sums of
     both sets are asked for. ``keep``: a gradient in x will be asked for, so a backend may keep what makes that cheaper
     (``backend.keeps_mean``).

@@ -62,7 +62,7 @@ def circle_logits(s, scale, same, different, m) -> tuple[Tensor, Tensor]:
 
 def masked_logsumexp(
     x, w, y, c=None, *, metric="cosine", normalized=False, scale=1.0, same=(1.0, 0.0), different=(1.0, 0.0),
-    col_scale=None, col_bias=None, exclude=None, ignore_index=-100, eps=1e-12, policy="linear", policy_params=(),
+    col_bias=None, exclude=None, ignore_index=-100, eps=1e-12, policy="linear", policy_params=(),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
     s = pool(scores(x, w, metric, normalized, eps), policy, policy_params)
@@ -74,11 +74,10 @@ def masked_logsumexp(
     if exclude is not None:
         used = used & (exclude[:, None] != columns)
     t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
-    qs = s if col_scale is None else col_scale * s
     if policy == "quadratic":
-        z_same, z_different = circle_logits(qs, t, same, different, *policy_params)
+        z_same, z_different = circle_logits(s, t, same, different, *policy_params)
     else:
-        z_same, z_different = (k * t * (qs - o) for k, o in (same, different))
+        z_same, z_different = (k * t * (s - o) for k, o in (same, different))
     if col_bias is not None:
         used = used & (col_bias != -math.inf)
         bias = torch.where(col_bias == -math.inf, 0, col_bias)

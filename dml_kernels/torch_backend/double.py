@@ -102,8 +102,8 @@ class Tangents:
 
 
 def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
-    """Gradients of Phi in the four incoming gradients, both log-sum-exps, x, w, scale, col_scale and col_bias."""
-    _, v_w, v_t, v_q, v_b = (v if v.numel() else None for v in directions)
+    """Gradients of Phi in the four incoming gradients, both log-sum-exps, x, w, scale and col_bias."""
+    _, v_w, v_t, v_b = (v if v.numel() else None for v in directions)
     tangents = Tangents(bank.x, directions[0], spec.metric, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = tangents.acc, bank.x.size(0), bank.w.size(0) // spec.centres
     t = logsumexp.row_scale(bank, acc)
@@ -111,16 +111,15 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
     d_g = [torch.zeros(n, dtype=acc, device=t.device) for _ in range(4)]
     d_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format)
     d_t = t.new_zeros(n)
-    d_q, d_b = t.new_empty(m), t.new_empty(m)
+    d_b = t.new_empty(m)
     for k, entries in logsumexp.class_chunks(bank, spec):
         step = tangents.chunk(bank.w[entries], None if v_w is None else v_w[entries])
         pooled = Pooled(step.s, spec)
         s, ds = pooled.s, pooled.tangent(step.ds)
         chunk = logsumexp.logits(s, k, t, bank, spec)
         p = logsumexp.weights(chunk, lse)
-        dq = torch.zeros_like(chunk.q) if v_q is None else v_q[k].to(acc)[None]
-        kk, q = chunk.k, chunk.q
-        dz = kk * (t * (q * ds + dq * s) + dt * (q * s - chunk.o))
+        kk = chunk.k
+        dz = kk * (t * ds + dt * (s - chunk.o))
         if v_b is not None:
             dz = dz + v_b[k].to(acc)
         dz = torch.where(chunk.used, dz, 0)
@@ -130,9 +129,8 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
             d_g[i] += torch.where(members, p * dz, 0).sum(1)
             d_g[2 + i] += torch.where(members, dz, 0).sum(1)
         a, b, d_b[k] = a * kk, b * kk, a.sum(0)
-        d_t += (a * (q * s - chunk.o) + b * (q * ds + dq * s)).sum(1)
-        d_q[k] = (a * t * s + b * (t * ds + dt * s)).sum(0)
-        on_s, on_ds = pooled.pull_back(a * t * q + b * (dt * q + t * dq), b * t * q, step.ds)
+        d_t += (a * (s - chunk.o) + b * ds).sum(1)
+        on_s, on_ds = pooled.pull_back(a * t + b * dt, b * t, step.ds)
         d_w[entries] = tangents.pull_back(step, on_s, on_ds).to(bank.w.dtype)
     d_lse = [torch.where(v == -math.inf, 0, -g.to(acc) * d) for v, g, d in zip(lse, grads, d_g, strict=False)]
     out_g = [d.to(g.dtype) if g.numel() else torch.empty_like(g) for d, g in zip(d_g, grads, strict=True)]
@@ -142,6 +140,5 @@ def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tupl
         tangents.finish().to(bank.x.dtype),
         d_w,
         None if bank.scale is None else logsumexp.scale_grad(d_t, bank),
-        None if bank.col_scale is None else d_q.to(bank.col_scale.dtype),
         None if bank.col_bias is None else d_b.to(bank.col_bias.dtype),
     )

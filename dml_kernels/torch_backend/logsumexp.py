@@ -24,7 +24,6 @@ class Logits(NamedTuple):
     k: Tensor | float  # set's factor, per entry where the sets differ
     o: Tensor | float
     t: Tensor  # (N, 1) scale
-    q: Tensor  # (1, chunk) column scale
 
 
 def class_chunks(bank: Bank, spec: Spec) -> Iterator[tuple[slice, slice]]:
@@ -50,14 +49,13 @@ def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> Logits:
     k_same, o_same, k_diff, o_diff = spec.logit
     factor = k_same if k_same == k_diff else torch.where(same, *s.new_tensor((k_same, k_diff)))
     offset = o_same if o_same == o_diff else torch.where(same, *s.new_tensor((o_same, o_diff)))
-    q = s.new_ones((1, s.size(1))) if bank.col_scale is None else bank.col_scale[k].to(s.dtype)[None]
     if spec.policy == "quadratic":
-        factor = factor * circle_weight(q * s, same, spec.policy_params[0])
-    z = factor * t * (q * s - offset)
+        factor = factor * circle_weight(s, same, spec.policy_params[0])
+    z = factor * t * (s - offset)
     if bank.col_bias is not None:
         z = z + bank.col_bias[k].to(s.dtype)
         used = used & (z != -math.inf)
-    return Logits(z.masked_fill_(~used, -math.inf), same & used, used, factor, offset, t, q)
+    return Logits(z.masked_fill_(~used, -math.inf), same & used, used, factor, offset, t)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
@@ -98,14 +96,14 @@ def row_grads(grads: tuple[Tensor, ...], chunk: Logits, p: Tensor, sums: bool) -
 
 
 def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
-    need_x, need_w, need_t, need_q, need_b = needs
+    need_x, need_w, need_t, need_b = needs
     rows = Side.of(bank.x, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = rows.full.dtype, bank.x.size(0), bank.w.size(0) // spec.centres
     t = row_scale(bank, acc)
     collect = Gradients(rows, spec.metric, need_x, need_w)
     g_w = torch.empty_like(bank.w, memory_format=torch.contiguous_format) if need_w else None
     g_t = t.new_zeros(n) if need_t else None
-    g_q, g_b = (bank.x.new_empty(m if need else 0, dtype=acc) for need in (need_q, need_b))
+    g_b = bank.x.new_empty(m if need_b else 0, dtype=acc)
     for k, entries in class_chunks(bank, spec):
         b = Side.of(bank.w[entries], spec.normalize, spec.eps, spec.dtype)
         scores = tiles.scores(rows, b, spec.metric)
@@ -116,11 +114,9 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Ten
             g_b[k] = dz.sum(0)
         dz = dz * chunk.k
         if g_t is not None:
-            g_t += (dz * (chunk.q * pooled.s - chunk.o)).sum(1)
-        if need_q:
-            g_q[k] = (dz * chunk.t * pooled.s).sum(0)
+            g_t += (dz * (pooled.s - chunk.o)).sum(1)
         if need_x or need_w:
-            part = collect.chunk(b, scores, pooled.spread(dz.mul_(chunk.t).mul_(chunk.q)))
+            part = collect.chunk(b, scores, pooled.spread(dz.mul_(chunk.t)))
             if g_w is not None:
                 g_w[entries] = part.to(bank.w.dtype)
     g_x = collect.finish()
@@ -128,7 +124,6 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Ten
         None if g_x is None else g_x.to(bank.x.dtype),
         g_w,
         None if g_t is None else scale_grad(g_t, bank),
-        g_q.to(bank.col_scale.dtype) if need_q else None,
         g_b.to(bank.col_bias.dtype) if need_b else None,
     )
 

@@ -62,6 +62,6 @@ class Pooled:
         return on_each.flatten(1), (b * slope).flatten(1)
 
 
-def circle_weight(v: Tensor, same: Tensor, m: float) -> Tensor:
-    """alpha of Circle loss: relu(1 + m - v) in the same set, relu(v + m) in the other; v the column-scaled score."""
-    return torch.where(same, 1 + m - v, v + m).clamp_min_(0)
+def circle_weight(s: Tensor, same: Tensor, m: float) -> Tensor:
+    """alpha of Circle loss: relu(1 + m - s) in the same set, relu(s + m) in the other."""
+    return torch.where(same, 1 + m - s, s + m).clamp_min_(0)

@@ -156,7 +156,7 @@ def _guard(bank: Bank, spec: Spec) -> None:
     guard = _host("guard")
     guard.comparison(*bank[:5], spec.centres)
     guard.vectors(bank.x.size(0), (bank.scale,))
-    guard.vectors(bank.w.size(0) // spec.centres, (bank.col_scale, bank.col_bias))
+    guard.vectors(bank.w.size(0) // spec.centres, (bank.col_bias,))
 
 
 def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:

@@ -86,7 +86,7 @@ def scores(
 
 @triton.jit
 def pair_gradients(
-    s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
+    s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, bias_ptr,
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
     k_same, o_same, k_different, o_different, number,
     UNIT: tl.constexpr, EXCLUDE: tl.constexpr, T_ROWS: tl.constexpr, QUADRATIC: tl.constexpr,
@@ -102,13 +102,10 @@ def pair_gradients(
     base_same, base_different = slope_same * tl.cast(o_same, ACC), slope_different * tl.cast(o_different, ACC)
     if UNIT:
         slope_same, slope_different = slope_same * rx, slope_different * rx
-    qs = s
-    if q_ptr is not None:
-        qs = s * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
 
-    z = qs * slope_different[:, None] - base_different[:, None]
+    z = s * slope_different[:, None] - base_different[:, None]
     if QUADRATIC:
-        z = z * circle_weights(qs, number, False, ACC)
+        z = z * circle_weights(s, number, False, ACC)
     if bias_ptr is not None:
         z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
     counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
@@ -120,17 +117,17 @@ def pair_gradients(
     dz = tl.where(counted, dz, 0.0)
     ds = dz * k_d
     if QUADRATIC:
-        ds = ds * circle_weights(qs, number, False, ACC)
+        ds = ds * circle_weights(s, number, False, ACC)
     t_row = tl.zeros((BLOCK_N,), ACC)
     if T_ROWS:
-        t_row += tl.sum(ds * qs, 1) * (rx if UNIT else 1.0) - tl.sum(ds, 1) * tl.cast(o_different, ACC)
+        t_row += tl.sum(ds * s, 1) * (rx if UNIT else 1.0) - tl.sum(ds, 1) * tl.cast(o_different, ACC)
 
     if any_same(place, c_ptr, m0, left, BLOCK_M):
         counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M, EXCLUDE)
         counted = counted & same_label(place, c_ptr, m0, left, BLOCK_M)
-        z = qs * slope_same[:, None] - base_same[:, None]
+        z = s * slope_same[:, None] - base_same[:, None]
         if QUADRATIC:
-            z = z * circle_weights(qs, number, True, ACC)
+            z = z * circle_weights(s, number, True, ACC)
         if bias_ptr is not None:
             z += column_bias(bias_ptr, m0, left, BLOCK_M, ACC)[None, :]
         more = tl.exp2((z - closed(same_ptr, offs_n, counts)[:, None]) * LOG2E)
@@ -141,10 +138,10 @@ def pair_gradients(
         dz += more
         more = more * k_s
         if QUADRATIC:
-            more = more * circle_weights(qs, number, True, ACC)
+            more = more * circle_weights(s, number, True, ACC)
         ds += more
         if T_ROWS:
-            t_row += tl.sum(more * qs, 1) * (rx if UNIT else 1.0) - tl.sum(more, 1) * tl.cast(o_same, ACC)
+            t_row += tl.sum(more * s, 1) * (rx if UNIT else 1.0) - tl.sum(more, 1) * tl.cast(o_same, ACC)
     return dz, ds, t_row
 
 
@@ -187,9 +184,9 @@ def store_gradient(
 
 @triton.jit
 def gradient_kernel(
-    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr,
+    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr,
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, lift_ptr,
-    e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, t_rows_ptr, q_cols_ptr, b_cols_ptr,
+    e_ptr, near_ptr, flag_ptr, own_rows_ptr, own_cols_ptr, t_rows_ptr, b_cols_ptr,
     N, M, first, n_tiles, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, stride_e, ignore_index,
     k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", number: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
@@ -200,10 +197,10 @@ def gradient_kernel(
     """x (N, D), chunk w (M, D) of a bank from entry ``first`` -> E (N, M), and partial sums by tile.
 
     With p_ij = exp(z_ij - lse_i) of the pair's set and dz = g_i p_ij + h_i (g, h: gradients of the log-sum-exp and of
-    the plain sum): dS_ij = dz k t_i q_j. Partial sums, wanted where the pointer is not None: t_rows (m_tiles, N) the
-    scale's gradient dz k (q_j s_ij - o), q_cols (n_tiles, M) dz k t_i s_ij, b_cols (n_tiles, M) dz, and own_rows,
+    the plain sum): dS_ij = dz k t_i. Partial sums, wanted where the pointer is not None: t_rows (m_tiles, N) the
+    scale's gradient dz k (s_ij - o), b_cols (n_tiles, M) dz, and own_rows,
     own_cols as in ``store_gradient``. Parallel over tiles, rows fastest: programs that run together share the bank.
-    POLICY as in the forward; of a pool ``first``, q_cols and b_cols are of columns, PAD bank rows each.
+    POLICY as in the forward; of a pool ``first`` and b_cols are of columns, PAD bank rows each.
     """
     n_tile, m_tile = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
     offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)
@@ -234,26 +231,19 @@ def gradient_kernel(
         v = pooled(s, number, POLICY, CENTRES, PAD, ACC)
         c0, c_left = m0 // PAD, left // PAD
     dz, ds, t_row = pair_gradients(
-        v, counts, place, exclude, t, rx, offs_n, c0, c_left, c_ptr, q_ptr, bias_ptr,
+        v, counts, place, exclude, t, rx, offs_n, c0, c_left, c_ptr, bias_ptr,
         same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
         k_same, o_same, k_different, o_different, number,
         UNIT, exclude_ptr is not None, t_rows_ptr is not None, POLICY == "quadratic", BLOCK_N, COLUMNS, ACC,
     )  # fmt: skip
 
-    index = tl.arange(0, COLUMNS)
-    at = n_tile.to(tl.int64) * (M // PAD) + c0 + index
     if t_rows_ptr is not None:
         tl.store(t_rows_ptr + m_tile.to(tl.int64) * N + offs_n, t_row, mask=mask_n)
     if b_cols_ptr is not None:
+        index = tl.arange(0, COLUMNS)
+        at = n_tile.to(tl.int64) * (M // PAD) + c0 + index
         tl.store(b_cols_ptr + at, tl.sum(dz, 0), mask=index < c_left)
     ds = ds * t[:, None]
-    if q_cols_ptr is not None:
-        along = ds * v
-        if UNIT:
-            along = along * rx[:, None]
-        tl.store(q_cols_ptr + at, tl.sum(along, 0), mask=index < c_left)
-    if q_ptr is not None:
-        ds = ds * column(q_ptr, c0, c_left, COLUMNS).to(ACC)[None, :]
     if PAD > 1:
         ds = spread(ds, s, v, number, POLICY, CENTRES, PAD, ACC)
     store_gradient(

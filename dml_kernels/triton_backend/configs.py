@@ -217,7 +217,7 @@ def pick(
 ) -> Config:
     """The tile of a kernel ("forward", "kept", "gradient", "rows", "bank") for products of ``dtype`` over width ``d``.
 
-    ``extras``: bank labels, exclusions, column scales or biases, which take registers for every column of a tile, as
+    ``extras``: bank labels, exclusions or column biases, which take registers for every column of a tile, as
     the addresses of a narrow matrix do whose rows are not aligned.
     """
     if kernel in _trials:

@@ -5,7 +5,7 @@ the sum l of exp(z - m) (m of `different` in units of log 2: one fused multiply-
 if asked for. The ranges' results, O(N x splits), are merged in order by ``merge_kernel``: the same bits every run.
 
 With KEEP it also works out the gradient in x of `different`, as flash attention does its output, with the bank as keys
-and values: sum_j exp(z_ij - m) q_j w_j stays in registers beside the scores, 2NMD more, and saves the backward a pass
+and values: sum_j exp(z_ij - m) w_j stays in registers beside the scores, 2NMD more, and saves the backward a pass
 of 4NMD. ``merge_means_kernel`` makes the mean of it, ``owned_means_kernel`` the gradient.
 """
 
@@ -42,18 +42,16 @@ def finite(m):
 
 @triton.jit
 def weighted(
-    total, weight, w_tile, q_ptr, rw_ptr, m0, local, left, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    total, weight, w_tile, rw_ptr, m0, local, left, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     LIFT: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total (BLOCK_N, BLOCK_D) + weight (BLOCK_N, BLOCK_M) . the entries times q, as unit vectors with UNIT.
+    """total (BLOCK_N, BLOCK_D) + weight (BLOCK_N, BLOCK_M) . the entries, as unit vectors with UNIT.
 
     A weight is at most 1. In fp16 those below 6e-8 would be 0: LIFT, a power of two and not 1 there, takes them all up.
     """
     UNITS: tl.constexpr = UNIT and LIFT > 1
     if UNIT and not UNITS:
         weight = weight * column(rw_ptr, m0, left, BLOCK_M)[None, :]
-    if q_ptr is not None:
-        weight = weight * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
     weight = (weight * LIFT).to(PRODUCT)
     entries = factor(w_tile, rw_ptr, m0 + local, UNITS, PRODUCT, ACC)
     return tl.dot(weight, entries, total, input_precision=PRECISION, out_dtype=ACC)
@@ -61,7 +59,7 @@ def weighted(
 
 @triton.jit
 def forward_kernel(
-    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
+    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, out_ptr,
     mean_ptr,
     N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
     k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64", peak: "fp64", number: "fp64",  # noqa: F821
@@ -73,13 +71,13 @@ def forward_kernel(
 ):  # fmt: skip
     """x (N, D), w (M, D) -> out (6 or 4, splits, N): m, l of `same`; m, l of `different`; with SUMS both plain sums.
 
-    z_ij = k t_i (q_j s_ij - o) + b_j with the factor k and offset o of the pair's set. Grid (row tiles, splits): each
+    z_ij = k t_i (s_ij - o) + b_j with the factor k and offset o of the pair's set. Grid (row tiles, splits): each
     program walks ``span`` bank entries. rx, rw (inverse norms) with NORMALIZE; sqx, sqw (squared norms) for
     distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
     TMA: tiles come by tensor descriptors; columns of x and w are contiguous, rows a multiple of 16 bytes apart.
     SPECIALIZE: some warps load, others multiply.
     POLICY with its ``number`` (m of quadratic, gamma of softmax_pool): of a pool's bank rows PAD make a column.
-    KEEP: mean (splits, N, D) gets LIFT times sum_j exp(z_ij - m) q_j w_j of `different`; all of D is in one block.
+    KEEP: mean (splits, N, D) gets LIFT times sum_j exp(z_ij - m) w_j of `different`; all of D is in one block.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -151,8 +149,6 @@ def forward_kernel(
         if PAD > 1:
             s = pooled(s, number, POLICY, CENTRES, PAD, ACC)
             m0, left = m0 // PAD, left // PAD
-        if q_ptr is not None:
-            s = s * column(q_ptr, m0, left, COLUMNS).to(ACC)[None, :]
         # First, so that the scores need not outlive their turn to `different`, which every tile takes.
         if any_same(y, c_ptr, m0, left, COLUMNS):
             # In natural units: a row's only positive comes out as its own logit, to the bit.
@@ -196,7 +192,7 @@ def forward_kernel(
                 total = total * faded[:, None]
         if KEEP:
             total = weighted(
-                total, weight, w_tile, q_ptr, rw_ptr, m0, local, left, UNIT, BLOCK_M, LIFT, PRODUCT, ACC,
+                total, weight, w_tile, rw_ptr, m0, local, left, UNIT, BLOCK_M, LIFT, PRODUCT, ACC,
                 PRECISION,
             )  # fmt: skip
 

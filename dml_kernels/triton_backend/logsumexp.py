@@ -24,14 +24,10 @@ SPAN_LIMIT = 80.0
 def fixed_peak(bank: Bank, spec: Spec) -> float | None:
     """The largest logit `different` can have, in units of log 2, where it may stand for the running maximum.
 
-    That is where the scale is a plain number, no column has a bias or a scale of its own, and vectors are unit
-    vectors whose logits span little; else None.
+    That is where the scale is a plain number, no column has a bias, and vectors are unit vectors whose logits span
+    little; else None.
     """
-    if (
-        not spec.normalize
-        or spec.policy == "quadratic"
-        or any(t is not None for t in (bank.scale, bank.col_scale, bank.col_bias))
-    ):
+    if not spec.normalize or spec.policy == "quadratic" or bank.scale is not None or bank.col_bias is not None:
         return None
     k, o = spec.logit[2:]
     low, high = {"dot": (-1.0, 1.0), "sqeuclidean": (-4.0, 0.0), "euclidean": (-2.0, 0.0)}[spec.metric]
@@ -42,12 +38,10 @@ def fixed_peak(bank: Bank, spec: Spec) -> float | None:
 
 def logit_arguments(bank: Bank, spec: Spec) -> dict[str, Any]:
     """The arguments by which a score becomes a logit, and a pair a member of a set."""
-    c, exclude, q, bias = (
-        None if t is None else t.contiguous() for t in (bank.c, bank.exclude, bank.col_scale, bank.col_bias)
-    )
+    c, exclude, bias = (None if t is None else t.contiguous() for t in (bank.c, bank.exclude, bank.col_bias))
     stride = 0 if bank.scale is None or bank.scale.dim() == 0 else bank.scale.stride(0)
     return {
-        "y_ptr": bank.y.contiguous(), "c_ptr": c, "exclude_ptr": exclude, "scale_ptr": bank.scale, "q_ptr": q,
+        "y_ptr": bank.y.contiguous(), "c_ptr": c, "exclude_ptr": exclude, "scale_ptr": bank.scale,
         "bias_ptr": bias, "stride_scale": stride, "ignore_index": spec.ignore_index,
         **dict(zip(("k_same", "o_same", "k_different", "o_different"), spec.logit, strict=True)),
     }  # fmt: skip
@@ -79,7 +73,7 @@ def unpadded(grad: Tensor | None, spec: Spec) -> Tensor | None:
 
 
 def _pick(kernel: str, bank: Bank, spec: Spec) -> configs.Config:
-    extras = any(t is not None for t in (bank.c, bank.exclude, bank.col_scale, bank.col_bias))
+    extras = any(t is not None for t in (bank.c, bank.exclude, bank.col_bias))
     arch = configs.arch_of(bank.x.device)
     tile = configs.pick(kernel, arch, spec.dtype, bank.x.size(1), spec.metric, bank.w.dtype, extras)
     return tile if spec.policy == "linear" else configs.for_policy(tile, arch, pad_of(spec))
@@ -93,14 +87,12 @@ def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
 def keeps_mean(bank: Bank, spec: Spec) -> bool:
     """Whether the forward works out the rows' gradient too: in the owned form, of products, with labels as indices.
 
-    A bank with labels of its own may hold many positives of a row, a second sum to accumulate; plain sums have a
-    gradient that no softmax weighs; and column scales have no bound that a weight in fp16 could be lifted to.
+    A bank with labels of its own may hold many positives of a row, a second sum to accumulate; and plain sums have
+    a gradient that no softmax weighs.
     """
     if not spec.keep or bank.x.size(0) == 0 or spec.metric != "dot" or spec.policy != "linear":
         return False
     if spec.sums or bank.c is not None:
-        return False
-    if spec.dtype == torch.float16 and bank.col_scale is not None:
         return False
     return configs.form(configs.arch_of(bank.x.device), spec.dtype, bank.x.size(1), spec.metric) == "owned"
 
@@ -208,13 +200,13 @@ class Backward:
         self.rows |= {"same_ptr": lse[0].contiguous(), "different_ptr": lse[1].contiguous()}
         n, m = bank.x.size(0), bank.w.size(0) // spec.centres
         self.of_scale = bank.x.new_zeros(n, dtype=self.acc) if needs[2] else None
-        self.of_q, self.of_bias = (bank.x.new_zeros(m, dtype=self.acc) if need else None for need in needs[3:])
+        self.of_bias = bank.x.new_zeros(m, dtype=self.acc) if needs[3] else None
         self.lift = self._lift() if spec.dtype == torch.float16 else None
         self.tile = _pick("gradient", bank, spec)
         self.fold = spec.normalize and spec.dtype != torch.float16
 
     def _lift(self) -> Tensor:
-        """From a bound on |E| = |dz k t q s'|, with p at most 1."""
+        """From a bound on |E| = |dz k t s'|, with p at most 1."""
         parts = []
         for g, h, k in (("g_same_ptr", "h_same_ptr", 0), ("g_different_ptr", "h_different_ptr", 2)):
             size = self.rows[g].abs() if self.rows[h] is None else self.rows[g].abs() + self.rows[h].abs()
@@ -223,8 +215,6 @@ class Backward:
         if self.bank.scale is not None:
             bound = bound * self.bank.scale.to(self.acc).abs()
         bound = bound.nan_to_num(nan=0.0, posinf=0.0).amax()
-        if self.bank.col_scale is not None:
-            bound = bound * self.bank.col_scale.to(self.acc).abs().amax()
         return lift(bound * slope_bound(self.x, self.w, self.spec.metric) * self._policy_bound())
 
     def _policy_bound(self) -> Tensor | float:
@@ -240,15 +230,13 @@ class Backward:
             longest = [t.to(self.acc).square().sum(1).amax() for t in (bank.x, bank.w)]
             scores = longest[0] + longest[1]  # |x.w| is at most half of it, |x - w|^2 twice
             scores = 1 + 2 * scores.nan_to_num(nan=0.0, posinf=0.0)
-        if bank.col_scale is not None:
-            scores = scores * bank.col_scale.to(self.acc).abs().amax()
         return 1 + abs(spec.policy_params[0]) + scores
 
     def fill(self, block: Block) -> None:
         n, m, pad = block.x.t.size(0), block.w.t.size(0), pad_of(self.spec)
         new = self.bank.x.new_empty
         t_rows = new((block.grid[1], n), dtype=self.acc) if self.needs[2] else None
-        q_cols, b_cols = (new((block.grid[0], m // pad), dtype=self.acc) if need else None for need in self.needs[3:])
+        b_cols = new((block.grid[0], m // pad), dtype=self.acc) if self.needs[3] else None
         logit, rows = self.logit, block.rows
         cols = slice(block.cols.start // pad, block.cols.stop // pad)
         arguments = {
@@ -256,18 +244,16 @@ class Backward:
             **policy_arguments(self.spec), **block.arguments(),
             **{name: part(t, rows) for name, t in self.rows.items()},
             **{name: part(logit[name], rows) for name in ("y_ptr", "exclude_ptr")},
-            **{name: part(logit[name], cols) for name in ("c_ptr", "q_ptr", "bias_ptr")},
+            **{name: part(logit[name], cols) for name in ("c_ptr", "bias_ptr")},
             "scale_ptr": part(logit["scale_ptr"], rows) if logit["stride_scale"] else logit["scale_ptr"],
             "lift_ptr": self.lift,
-            "t_rows_ptr": t_rows, "q_cols_ptr": q_cols, "b_cols_ptr": b_cols, "N": n, "M": m,
+            "t_rows_ptr": t_rows, "b_cols_ptr": b_cols, "N": n, "M": m,
             "first": cols.start, "FOLD": self.fold,
         }  # fmt: skip
         launch(backward.gradient_kernel, (block.grid[0] * block.grid[1],), arguments, num_warps=self.tile.num_warps,
                num_stages=self.tile.num_stages)  # fmt: skip
         if t_rows is not None:
             self.of_scale[block.rows] += t_rows.sum(0)
-        if q_cols is not None:
-            self.of_q[cols] += q_cols.sum(0)
         if b_cols is not None:
             self.of_bias[cols] += b_cols.sum(0)
 
@@ -286,20 +272,19 @@ class Backward:
         parts = new((splits, r, d), dtype=self.acc) if splits > 1 else out
         own = new((splits, r), dtype=self.acc) if splits > 1 and self.spec.metric != "dot" else None
         needed = self.needs[0 if rows else 1]
-        along = {"t_rows_ptr": self.needs[2]} if rows else dict(zip(("q_cols_ptr", "b_cols_ptr"), self.needs[3:]))
-        sums = {name: new((splits, r), dtype=self.acc) if need else None for name, need in along.items()}
+        name, total = ("t_rows_ptr", self.of_scale) if rows else ("b_cols_ptr", self.of_bias)
+        sums = None if total is None else new((splits, r), dtype=self.acc)
         arguments = {
             **tile_arguments(self.x, self.w, self.spec.metric, self.spec.dtype, tile), **self.logit, **self.rows,
-            **sums, "unit_ptr": operand.unit, "lift_ptr": self.lift, "out_ptr": parts if needed else None,
+            name: sums, "unit_ptr": operand.unit, "lift_ptr": self.lift, "out_ptr": parts if needed else None,
             "own_ptr": own, "N": self.x.t.size(0), "M": self.w.t.size(0), "span": per_split * step,
             "FOLD": self.fold, "PARTS": splits > 1,
         }  # fmt: skip
         del arguments["width"]  # all of D is in one block
         kernel = owned.owned_rows_kernel if rows else owned.owned_bank_kernel
         launch(kernel, (tiles, splits), arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
-        for total, name in ((self.of_scale, "t_rows_ptr"), (self.of_q, "q_cols_ptr"), (self.of_bias, "b_cols_ptr")):
-            if total is not None and name in sums:
-                torch.sum(sums[name], 0, out=total)
+        if total is not None:
+            torch.sum(sums, 0, out=total)
         if not needed or splits == 1:
             return out if needed else None
         own = None if own is None else own.sum(0)
@@ -309,7 +294,7 @@ class Backward:
         """grad_x and the scale's gradient from what the forward has kept."""
         n, d = self.x.t.shape
         out = torch.empty_like(self.x.t, memory_format=torch.contiguous_format) if self.needs[0] else None
-        taken = ("y_ptr", "scale_ptr", "q_ptr", "stride_scale", "k_same", "o_same", "k_different", "o_different")
+        taken = ("y_ptr", "scale_ptr", "stride_scale", "k_same", "o_same", "k_different", "o_different")
         rows = ("same_ptr", "different_ptr", "g_same_ptr", "g_different_ptr")
         arguments = {
             "x_ptr": self.x.t, "w_ptr": self.w.t, "rx_ptr": self.x.r, "rw_ptr": self.w.r, "unit_ptr": self.x.unit,
@@ -335,7 +320,7 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor
             grad_x = None
             if needs[0] or needs[2]:
                 grad_x = call.owned("rows") if mean is None else call.from_mean(mean)
-            grad_w = call.owned("bank") if any((needs[1], *needs[3:])) else None
+            grad_w = call.owned("bank") if needs[1] or needs[3] else None
         else:
             chunks = Gradients(call.x, call.w, spec.metric, spec.dtype, needs[:2], call.tile, call.lift)
             grad_x, grad_w = chunks.run(call.fill)
@@ -343,6 +328,5 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor
             grad_x,
             unpadded(grad_w, spec),
             scale_grad(call.of_scale, bank) if needs[2] else None,
-            call.of_q.to(bank.col_scale.dtype) if needs[3] else None,
-            call.of_bias.to(bank.col_bias.dtype) if needs[4] else None,
+            call.of_bias.to(bank.col_bias.dtype) if needs[3] else None,
         ]

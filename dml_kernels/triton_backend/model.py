@@ -58,9 +58,6 @@ class Cost(NamedTuple):
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NOTHING = Cost(0, 0.0, 0.0, 0, 0.0)
-
-
 def _kernel(arch: str, n: int, m: int, d: int, nmd: int, exponentials: bool, memory: float, cache: float) -> Cost:
     """One kernel, or one kernel a chunk over all chunks, without its launches."""
     rate = RATES[arch]

@@ -108,7 +108,7 @@ def store_owned(
 
 @triton.jit
 def owned_rows_kernel(
-    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, unit_ptr,
+    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, unit_ptr,
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, lift_ptr,
     out_ptr, own_ptr, t_rows_ptr,
     N, M, span, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
@@ -146,7 +146,7 @@ def owned_rows_kernel(
             D, METRIC, NORMALIZE, BLOCK_M, ACC,
         )  # fmt: skip
         _, ds, t_row = pair_gradients(
-            s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
+            s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, bias_ptr,
             same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
             k_same, o_same, k_different, o_different, 0.0,
             UNIT, exclude_ptr is not None, t_rows_ptr is not None, False, BLOCK_N, BLOCK_M, ACC,
@@ -154,8 +154,6 @@ def owned_rows_kernel(
         t_total += t_row
         if out_ptr is not None:
             ds = ds * t[:, None]
-            if q_ptr is not None:
-                ds = ds * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
             if METRIC != "dot":
                 ds, near = point_gradients(ds, s, sqx, sqw_ptr, m0, left, METRIC, BLOCK_M)
                 some = tl.max(near.to(tl.int32))
@@ -187,9 +185,9 @@ def owned_rows_kernel(
 
 @triton.jit
 def owned_bank_kernel(
-    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, q_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, unit_ptr,
+    x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, scale_ptr, bias_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr, unit_ptr,
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, lift_ptr,
-    out_ptr, own_ptr, q_cols_ptr, b_cols_ptr,
+    out_ptr, own_ptr, b_cols_ptr,
     N, M, span, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale, ignore_index,
     k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64",  # noqa: F821
     D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr, PARTS: tl.constexpr,
@@ -198,7 +196,7 @@ def owned_bank_kernel(
 ):  # fmt: skip
     """x (N, D), w (M, D) -> out: grad_w (M, D), or with PARTS those of the splits (splits, M, D) and own (splits, M).
 
-    q_cols, b_cols (splits, M): gradients of column scales and biases. Each may be None. Grid (bank tiles, splits): a
+    b_cols (splits, M): the gradient of the biases. Either may be None. Grid (bank tiles, splits): a
     program owns BLOCK_M bank entries and walks ``span`` rows.
     """
     m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
@@ -213,7 +211,6 @@ def owned_bank_kernel(
     w_tile = load_tile(w_ptr, offs_m, stride_wm, stride_wd, 0, D, BLOCK_D).to(PRODUCT)
     total = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     own = tl.zeros((BLOCK_M,), ACC)
-    q_total = tl.zeros((BLOCK_M,), ACC)
     b_total = tl.zeros((BLOCK_M,), ACC)
     for i in range(tiles):
         n0 = start + tl.cast(i, tl.int64) * BLOCK_N
@@ -229,7 +226,7 @@ def owned_bank_kernel(
             D, METRIC, NORMALIZE, BLOCK_M, ACC,
         )  # fmt: skip
         dz, ds, _ = pair_gradients(
-            s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, q_ptr, bias_ptr,
+            s, counts, place, exclude, t, rx, offs_n, m0, left, c_ptr, bias_ptr,
             same_ptr, different_ptr, g_same_ptr, g_different_ptr, h_same_ptr, h_different_ptr, ignore_index,
             k_same, o_same, k_different, o_different, 0.0,
             UNIT, exclude_ptr is not None, False, False, BLOCK_N, BLOCK_M, ACC,
@@ -237,14 +234,7 @@ def owned_bank_kernel(
         if b_cols_ptr is not None:
             b_total += tl.sum(dz, 0)
         ds = ds * t[:, None]
-        if q_cols_ptr is not None:
-            along = ds * s
-            if UNIT:
-                along = along * rx[:, None]
-            q_total += tl.sum(along, 0)
         if out_ptr is not None:
-            if q_ptr is not None:
-                ds = ds * column(q_ptr, m0, left, BLOCK_M).to(ACC)[None, :]
             # Beyond the last row lie copies of it: they count for nothing, but a NaN would.
             ds = tl.where(mask_n[:, None], ds, 0.0)
             if METRIC != "dot":
@@ -268,10 +258,8 @@ def owned_bank_kernel(
             e = on_products(ds, rx, rw_ptr, lift_ptr, m0, left, FOLD, BLOCK_M, PRODUCT)
             u = factor(x_stored, rx_ptr, offs_n, UNITS, PRODUCT, ACC)
             total = tl.dot(tl.trans(e), u, total, input_precision=PRECISION, out_dtype=ACC)
-    at = split.to(tl.int64) * M + m0 + tl.arange(0, BLOCK_M)
-    if q_cols_ptr is not None:
-        tl.store(q_cols_ptr + at, q_total, mask=mask_m)
     if b_cols_ptr is not None:
+        at = split.to(tl.int64) * M + m0 + tl.arange(0, BLOCK_M)
         tl.store(b_cols_ptr + at, b_total, mask=mask_m)
     if out_ptr is not None:
         store_owned(
@@ -282,7 +270,7 @@ def owned_bank_kernel(
 
 @triton.jit
 def owned_means_kernel(
-    x_ptr, w_ptr, y_ptr, scale_ptr, q_ptr, rx_ptr, rw_ptr, unit_ptr, mean_ptr,
+    x_ptr, w_ptr, y_ptr, scale_ptr, rx_ptr, rw_ptr, unit_ptr, mean_ptr,
     same_ptr, different_ptr, g_same_ptr, g_different_ptr, out_ptr, t_rows_ptr,
     N, stride_xn, stride_xd, stride_wm, stride_wd, stride_scale,
     k_same: "fp64", o_same: "fp64", k_different: "fp64", o_different: "fp64",  # noqa: F821
@@ -305,8 +293,6 @@ def owned_means_kernel(
     own = load_tile(w_ptr, place, stride_wm, stride_wd, 0, D, BLOCK_D).to(ACC)
     if NORMALIZE:
         own = own * tl.load(rw_ptr + place)[:, None]
-    if q_ptr is not None:
-        own = own * tl.load(q_ptr + place).to(ACC)[:, None]
     own = tl.where(has_same[:, None], own, 0.0)
     g_same = incoming(g_same_ptr, offs_n, has_same) * tl.cast(k_same, ACC)
     g_different = incoming(g_different_ptr, offs_n, has_different) * tl.cast(k_different, ACC)

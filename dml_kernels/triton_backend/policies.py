@@ -11,12 +11,12 @@ from .tiles import INF
 
 
 @triton.jit
-def circle_weights(v, m, SAME: tl.constexpr, ACC: tl.constexpr):
-    """relu(1 + m - v) in the same set, relu(v + m) in the other; v the column-scaled score. NaN stays one."""
+def circle_weights(s, m, SAME: tl.constexpr, ACC: tl.constexpr):
+    """relu(1 + m - s) in the same set, relu(s + m) in the other. NaN stays one."""
     if SAME:
-        weight = tl.cast(1 + m, ACC) - v
+        weight = tl.cast(1 + m, ACC) - s
     else:
-        weight = v + tl.cast(m, ACC)
+        weight = s + tl.cast(m, ACC)
     return tl.where(weight < 0, 0.0, weight)
 
 

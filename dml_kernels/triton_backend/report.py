@@ -132,7 +132,7 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
     base, normalize = ("dot", True) if case.metric == "cosine" else (case.metric, True)
     some, labels = case.options, case.options and case.labels
-    bank = Bank(x, w, y, c if labels else None, *(t if some else None for t in (y, n, m, m)))
+    bank = Bank(x, w, y, c if labels else None, *(t if some else None for t in (y, n, m)))
     dtype = case.x
     params = {"linear": [], "quadratic": [0.25], "max_pool": [case.centres], "softmax_pool": [case.centres, 0.1]}
     shared = {"metric": base, "eps": 1e-12, "dtype": dtype, "backend": "triton"}
@@ -151,7 +151,7 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
                 continue
             if form == "chunk" or len(forms) == 1 or configs.has_owned(arch, dtype, case.d, base):
                 with configs.take_form(form):
-                    needs = [True, True, some, some, some]
+                    needs = [True, True, some, some]
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
                         logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
@@ -189,7 +189,7 @@ def _parts(bank: Bank, form: str) -> list[Bank]:
     few = 32
 
     def cut(n: int, m: int) -> Bank:
-        sizes = (n, m, n, m, n, n, m, m)
+        sizes = (n, m, n, m, n, n, m)
         return Bank(*(None if t is None else t[:size] for t, size in zip(bank, sizes, strict=True)))
 
     n, m = bank.x.size(0), bank.w.size(0)

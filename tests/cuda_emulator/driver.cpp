@@ -90,7 +90,7 @@ Failure drive(const std::string& what, Kind kind) {
 #if defined(DRIVE_lse_forward) || defined(DRIVE_lse_backward)
   const bool proxy_nca = what.find("proxy_nca") != std::string::npos;
   const Labels labels{integers(n, m), nullptr, integers(n, m), -100};
-  const LogitArgs args{1, 0, 1, 0, vector(kind, n), vector(kind, m), vector(kind, m)};
+  const LogitArgs args{1, 0, 1, 0, vector(kind, n), vector(kind, m)};
   const ProxyNca loss{proxy_nca, false, 0.1, vector(kind, n), Reduction::mean, sums(kind, 1)};
 #endif
 #if defined(DRIVE_lse_forward)
@@ -105,7 +105,7 @@ Failure drive(const std::string& what, Kind kind) {
                        vector(kind, n).data,
                        vector(kind, n).data,
                        loss};
-  const LseTargets targets{target(kind, n * d), target(kind, m * d), target(kind, n), target(kind, m), target(kind, m)};
+  const LseTargets targets{target(kind, n * d), target(kind, m * d), target(kind, n), target(kind, m)};
   return lse_backward(problem, labels, args, grads, targets, allocate(backward_bytes(problem)), nullptr);
 #elif defined(DRIVE_distance)
   if (what.find("backward") == std::string::npos) return distance_forward(problem, target(kind, n * m), nullptr);

@@ -112,11 +112,11 @@ def launches(metric: str, monkeypatch: Any) -> Found:
     with largest(monkeypatch, M) as found:
         x, w = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(M, D, dtype=torch.bfloat16)
         n, m, y, c = torch.empty(N), torch.empty(M), *(torch.empty(k, dtype=torch.int64) for k in (N, M))
-        bank = Bank(x, w, y, c, y, n, m, m)
+        bank = Bank(x, w, y, c, y, n, m)
         shared = {"metric": metric, "normalize": True, "eps": 1e-12, "dtype": torch.bfloat16, "backend": "triton"}
         spec = Spec(logit=[2.0, 0.1, 3.0, 0.2], ignore_index=-100, sums=True, **shared)
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
-        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, bank, spec)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 4, bank, spec)
         pair, distance = Matrices(x, w), DistanceSpec(**shared)
         out = matrices.normalized_distance_fwd(pair, distance)
         matrices.normalized_distance_bwd(out, [True, True], pair, distance)
@@ -137,7 +137,7 @@ def owned_launches(monkeypatch: Any) -> Found:
         )  # fmt: skip
         same, different, *sums, mean = logsumexp.masked_logsumexp_fwd(bank, spec)
         for kept in (None, mean):
-            grads, needs = (same, different, *sums), [True, True, False, False, False]
+            grads, needs = (same, different, *sums), [True, True, False, False]
             logsumexp.masked_logsumexp_bwd(grads, (same, different), needs, bank, spec, kept)
     assert found["forward_kernel"][3]["KEEP"]
     return found

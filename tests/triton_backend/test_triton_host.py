@@ -38,7 +38,7 @@ def test_no_fixed_offset_where_the_span_is_unknown():
     )  # fmt: skip
     assert logsumexp.fixed_peak(plain, kind) == pytest.approx(math.log2(math.e))
     assert logsumexp.fixed_peak(plain, kind._replace(normalize=False)) is None
-    for name in ("scale", "col_scale", "col_bias"):
+    for name in ("scale", "col_bias"):
         assert logsumexp.fixed_peak(plain._replace(**{name: ones}), kind) is None
 
 
@@ -70,14 +70,14 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
     x, w = torch.empty(n, d, dtype=dtype), torch.empty(m, d)
     rows, columns = torch.empty(n), torch.empty(m)
     y, c = torch.empty(n, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
-    bank = Bank(x, w, y, c, y, rows, columns, columns)
+    bank = Bank(x, w, y, c, y, rows, columns)
     distance = DistanceSpec(metric=metric, normalize=True, eps=1e-12, dtype=dtype, backend="triton")
     shared = {**distance._asdict(), "ignore_index": -100}
     spec = Spec(logit=[2.0, 0.1, 3.0, 0.2], sums=True, **shared)
     launches = []
     with recorded(lambda *launch: launches.append(launch)):
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
-        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, bank, spec)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 4, bank, spec)
         pair = Matrices(x[:9], w[:9])
         matrices.normalized_distance_fwd(pair, distance)
         matrices.normalized_distance_bwd(torch.empty(9, 9, dtype=dtype), [True, True], pair, distance)
@@ -93,10 +93,10 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
         )  # fmt: skip
         argmax.masked_argmax_fwd(Search(x, w, y, c, y, rows, rows), draw)
         few = m // 5
-        pools = bank._replace(w=w[: 5 * few], c=c[:few], col_scale=columns[:few], col_bias=columns[:few])
+        pools = bank._replace(w=w[: 5 * few], c=c[:few], col_bias=columns[:few])
         pooled = spec._replace(policy="softmax_pool", policy_params=[5.0, 0.1])
         lse = logsumexp.masked_logsumexp_fwd(pools, pooled)
-        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 5, pools, pooled)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 4, pools, pooled)
     return len(launches)
 
 
@@ -267,7 +267,7 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
                 metric="dot", normalize=True, logit=[2.0, 0, 3.0, 0], eps=1e-12, ignore_index=-100,
                 dtype=torch.bfloat16, backend="triton",
             )  # fmt: skip
-            needs = [True, True, False, False, False]
+            needs = [True, True, False, False]
             logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec)
             kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
             assert kept[4].shape == (n, d)
@@ -283,9 +283,9 @@ def test_what_a_kernel_reads_by_address_is_checked_at_the_door():
         metric="dot", normalize=True, logit=[1.0, 0.0, 1.0, 0.0], eps=1e-12, ignore_index=-100, dtype=torch.float32,
         backend="triton",
     )  # fmt: skip
-    bank = (x, w, y, None, None, None, None, None)
+    bank = (x, w, y, None, None, None, None)
     grad, nothing = torch.randn(4), torch.empty(0)
-    needs = [True, True, False, False, False]
+    needs = [True, True, False, False]
     with pytest.raises(ValueError, match="grad must be floating of shape"):
         ops.normalize_bwd(torch.randn(3, 4), x, 1e-12, "triton")
     with pytest.raises(ValueError, match="grad must be floating of shape"):

@@ -16,6 +16,7 @@ from sanitizer import sanitized
 
 from dml_kernels import functional as F
 from dml_kernels.ops import masked_logsumexp as lse
+from dml_kernels.ops.signatures import Spec
 from dml_kernels.triton_backend import configs, logsumexp
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "clean", "owned")
@@ -25,7 +26,7 @@ PRODUCTS = (("cosine", False), ("dot", False))
 KEPT = (
     "ignored_rows", "all_rows_ignored", "exclude_the_only_positive", "scale_tenth", "scale_hundred",
     "scale_ten_thousand", "scale_tensor_scalar", "scale_per_row", "scale_of_either_sign_per_row", "one_factor_zero",
-    "column_scale", "column_bias", "all_columns_left_out_by_bias", "identical_rows", "antipodal_rows",
+    "column_bias", "all_columns_left_out_by_bias", "identical_rows", "antipodal_rows",
 )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def test_small_weights_add_up_in_fp16(kept):
 @pytest.mark.parametrize(
     ("reason", "options", "dtype"),
     [("bank labels", {"c": torch.arange(70)}, FP32), ("plain sums", {"sums": True}, FP32),
-     ("a distance", {"metric": "sqeuclidean"}, FP32), ("fp16 and column scales", {"col_scale": torch.ones(70)}, FP16)],
+     ("a distance", {"metric": "sqeuclidean"}, FP32)],
     ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
 def test_what_cannot_be_kept_is_worked_out_by_the_backward(reason, options, dtype, kept):
@@ -151,7 +152,7 @@ def test_only_what_is_asked_for_is_computed_and_is_the_same(needs, kept):
 
 
 def test_the_bits_are_the_same_every_time_and_for_any_free_memory(kept):
-    p = problem(34, 700, 20, PRODUCTS[0], "column_scale", 0)
+    p = problem(34, 700, 20, PRODUCTS[0], "column_bias", 0)
     first = p.run(MIXED, B)
     torch.utils.deterministic.fill_uninitialized_memory = False
     assert_same_bits(first.values(), p.run(MIXED, B).values())
@@ -204,16 +205,16 @@ def test_logits_far_below_the_largest_possible_keep_their_gradient_in_fp16(kept)
 
 def test_first_and_second_derivatives_in_fp64(kept):
     x, w = (randn(n, 5, seed=s).requires_grad_() for n, s in ((3, 1), (6, 2)))
-    scale, q, b = (t.requires_grad_() for t in (randn(3, seed=3).exp(), randn(6, seed=4).exp(), randn(6, seed=5)))
+    scale, b = (t.requires_grad_() for t in (randn(3, seed=3).exp(), randn(6, seed=5)))
 
-    def call(x, w, scale, q, b):
-        return F.masked_logsumexp(x, w, torch.tensor([0, 4, -100]), metric="cosine", scale=scale, col_scale=q,
+    def call(x, w, scale, b):
+        return F.masked_logsumexp(x, w, torch.tensor([0, 4, -100]), metric="cosine", scale=scale,
                                   col_bias=b, same=(-1.5, 0.3), different=(2.0, -0.2), backend=B)[:2]  # fmt: skip
 
     for derivative in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         kept.clear()
         # The row of the ignored label has log-sum-exps of -inf, of which differences are NaN: the other rows'.
-        assert derivative(lambda *t: [v[:2] for v in call(*t)], (x, w, scale, q, b), fast_mode=True)
+        assert derivative(lambda *t: [v[:2] for v in call(*t)], (x, w, scale, b), fast_mode=True)
         assert kept
 
 
@@ -236,14 +237,17 @@ def test_a_compiled_graph_and_torch_func_take_it_too(kept):
 
 
 def test_opcheck_of_what_is_kept(kept):
-    p = problem(5, 9, 8, PRODUCTS[0], "column_scale", 0)
-    bank = (*(p.tensors[k].float() for k in ("x", "w")), p.y, None, None, None, p.tensors["col_scale"].float(), None)
-    spec = ("dot", True, [2.0, 0.1, -1.0, 0.3], 1e-12, -100, torch.float32, False, True, "linear", [], B)
+    p = problem(5, 9, 8, PRODUCTS[0], "column_bias", 0)
+    bank = (*(p.tensors[k].float() for k in ("x", "w")), p.y, None, None, None, p.tensors["col_bias"].float())
+    spec = Spec(
+        metric="dot", normalize=True, logit=[2.0, 0.1, -1.0, 0.3], eps=1e-12, ignore_index=-100, dtype=torch.float32,
+        backend=B, keep=True,
+    )  # fmt: skip
     opcheck_promises.check(lse.fwd, (*bank, *spec))
     same, different, *_, mean = lse.fwd(*bank, *spec)
     assert mean.shape == (5, 8)
     empty = mean.new_empty(0)
-    needs = [True, True, False, True, False]
+    needs = [True, True, False, True]
     opcheck_promises.check(lse.bwd, (same, different, empty, empty, same, different, mean, needs, *bank, *spec))
     assert kept
 

@@ -112,15 +112,15 @@ def test_other_ops_have_no_policy():
 @pytest.mark.parametrize("metric", [METRICS[0], METRICS[3], METRICS[4]], ids=str)
 def test_gradcheck_in_fp64(metric, policy):
     x, w = (randn(n, 2, seed=s).requires_grad_() for n, s in ((3, 1), (12, 2)))
-    scale, q, b = ((randn(n, seed=s).abs() + 0.5).requires_grad_() for n, s in ((3, 3), (4, 4), (4, 5)))
+    scale, b = ((randn(n, seed=s).abs() + 0.5).requires_grad_() for n, s in ((3, 3), (4, 5)))
     y, c = torch.tensor([0, 1, 9]), torch.tensor([0, 1, 0, -100])
 
-    def call(x, w, scale, q, b):
+    def call(x, w, scale, b):
         out = F.masked_logsumexp(
-            x, w, y, c, metric=metric[0], normalize=metric[1], scale=scale, col_scale=q, col_bias=b, same=(-1.5, 0.1),
+            x, w, y, c, metric=metric[0], normalize=metric[1], scale=scale, col_bias=b, same=(-1.5, 0.1),
             different=(2.0, -0.3), exclude=torch.tensor([-1, 1, 0]), sums=True, policy=policy,
             policy_params=promises.params_of(policy, 3), backend=B,
         )  # fmt: skip
         return tuple(torch.where(v == -torch.inf, 0, v) for v in out)
 
-    assert torch.autograd.gradcheck(call, (x, w, scale, q, b), fast_mode=True)
+    assert torch.autograd.gradcheck(call, (x, w, scale, b), fast_mode=True)
