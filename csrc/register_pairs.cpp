@@ -61,8 +61,8 @@ void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slop
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
     Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor low,
     OptionalTensor high, bool same, bool different, bool largest_same, bool largest_different, bool noise,
-    std::int64_t seed, std::int64_t log_weight, double cutoff, double nonzero_loss_cutoff, std::int64_t metric,
-    bool normalize, double eps, std::int64_t ignore_index) {
+    std::int64_t seed, double cutoff, double nonzero_loss_cutoff, std::int64_t metric, bool normalize, double eps,
+    std::int64_t ignore_index) {
   const std::int64_t n = x.size(0);
   const ScalarType acc = accumulation(kind);
   const auto make = [&](bool wanted, ScalarType dtype) { return torch::stable::new_empty(x, {wanted ? n : 0}, dtype); };
@@ -79,7 +79,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
                         largest_different,
                         noise,
                         std::uint64_t(seed),
-                        choice<LogWeight>(log_weight, 2, "log_weight"),
                         cutoff,
                         nonzero_loss_cutoff};
   const ArgmaxOut out_s{integers_of(index_s), score_s.mutable_data_ptr(), integers_of(count_s)};
@@ -116,7 +115,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dml_kernels_cpu, m) {
       "int ignore_index) -> ()");
   m.def(
       "argmax_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? low, Tensor? high, "
-      "bool same, bool different, bool largest_same, bool largest_different, bool noise, int seed, int log_weight, "
+      "bool same, bool different, bool largest_same, bool largest_different, bool noise, int seed, "
       "float cutoff, float nonzero_loss_cutoff, int metric, bool normalize, float eps, int ignore_index) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("noise_bits(Tensor(a!) out, int seed, int first_row, int first_column) -> ()");

@@ -134,7 +134,7 @@ def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
             out = F.masked_hinge_sum(x, w, y, different=(1, 1.3), relative=True, backend=backend)
             out.different.sum().backward()
             return x.grad, w.grad
-        draw = {"noise_seed": 3, "log_weight": "distance"} if what == "draw" else {}
+        draw = {"noise_seed": 3} if what == "draw" else {}
         return F.masked_argmax(x, w, y, backend=backend, **draw)
 
     small, large = problem(8, 600), problem(n, m)

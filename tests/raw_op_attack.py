@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dml_kernels import functional as F
 from dml_kernels.ops import cpu_backend, cuda_backend
 
-CODES = {"metric": 3, "policy": 4, "reduction": 3, "log_weight": 2}
+CODES = {"metric": 3, "policy": 4, "reduction": 3}
 # Carries a dtype and nothing else.
 EMPTY = "kind"
 # Nothing else in the call says how many rows these have.

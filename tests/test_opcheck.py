@@ -186,7 +186,7 @@ def test_masked_argmax(which, dtype, backend):
     ]
     s = ArgmaxSpec(
         **comparison(dtype, which, backend), wanted=wanted, largest=[False, True], noise=noise, seed=7,
-        log_weight="distance" if noise else "uniform", cutoffs=[0.5, 1.4], ignore_index=-100,
+        cutoffs=[0.5, 1.4], ignore_index=-100,
     )  # fmt: skip
     check(argmax.fwd, (x, w, y, c, exclude, low, high, *s))
 

@@ -60,7 +60,7 @@ def test_a_mined_triplet_loss_compiles_whole(backend, fresh_dynamo):
         call = {"exclude": own, "backend": backend}
         hard = F.masked_argmax(x, x, y, y, **call)
         semi = F.masked_argmax(x, x, y, y, which="different", bounds=(None, hard.same.score), **call).different
-        drawn = F.masked_argmax(x, x, y, y, noise_seed=3, log_weight="distance", nonzero_loss_cutoff=1.9, **call)
+        drawn = F.masked_argmax(x, x, y, y, noise_seed=3, nonzero_loss_cutoff=1.9, **call)
         total = x.new_zeros(())
         for choice in (*hard, semi, *drawn):
             pair = (x - x[choice.index.clamp_min(0)]).square().sum(1)
@@ -136,7 +136,8 @@ def outputs(shape, dtype, backend, metric, normalize):
     out = F.masked_hinge_sum(x, w, y, c, threshold=t, **sets, **call)
     relative = F.masked_hinge_sum(x, w, y % m, relative=True, threshold=t, **sets, **call)
     grads = torch.autograd.grad(sum(v.sum() for v in (*out[:2], *relative[:2])), (x, w, t))
-    chosen = [F.masked_argmax(x, w, y, c, **call, **more) for more in ({}, {"noise_seed": 3})]
+    draw = {**call, "metric": "cosine" if metric == "dot" else metric, "normalize": True, "noise_seed": 3}
+    chosen = [F.masked_argmax(x, w, y, c, **how) for how in (call, draw)]
     return *out, *relative, *grads, *(v for found in chosen for choice in found for v in choice)
 
 
@@ -160,12 +161,11 @@ def test_any_number_of_threads_gives_the_same_bits(shape, dtype, any_threads):
 
 
 @on_backends
-@pytest.mark.parametrize("weight", ["uniform", "distance"])
-def test_a_draw_does_not_depend_on_tiling(weight, backend, monkeypatch):
+def test_a_draw_does_not_depend_on_tiling(backend, monkeypatch):
     """The whole bank, and each half of it as a bank in a larger one: the first half's columns draw the same noise."""
     x, w = randn(50, 8, seed=1), randn(2000, 8, seed=2)
     y, c = torch.zeros(50).long(), torch.ones(2000).long()
-    call = {"noise_seed": 9, "log_weight": weight, "backend": backend}
+    call = {"noise_seed": 9, "backend": backend}
     whole = F.masked_argmax(x, w, y, c, **call).different.index
     first = F.masked_argmax(x, w[:1300], y, c[:1300], **call).different.index
     assert 0 < (whole < 1300).sum() < 50
@@ -259,12 +259,9 @@ ARGMAX = (
     (ValueError, r"bounds must have shape \(4,\)", {"bounds": (None, torch.ones(()))}),
     (TypeError, r"noise_seed must be an integer", {"noise_seed": 0.5}),
     (ValueError, r"noise_seed must be an integer of at least 0; got -1", {"noise_seed": -1}),
-    (ValueError, r"log_weight must be one of uniform, distance", {"noise_seed": 1, "log_weight": "cubic"}),
-    (ValueError, r"give noise_seed", {"log_weight": "distance"}),
-    (ValueError, r"unit vectors.*normalize=True", {"noise_seed": 1, "log_weight": "distance", "normalize": False}),
-    (ValueError, r"unit vectors", {"noise_seed": 1, "log_weight": "distance", "metric": "dot"}),
-    (ValueError, r"cutoff and nonzero_loss_cutoff must be positive", {"noise_seed": 1, "log_weight": "distance",
-                                                                      "cutoff": 0.0}),
+    (ValueError, r"noise_seed draws.*unit vectors.*normalize=True", {"noise_seed": 1, "normalize": False}),
+    (ValueError, r"noise_seed draws.*unit vectors", {"noise_seed": 1, "metric": "dot"}),
+    (ValueError, r"cutoff and nonzero_loss_cutoff must be positive", {"noise_seed": 1, "cutoff": 0.0}),
 )  # fmt: skip
 TABLE = [(f, *row) for f, rows in ((hinge, BOTH + HINGE), (argmax, BOTH + ARGMAX)) for row in rows]
 

@@ -15,12 +15,6 @@ enum class Metric : std::int64_t { dot = 0, sqeuclidean = 1, euclidean = 2 };
 // Below this share of |u|^2 + |p|^2 a squared distance is summed from differences: expanding has cancelled 4 bits.
 constexpr double near_share = 1.0 / 16;
 
-// One set's factor and offset.
-template <class A>
-struct SetLogit {
-  A k, o;
-};
-
 template <class A>
 DML_PORTABLE inline A logit(A s, A kt, A o, A b) {
   return kt * (s - o) + b;

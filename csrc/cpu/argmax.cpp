@@ -29,10 +29,9 @@ struct Best {
 class Weight {
  public:
   Weight(const ArgmaxArgs& args, std::int64_t d)
-      : uniform_(args.weight == LogWeight::uniform), low_(args.cutoff * args.cutoff),
-        high_(std::min(args.nonzero_loss_cutoff * args.nonzero_loss_cutoff, 4.0)), on_log_(0.5 * double(2 - d)),
-        on_log1p_(0.5 * double(d - 3)) {
-    if (uniform_ || !(low_ < high_)) return;
+      : low_(args.cutoff * args.cutoff), high_(std::min(args.nonzero_loss_cutoff * args.nonzero_loss_cutoff, 4.0)),
+        on_log_(0.5 * double(2 - d)), on_log1p_(0.5 * double(d - 3)) {
+    if (!args.noise || !(low_ < high_)) return;
     // Of two or more dimensions the weight is largest at an end of any interval.
     const double step = (high_ - low_) / bins, slack = step / 64;
     largest_ = std::max(log_weight(low_), log_weight(high_ * (1 - 1e-9)));
@@ -48,26 +47,22 @@ class Weight {
 
   bool usable(double& d2) const {
     d2 = d2 < low_ ? low_ : d2;
-    return uniform_ || d2 < high_;
+    return d2 >= low_ && d2 < high_;  // neither holds where a cutoff is NaN
   }
 
   // Whether a uniform t may reach a key above best, by reach = reach_of(best).
   bool may_win(double d2, double t, double reach) const {
-    if (uniform_) return !(t >= reach);
     const std::int64_t b = std::min<std::int64_t>(std::int64_t((d2 - low_) * per_unit_), bins - 1);
     return !(t >= bound_[b] * reach);
   }
 
   double reach_of(double best) const { return std::exp(largest_ - best) * (1 + 1e-9); }
 
-  double log_weight(double d2) const {
-    return uniform_ ? 0 : std::log(d2) * on_log_ - std::log1p(-0.25 * d2) * on_log1p_;
-  }
+  double log_weight(double d2) const { return std::log(d2) * on_log_ - std::log1p(-0.25 * d2) * on_log1p_; }
 
  private:
   static constexpr double infinity = std::numeric_limits<double>::infinity();
   static constexpr std::int64_t bins = 1024;
-  bool uniform_;
   double low_, high_, on_log_, on_log1p_, largest_ = 0, per_unit_ = 0;
   double bound_[bins];
 };

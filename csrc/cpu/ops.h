@@ -135,8 +135,6 @@ template <class P>
 void masked_hinge_sum_bwd(const Problem<P>&, const Labels&, const HingeArgs&, const HingeSlopes&, Target grad_x,
                           Target grad_w);
 
-enum class LogWeight : std::int64_t { uniform = 0, distance = 1 };
-
 // masked_argmax, see dml_kernels/functional/pairs.py.
 struct ArgmaxArgs {
   Vector low, high;      // open bounds of each row's scores, null where not given
@@ -144,7 +142,6 @@ struct ArgmaxArgs {
   bool largest_same, largest_different;
   bool noise;
   std::uint64_t seed;
-  LogWeight weight;
   double cutoff, nonzero_loss_cutoff;
 };
 

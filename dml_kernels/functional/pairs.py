@@ -148,7 +148,6 @@ def masked_argmax(
     largest_different: bool = True,
     bounds: tuple[Tensor | None, Tensor | None] | None = None,
     noise_seed: int | None = None,
-    log_weight: str = "uniform",
     cutoff: float = 0.5,
     nonzero_loss_cutoff: float = 1.4,
     exclude: Tensor | None = None,
@@ -163,10 +162,10 @@ def masked_argmax(
     candidates with low_i < s_ij < high_i: semi-hard negatives (Schroff et al. 2015) are the nearest below the
     positive's score, ``bounds=(None, s_ap)``.
 
-    With ``noise_seed`` the choice is a draw in proportion to w(s): the argmax of log w(s_ij) plus Gumbel noise, which a
-    counter-based generator makes of (seed, row, column), so that a seed gives one result on any tiling and number of
-    threads. ``log_weight="distance"`` is the distance-weighted sampling of Wu et al. 2017 on unit vectors, w = 1/q(d)
-    with d = max(distance, ``cutoff``), and nothing from ``nonzero_loss_cutoff`` on.
+    With ``noise_seed`` the choice is a draw, the distance-weighted sampling of Wu et al. 2017 on unit vectors: in
+    proportion to w = 1/q(d) with d = max(distance, ``cutoff``), and nothing from ``nonzero_loss_cutoff`` on. It is the
+    argmax of log w plus Gumbel noise, which a counter-based generator makes of (seed, row, column), so that a seed
+    gives one result on any tiling and number of threads.
 
     Args:
         x, w, y, c, metric, normalize, exclude, ignore_index, eps, backend: as in masked_hinge_sum.
@@ -174,9 +173,8 @@ def masked_argmax(
         largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
         bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN
             leaves the row no candidate.
-        noise_seed: an integer: draw instead; None: choose by score.
-        log_weight: ``uniform`` or ``distance``, the weight of a draw.
-        cutoff, nonzero_loss_cutoff: of ``distance``.
+        noise_seed: an integer from 0: draw, by distances of unit vectors; None: choose by score.
+        cutoff, nonzero_loss_cutoff: the least distance that a draw weighs by, and the least that it never takes.
 
     Returns:
         MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
@@ -199,7 +197,7 @@ def masked_argmax(
     for t in (low, high):
         contract.check_vector("bounds", t, n, x, integer=False)
     noise_seed = None if noise_seed is None else check_integer("noise_seed", noise_seed, 0)
-    cutoffs = _check_weight(noise_seed, log_weight, cutoff, nonzero_loss_cutoff, base, unit)
+    cutoffs = _check_draw(noise_seed, cutoff, nonzero_loss_cutoff, base, unit)
     dtype = contract.product_dtype(x, w)
     chosen = backends.choose("masked_argmax", x.device, dtype, argument=backend, size=(n, m, x.size(1)))
     wanted = [which != "different", which != "same"]
@@ -208,14 +206,14 @@ def masked_argmax(
         with torch.no_grad():
             found = tuple(reference.masked_argmax(
                 x, w, y, c, metric=base, normalized=unit, largest=largest, low=low, high=high, seed=noise_seed,
-                log_weight=log_weight, cutoffs=cutoffs, exclude=exclude, ignore_index=ignore_index, eps=eps,
+                cutoffs=cutoffs, exclude=exclude, ignore_index=ignore_index, eps=eps,
             ))  # fmt: skip
     else:
         inputs = Search(x, contract.apart(w, x), y, contract.apart(c, y), exclude, low, high)
         noise, seed = noise_seed is not None, noise_seed or 0
         spec = ArgmaxSpec(
-            metric=base, normalize=unit, wanted=wanted, largest=largest, noise=noise, seed=seed, log_weight=log_weight,
-            cutoffs=cutoffs, eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
+            metric=base, normalize=unit, wanted=wanted, largest=largest, noise=noise, seed=seed, cutoffs=cutoffs,
+            eps=eps, ignore_index=ignore_index, dtype=dtype, backend=chosen,
         )  # fmt: skip
         found = _argmax.masked_argmax(inputs, spec)
     return MaskedArgmax(*(Choice(*found[3 * i : 3 * i + 3]) if wanted[i] else None for i in range(2)))
@@ -281,18 +279,13 @@ def _thresholds(threshold: Threshold) -> tuple[Tensor | None, Tensor | None]:
     return threshold[0], threshold[1]
 
 
-def _check_weight(
-    seed: int | None, log_weight: str, cutoff: float, nonzero_loss_cutoff: float, metric: str, unit: bool
-) -> list[float]:
-    check_choice("log_weight", log_weight, _argmax.LOG_WEIGHTS)
+def _check_draw(seed: int | None, cutoff: float, nonzero_loss_cutoff: float, metric: str, unit: bool) -> list[float]:
     cutoffs = [check_number("cutoff", cutoff),
                check_number("nonzero_loss_cutoff", nonzero_loss_cutoff)]  # fmt: skip
-    if log_weight == "distance":
-        if seed is None:
-            raise ValueError("log_weight='distance' is the weight of a draw: give noise_seed too")
+    if seed is not None:
         if not unit:
             raise ValueError(
-                f"log_weight='distance' is defined for unit vectors; got metric={metric!r} of vectors as they are. "
+                f"noise_seed draws by the distances of unit vectors; got metric={metric!r} of vectors as they are. "
                 "Use normalize=True, or metric='cosine'"
             )
         if min(cutoffs) <= 0:

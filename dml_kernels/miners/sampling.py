@@ -71,7 +71,7 @@ class DistanceWeightedMiner(UniformMiner):
         found = functional.masked_argmax(
             batch.x[a], batch.w, batch.y[a], batch.c, metric=self.distance.metric, which="different",
             exclude=None if batch.exclude is None else batch.exclude[a], noise_seed=int(torch.randint(1 << 62, ())),
-            log_weight="distance", cutoff=self.cutoff, nonzero_loss_cutoff=self.nonzero_loss_cutoff,
+            cutoff=self.cutoff, nonzero_loss_cutoff=self.nonzero_loss_cutoff,
         ).different  # fmt: skip
         assert found is not None
         drawn = found.index >= 0

@@ -22,7 +22,6 @@ from .signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 
 name = "cpu"
 POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
-LOG_WEIGHT_CODES = Choices("log_weight", {"uniform": 0, "distance": 1})
 PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = (
@@ -106,7 +105,7 @@ def _plain_lines(lines) -> tuple:
 def masked_argmax_fwd(inputs, spec) -> tuple[Tensor, ...]:
     return _ops().argmax_fwd(
         _kind(spec), *labelled(*inputs[:5]), *inputs[5:], *spec.wanted, *spec.largest, spec.noise,
-        spec.seed, LOG_WEIGHT_CODES[spec.log_weight], *spec.cutoffs, *_pair_numbers(spec),
+        spec.seed, *spec.cutoffs, *_pair_numbers(spec),
     )  # fmt: skip
 
 

@@ -10,8 +10,6 @@ from .contract import accumulate_dtype, check_values
 from .library import register, without_autocast
 from .signatures import ArgmaxSpec, Bank, Search
 
-LOG_WEIGHTS = ("uniform", "distance")
-
 
 def _fwd(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:
     check_values(Bank(*inputs[:5]), spec.ignore_index)

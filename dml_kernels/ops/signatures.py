@@ -175,7 +175,6 @@ class ArgmaxSpec(NamedTuple):
     largest: list[bool]
     noise: bool
     seed: int
-    log_weight: str
     cutoffs: list[float]
     eps: float
     ignore_index: int

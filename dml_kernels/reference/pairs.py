@@ -50,7 +50,7 @@ def distance_log_weight(distance: Tensor, d: int, cutoff: float, nonzero_loss_cu
 
 def masked_argmax(
     x, w, y, c=None, *, metric="euclidean", normalized=True, largest=(False, True), low=None, high=None, seed=None,
-    log_weight="uniform", cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12,
+    cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12,
 ) -> list[Tensor]:  # fmt: skip
     """index, score, count of same, then of different; see functional.masked_argmax."""
     s = reference.scores(x, w, metric, normalized, eps)
@@ -60,10 +60,9 @@ def masked_argmax(
     usable = usable if high is None else usable & (s < high[:, None])
     if seed is not None:
         key = noise.gumbel(seed, torch.arange(n, device=s.device), torch.arange(m, device=s.device))
-        if log_weight == "distance":
-            of_cosine = (2 - 2 * s).clamp_min(0).sqrt()
-            distance = {"sqeuclidean": (-s).clamp_min(0).sqrt(), "euclidean": -s}.get(metric, of_cosine)
-            key = key + distance_log_weight(distance.double(), x.size(1), *cutoffs)
+        of_cosine = (2 - 2 * s).clamp_min(0).sqrt()
+        distance = {"sqeuclidean": (-s).clamp_min(0).sqrt(), "euclidean": -s}.get(metric, of_cosine)
+        key = key + distance_log_weight(distance.double(), x.size(1), *cutoffs)
     found = []
     for wants_largest, members in zip(largest, _sets(y, c, m, exclude, ignore_index), strict=True):
         rank = key if seed is not None else s if wants_largest else -s

@@ -22,10 +22,7 @@ def squared_distances(s: Tensor, metric: str) -> Tensor:
 
 def log_weights(s: Tensor, spec: ArgmaxSpec, d: int) -> Tensor:
     """log w of each score, in fp64."""
-    s = s.double()
-    if spec.log_weight == "uniform":
-        return torch.zeros_like(s)
-    return noise.distance_log_weight(squared_distances(s, spec.metric), d, *spec.cutoffs)
+    return noise.distance_log_weight(squared_distances(s.double(), spec.metric), d, *spec.cutoffs)
 
 
 def draw_keys(s: Tensor, k: slice, spec: ArgmaxSpec, d: int) -> Tensor:

@@ -27,12 +27,11 @@ def stream_of(seed: int) -> int:
 
 
 def _draw_arguments(inputs: Search, spec: ArgmaxSpec) -> dict[str, Any]:
-    cutoff, beyond = spec.cutoffs if spec.log_weight == "distance" else (0.0, 0.0)
+    cutoff, beyond = spec.cutoffs
     d = inputs.x.size(1)
     return {
-        "NOISE": spec.noise, "DISTANCE": spec.noise and spec.log_weight == "distance",
-        "stream": stream_of(spec.seed) if spec.noise else 0, "cutoff2": cutoff * cutoff, "beyond2": beyond * beyond,
-        "of_log": 0.5 * (2 - d), "of_log1p": -0.5 * (d - 3),
+        "NOISE": spec.noise, "stream": stream_of(spec.seed) if spec.noise else 0,
+        "cutoff2": cutoff * cutoff, "beyond2": beyond * beyond, "of_log": 0.5 * (2 - d), "of_log1p": -0.5 * (d - 3),
     }  # fmt: skip
 
 

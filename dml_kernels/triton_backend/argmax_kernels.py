@@ -38,15 +38,15 @@ def argmax_kernel(
     N, M, span, splits, stride_xn, stride_xd, stride_wm, stride_wd, ignore_index, stream: "i64",  # noqa: F821
     cutoff2: "fp64", beyond2: "fp64", of_log: "fp64", of_log1p: "fp64",  # noqa: F821
     width, D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, SAME: tl.constexpr, DIFFERENT: tl.constexpr,
-    LARGEST_SAME: tl.constexpr, LARGEST_DIFFERENT: tl.constexpr, NOISE: tl.constexpr, DISTANCE: tl.constexpr,
+    LARGEST_SAME: tl.constexpr, LARGEST_DIFFERENT: tl.constexpr, NOISE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x (N, D), w (M, D) -> key, index (int64), count (int32) and with NOISE score, each (2, splits, N).
 
     Both planes, same and different, where wanted (SAME, DIFFERENT). Candidates lie within the open interval of low and
-    high, (N,) or None. The key is the score or its negative; with NOISE, in fp64, Gumbel noise of ``stream`` plus with
-    DISTANCE the log weight of ``noise.py``. Grid (row tiles, splits).
+    high, (N,) or None. The key is the score or its negative; with NOISE, in fp64, Gumbel noise of ``stream`` plus the
+    log weight of ``noise.py``. Grid (row tiles, splits).
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -94,8 +94,7 @@ def argmax_kernel(
         key = s
         if NOISE:
             key = gumbel(streams, m0 + tl.arange(0, BLOCK_M).to(tl.int64))
-            if DISTANCE:
-                key += distance_log_weights(s.to(tl.float64), cutoff2, beyond2, of_log, of_log1p, METRIC)
+            key += distance_log_weights(s.to(tl.float64), cutoff2, beyond2, of_log, of_log1p, METRIC)
         if SAME:  # noqa: SIM102 (a constant: left out where False, which `and` would not)
             if any_same(y, c_ptr, m0, left, BLOCK_M):
                 best_same, index_same, score_same, count_same = improved(

@@ -178,8 +178,7 @@ def _pairs(case: Case, bank: Bank, spec: Spec) -> None:
         hinge.masked_hinge_sum_bwd(slopes, (True, True), lines, HingeSpec(hinge=[], relative=False, **shared))
         return
     bounds = (row, row) if case.options else (None, None)
-    weight, both = "distance" if case.options else "uniform", [True, True]
-    search = ArgmaxSpec(wanted=both, largest=[False, True], noise=case.op == "draw", seed=1, log_weight=weight,
+    search = ArgmaxSpec(wanted=[True, True], largest=[False, True], noise=case.op == "draw", seed=1,
                         cutoffs=[0.5, 1.4], **shared)  # fmt: skip
     argmax.masked_argmax_fwd(Search(*bank[:5], *bounds), search)
 

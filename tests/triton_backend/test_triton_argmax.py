@@ -143,9 +143,9 @@ def test_the_logarithm_keeps_its_last_places_near_0():
 
 
 @pytest.mark.parametrize("d", [1, 3, 8])
-@pytest.mark.parametrize(("weight", "metric", "normalize"), promises.DRAWS)
-def test_a_draw_is_the_dense_draw(weight, metric, normalize, d):
-    given = {"weight": weight, "metric": metric, "normalize": normalize, "d": d, "n": 70, "m": 301}
+@promises.DRAWS
+def test_a_draw_is_the_dense_draw(metric, d):
+    given = {"metric": metric, "d": d, "n": 70, "m": 301}
     found, dense = (promises.drawn_from(backend=b, **given) for b in (B, "reference"))
     for ours, true in zip(found, dense, strict=True):
         assert torch.equal(ours.index, true.index)
@@ -155,8 +155,8 @@ def test_a_draw_is_the_dense_draw(weight, metric, normalize, d):
 
 
 def test_every_backend_draws_alike_and_in_any_number_of_ranges(monkeypatch):
-    found = [promises.drawn_from("distance", "dot", True, b, n=40, m=501).different for b in (B, "torch")]
+    found = [promises.drawn_from("cosine", b, n=40, m=501).different for b in (B, "torch")]
     assert_same_bits(*([f.index] for f in found))
     monkeypatch.setattr(configs, "splits", lambda tiles, walk, cores: walk)
-    again = promises.drawn_from("distance", "dot", True, B, n=40, m=501).different
+    again = promises.drawn_from("cosine", B, n=40, m=501).different
     assert_same_bits(again, found[0])

@@ -88,7 +88,7 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
         hinge.masked_hinge_sum_fwd(lines, hinges)
         hinge.masked_hinge_sum_bwd(Slopes(rows, rows, rows), (True, True), lines, hinges)
         draw = ArgmaxSpec(
-            wanted=[True, True], largest=[True, True], noise=True, seed=7, log_weight="distance", cutoffs=[0.5, 1.4],
+            wanted=[True, True], largest=[True, True], noise=True, seed=7, cutoffs=[0.5, 1.4],
             **shared,
         )  # fmt: skip
         argmax.masked_argmax_fwd(Search(x, w, y, c, y, rows, rows), draw)
