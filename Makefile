@@ -34,7 +34,7 @@ test: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, without the slow on
 	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
 test-all: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## the tests, with the slow ones and Triton's; then again on PyTorch's CUDA build (several GB)
-	$(PYTEST) $(TEST_ARGS)
+	DML_FUZZ=10 $(PYTEST) $(TEST_ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile tests/triton_backend $(TEST_ARGS)
 	.ci/cuda-stack --all $(TEST_ARGS)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from fuzzing import fuzz
 from helpers import METRICS, OUTPUTS, Problem, on_backends, randint, randn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 FACTORS = st.sampled_from([-32.0, -1.0, 0.0, 0.5, 1.0, 30.0])
@@ -50,10 +51,7 @@ def values(p, function):
 
 
 @on_backends
-@settings(
-    derandomize=True, max_examples=150, deadline=None, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+@fuzz(150)
 @given(p=problems())
 def test_any_combination_of_options_matches_the_reference(p, backend):
     found = values(p, lambda leaves: p.ours(leaves, backend))
