@@ -35,9 +35,10 @@ ALLOWED = 12
 
 
 def fuzz(examples: int) -> settings:
-    """Always the same examples, so that a red run can be repeated; DML_FUZZ=10 takes ten times as many."""
+    """Always the same examples, so that a red run can be repeated; DML_FUZZ=10 takes ten times as many, 0.1 a tenth."""
+    many = max(1, round(examples * float(os.environ.get("DML_FUZZ", "1"))))
     return settings(
-        derandomize=True, max_examples=examples * int(os.environ.get("DML_FUZZ", "1")), deadline=None, database=None,
+        derandomize=True, max_examples=many, deadline=None, database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
 
