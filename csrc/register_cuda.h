@@ -11,10 +11,13 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(std::int32_t device
 #include <initializer_list>
 #include <optional>
 
+#include "arguments.h"
 #include "cuda/ops.h"
 
 namespace dml::cuda {
 
+using dml::choice;
+using dml::has_shape;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -41,22 +44,6 @@ struct Launch {
 
 inline void check(Failure failure, const char* op) {
   STD_TORCH_CHECK(!failure, "dml_kernels: ", op, " on the GPU: ", failure);
-}
-
-// The number of one of `count` choices (a metric, a reduction) as its enumerator.
-template <class Choice>
-Choice choice(std::int64_t code, std::int64_t count, const char* name) {
-  STD_TORCH_CHECK(code >= 0 && code < count, "dml_kernels: ", name, " must be a code from 0 to ", count - 1, "; got ",
-                  code);
-  return Choice(code);
-}
-
-inline bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> shape) {
-  if (t.dim() != std::int64_t(shape.size())) return false;
-  std::int64_t dimension = 0;
-  for (const std::int64_t size : shape)
-    if (t.size(dimension++) != size) return false;
-  return true;
 }
 
 inline Dtype dtype_of(const Tensor& t, const char* name) {

@@ -7,20 +7,15 @@
 #include <initializer_list>
 #include <optional>
 
+#include "arguments.h"
 #include "cpu/ops.h"
 
 namespace dml::cpu {
 
+using dml::choice;
+using dml::has_shape;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// The number of one of `count` choices (a metric, a policy, a reduction) as its enumerator.
-template <class Choice>
-Choice choice(std::int64_t code, std::int64_t count, const char* name) {
-  STD_TORCH_CHECK(code >= 0 && code < count, "dml_kernels: ", name, " must be a code from 0 to ", count - 1, "; got ",
-                  code);
-  return Choice(code);
-}
 
 // The tensor's dtype, which the kernels must be able to read and write.
 inline ScalarType floating(const Tensor& t, const char* name) {
@@ -61,14 +56,6 @@ inline const std::int64_t* integers(const OptionalTensor& t, std::int64_t n, con
 inline Labels labels(std::int64_t n, std::int64_t m, const Tensor& y, const OptionalTensor& c,
                      const OptionalTensor& exclude, std::int64_t ignore_index) {
   return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
-}
-
-inline bool has_shape(const Tensor& t, std::initializer_list<std::int64_t> shape) {
-  if (t.dim() != std::int64_t(shape.size())) return false;
-  std::int64_t dimension = 0;
-  for (const std::int64_t size : shape)
-    if (t.size(dimension++) != size) return false;
-  return true;
 }
 
 // Contiguous and of this shape; or empty where no gradient is wanted.

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ops.checks import check_tensor
+
 __all__ = ["integers_by_position"]
 
 NUMBER_THEM = "number them first, as torch.from_numpy(numpy.unique(names, return_inverse=True)[1])"
@@ -51,8 +53,9 @@ def integers_by_position(name: str, values: Any, *, names: bool = False, boolean
 
 
 def _of_tensor(name: str, values: Tensor, booleans: bool) -> Tensor:
-    if values.layout != torch.strided or values.is_meta or values.is_nested:
-        raise TypeError(f"{name} must be a dense tensor that holds values; got {values.layout} on {values.device}")
+    check_tensor(name, values)
+    if values.is_meta:
+        raise TypeError(f"{name} must hold values; got a tensor on meta")
     if values.is_floating_point() or values.is_complex() or (values.dtype == torch.bool and not booleans):
         raise TypeError(f"{name} must be integers; got {values.dtype}. Use {name}.long()")
     out = values.detach().to(torch.int64)

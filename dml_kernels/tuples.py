@@ -71,6 +71,15 @@ def anchors(tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuples[:1] if len(tuples) == 3 else tuples[::2]
 
 
+def without_own(own: Tensor | None, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tuple without positives that are copies of their anchor; ``own`` (N,) are the places of those, or None."""
+    if own is None:
+        return tuples
+    keep = own[tuples[0]] != tuples[1]
+    positives = 3 if len(tuples) == 3 else 2
+    return (*(t[keep] for t in tuples[:positives]), *tuples[positives:])
+
+
 def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
     """(N,) fp64, how often a miner's tuple lists each row, over the largest count; None without a tuple, or for an
     empty one.

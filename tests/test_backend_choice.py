@@ -277,3 +277,26 @@ def test_without_the_extension_everything_works_and_the_reason_is_told():
     assert "3.46" in out.stdout
     assert "pip install" in out.stdout  # how to build it
     assert "no backend runs normalize" in out.stdout
+
+
+@pytest.mark.parametrize("policy", ["max_pool", "softmax_pool", "quadratic"])
+def test_a_backend_without_policies_refuses_with_the_reason(policy):
+    verdicts = {v.backend: v for v in backends.explain("masked_logsumexp", "cuda", torch.float32, policy)}
+    assert not verdicts["cuda"].ok
+    assert policy in verdicts["cuda"].reason
+    assert verdicts["torch"].ok
+
+
+def test_more_centres_than_a_tile_of_tritons_holds_go_to_another_backend():
+    triton = backends.BACKENDS["triton"]
+    refusal = triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 65)
+    assert "at most 64 centres" in refusal
+    assert "at most 64 centres" not in str(
+        triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 64)
+    )
+    assert backends.choose("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", centres=65) == "torch"
+
+
+def test_other_ops_have_no_policy():
+    with pytest.raises(RuntimeError, match="normalized_distance has no logit policy"):
+        backends.choose("normalized_distance", torch.device("cpu"), torch.float32, "max_pool")

@@ -222,8 +222,8 @@ TABLE = [
          label_to_proxy=torch.zeros(4, 1).long()),
     loss("empty map", ValueError, r"label_to_proxy", label_to_proxy=torch.zeros(0).long()),
     # ProxyNCALoss
-    module("no classes", ValueError, r"num_classes and embedding_size must be positive; got 0", num_classes=0),
-    module("negative width", ValueError, r"num_classes and embedding_size must be positive", embedding_size=-3),
+    module("no classes", ValueError, r"num_classes must be a positive integer; got 0", num_classes=0),
+    module("negative width", ValueError, r"embedding_size must be a positive integer; got -3", embedding_size=-3),
     module("fraction of a class", TypeError, r"num_classes must be an integer; got 2\.5", num_classes=2.5),
     module("reduction", ValueError, r"reduction must be one of", reduction="avg"),
     module("smoothing", ValueError, r"label_smoothing must be in", label_smoothing=2.0),

@@ -111,8 +111,8 @@ def test_names_are_numbered_in_sorted_order_where_they_are_taken(make):
         (torch.tensor([1 << 63], dtype=torch.uint64), ValueError, "labels must fit int64"),
         (torch.zeros(2), TypeError, r"labels must be integers; got torch\.float32. Use labels\.long"),
         (torch.zeros(2, dtype=torch.bool), TypeError, r"labels must be integers; got torch\.bool"),
-        (torch.zeros(2, dtype=torch.int64, device="meta"), TypeError, "a dense tensor that holds values"),
-        (torch.zeros(2, dtype=torch.int64).to_sparse(), TypeError, "a dense tensor that holds values"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), TypeError, "must hold values; got a tensor on meta"),
+        (torch.zeros(2, dtype=torch.int64).to_sparse(), TypeError, "must be a dense tensor"),
     ],
 )
 def test_what_is_no_label_is_refused_by_name(values, error, message):

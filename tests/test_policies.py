@@ -30,7 +30,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dml_kernels import functional as F
 from dml_kernels import reference, torch_backend
-from dml_kernels.ops import backend as backends
 
 POOLS = ("max_pool", "softmax_pool")
 on_pools = pytest.mark.parametrize("policy", POOLS)
@@ -363,29 +362,6 @@ def test_compiled_whole_equals_eager(policy, backend):
             first = found
     torch.testing.assert_close(first, found, rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
-
-
-@on_policies
-def test_a_backend_without_policies_refuses_with_the_reason(policy):
-    verdicts = {v.backend: v for v in backends.explain("masked_logsumexp", "cuda", torch.float32, policy)}
-    assert not verdicts["cuda"].ok
-    assert policy in verdicts["cuda"].reason
-    assert verdicts["torch"].ok
-
-
-def test_more_centres_than_a_tile_of_tritons_holds_go_to_another_backend():
-    triton = backends.BACKENDS["triton"]
-    refusal = triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 65)
-    assert "at most 64 centres" in refusal
-    assert "at most 64 centres" not in str(
-        triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 64)
-    )
-    assert backends.choose("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", centres=65) == "torch"
-
-
-def test_other_ops_have_no_policy():
-    with pytest.raises(RuntimeError, match="normalized_distance has no logit policy"):
-        backends.choose("normalized_distance", torch.device("cpu"), torch.float32, "max_pool")
 
 
 @on_backends

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..batch import check_tuples
+from ..ops.checks import check_choice
 from ..ops.contract import FLOATS, as_int64, check_matrix
 from .collectives import Group, Rows, exchange, world_size
 
@@ -59,7 +60,7 @@ def gather(
     Raises:
         ValueError: an index outside the rank's rows; arguments that differ in more than length between the ranks.
     """
-    check_gradient(gradient)
+    check_choice("gradient", gradient, GRADIENTS)
     ranks = world_size(group)
     if ranks == 1:
         return Gathered(embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -72,12 +73,6 @@ def gather(
         refs = scaled[0] if found.ref_emb is found.embeddings else scaled[1]
         found = found._replace(embeddings=scaled[0], ref_emb=refs)
     return found._replace(indices_tuple=parts.whole_tuples())
-
-
-def check_gradient(gradient: str) -> None:
-    """Refuse an unknown way to combine gradients."""
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {', '.join(GRADIENTS)}; got {gradient!r}")
 
 
 def divide_gradient(t: Any, ranks: int) -> Any:

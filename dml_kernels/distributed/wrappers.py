@@ -9,11 +9,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import make_batch
+from ..foreign import of_pml
+from ..losses.cross_batch_memory import CrossBatchMemory
 from ..losses.magnet import MagnetLoss
 from ..losses.metric_loss import MetricLoss
 from ..miners.base import Miner
+from ..ops.checks import check_choice
+from ..tuples import without_own
 from .collectives import Group, world_size
-from .gathering import Gathered, GlobalTuple, Parts, check_gradient, divide_gradient
+from .gathering import GRADIENTS, Gathered, GlobalTuple, Parts, divide_gradient
 
 
 class DistributedLossWrapper(torch.nn.Module):
@@ -44,13 +48,15 @@ class DistributedLossWrapper(torch.nn.Module):
     def __init__(self, loss: torch.nn.Module, efficient: bool = False, *, group: Group = None, gradient: str = "mean"):
         super().__init__()
         _check_module("loss", loss)
-        check_gradient(gradient)
+        check_choice("gradient", gradient, GRADIENTS)
         if isinstance(loss, MagnetLoss):
             raise TypeError(
                 "MagnetLoss takes clusters, not labels; use loss(*dml_kernels.distributed.gather(embeddings, "
                 "clusters)[:2], classes)"
             )
-        self.has_memory = any(c.__name__ == "CrossBatchMemory" for c in type(loss).__mro__)  # in either library
+        self.has_memory = any(
+            kind is CrossBatchMemory or of_pml(kind, "losses", "CrossBatchMemory") for kind in type(loss).__mro__
+        )
         if self.has_memory and efficient:
             raise ValueError("CrossBatchMemory compares with its memory already; use efficient=False")
         if efficient and isinstance(loss, MetricLoss) and not loss.takes_references:
@@ -106,7 +112,7 @@ class DistributedLossWrapper(torch.nn.Module):
                 raise ValueError("labels are needed where no indices_tuple says which pairs to compare")
             same = torch.eq(y[:, None], c)
             a2, n = (~same).nonzero(as_tuple=True)
-            tuples = _without(own, (*same.nonzero(as_tuple=True), a2, n))
+            tuples = without_own(own, (*same.nonzero(as_tuple=True), a2, n))
         return self.loss(x, y, tuples, w, c)
 
 
@@ -141,16 +147,7 @@ class DistributedMinerWrapper(torch.nn.Module):
         w, c, own = parts.references(found)
         if isinstance(self.miner, Miner):
             return GlobalTuple(self.miner.mine(make_batch(x, y, None, w, c, exclude=own)), True)
-        return GlobalTuple(_without(own, self.miner(x, y, w, c)), True)
-
-
-def _without(own: Tensor | None, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tuple without positives that are the anchor's own copy."""
-    if own is None:
-        return tuples
-    a, p, *rest = tuples
-    keep = own[a] != p
-    return (a[keep], p[keep], rest[0][keep]) if len(rest) == 1 else (a[keep], p[keep], *rest)
+        return GlobalTuple(without_own(own, self.miner(x, y, w, c)), True)
 
 
 def _check_module(name: str, module: Any) -> None:

@@ -178,11 +178,11 @@ def masked_argmax(
 
     Returns:
         MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
-        there is none; score (N,) in fp32 (fp64 likewise), detached, -inf where there is none (+inf where the smallest
-        is chosen); count (N,) int64 of the candidates. NaN scores are no candidates, nor is -inf where the largest is
-        chosen, nor +inf where the smallest is. Equal means equal scores: a matrix product may add in another order at
-        the edge of a block, so that copies of one bank row can differ in the last bit of their scores. Which copy is
-        taken then hangs on the shapes and the backend, the same at every call.
+        there is none; score (N,) in fp32 (fp64 where either is), detached, -inf where there is none (+inf where the
+        smallest is chosen); count (N,) int64 of the candidates. NaN scores are no candidates, nor is -inf where the
+        largest is chosen, nor +inf where the smallest is. Equal means equal scores: a matrix product may add in another
+        order at the edge of a block, so that copies of one bank row can differ in the last bit of their scores. Which
+        copy is taken then depends on the shapes and the backend; it is the same at every call.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.

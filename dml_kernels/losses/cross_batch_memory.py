@@ -18,7 +18,7 @@ from ..batch import check_tuples
 from ..ops.checks import check_integer, check_tensor, check_values_there, shown
 from ..ops.contract import check_matrix, check_pair_indices
 from ..records import Recorded
-from ..tuples import as_triplets
+from ..tuples import as_triplets, without_own
 from .base import check_labels
 from .comparisons import IGNORED
 from .metric_loss import MetricLoss
@@ -77,10 +77,8 @@ class CrossBatchMemory(Recorded):
                 f"loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as ContrastiveLoss(); "
                 f"got {type(loss).__name__}"
             )
-        embedding_size = check_integer("embedding_size", embedding_size)
-        memory_size = check_integer("memory_size", memory_size)
-        if embedding_size < 1 or memory_size < 1:
-            raise ValueError(f"embedding_size and memory_size must be positive; got {embedding_size} and {memory_size}")
+        embedding_size = check_integer("embedding_size", embedding_size, 1)
+        memory_size = check_integer("memory_size", memory_size, 1)
         if miner is not None and not callable(miner):
             raise TypeError(f"miner must be callable; got {shown(miner)}")
         self.loss, self.miner = loss, miner
@@ -240,9 +238,7 @@ class CrossBatchMemory(Recorded):
             used = (labels != IGNORED)[:, None] & (L_mem != IGNORED)
             found = (*(match & used).nonzero(as_tuple=True), *(~match & used).nonzero(as_tuple=True))
         if do_remove_self_comparisons:
-            keep = found[1] != self.curr_batch_idx[found[0]]
-            own = 3 if len(found) == 3 else 2
-            found = (*(t[keep] for t in found[:own]), *found[own:])
+            found = without_own(self.curr_batch_idx, found)
         if given is None:
             return found
         if len(found) == 4 and len(given) == 3:

@@ -80,10 +80,8 @@ class ProxyLoss(MetricLoss):
         dtype: torch.dtype | None = None,
         **metric_options: Any,
     ):
-        num_classes = check_integer("num_classes", num_classes)
-        embedding_size = check_integer("embedding_size", embedding_size)
-        if num_classes < 1 or embedding_size < 1:
-            raise ValueError(f"num_classes and embedding_size must be positive; got {num_classes} and {embedding_size}")
+        num_classes = check_integer("num_classes", num_classes, 1)
+        embedding_size = check_integer("embedding_size", embedding_size, 1)
         check_reduction(reduction)
         check_class_weight(class_weight, num_classes)
         super().__init__(**metric_options)

@@ -187,10 +187,15 @@ def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, 
     return ("linear", [], w.size(0)) if centres == 1 else (policy, numbers, w.size(0) // centres)
 
 
+def _checked(t: Tensor) -> bool:
+    """Whether values on the device of t are looked at: always on the CPU, on CUDA under DML_CHECK=1."""
+    return t.is_cpu or (t.is_cuda and os.environ.get("DML_CHECK", "0") == "1")
+
+
 def _refuse(message: str, values: Tensor, bad: Tensor) -> None:
     wrong = values.expand(bad.shape)[bad]
-    shown = ", ".join(str(v) for v in wrong[:3].tolist())
-    raise ValueError(f"{message}; got {shown}" + (f" and {wrong.numel() - 3} more" if wrong.numel() > 3 else ""))
+    first = ", ".join(str(v) for v in wrong[:3].tolist())
+    raise ValueError(f"{message}; got {first}" + (f" and {wrong.numel() - 3} more" if wrong.numel() > 3 else ""))
 
 
 def _require_within(values: Tensor | None, low: int, high: int, also: int, message: str) -> None:
@@ -219,8 +224,7 @@ def _require_numbers(values: Tensor | None, minus_infinity: bool, message: str) 
 
 def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
     """Labels and indices in range, scales not NaN. Runs inside the op, so compiled graphs are checked too."""
-    device = bank.x.device.type
-    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
+    if not _checked(bank.x):
         return
     m = bank.w.size(0) // centres
     if bank.c is None:
@@ -234,8 +238,7 @@ def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
 
 def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
     """Listed pairs name rows that are there. Runs inside the op, like check_values."""
-    device = rows.device.type
-    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
+    if not _checked(rows):
         return
     _require_within(rows, 0, n, 0 if n else -1, f"anchors must be rows of the embeddings, in [0, {n})")
     _require_within(
@@ -245,20 +248,19 @@ def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
 
 def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, ignore_index: int) -> None:
     """Cluster ids in range, a given variance a number from 0. Runs inside the op, like check_values."""
-    device = clusters.device.type
-    if device not in ("cpu", "cuda") or (device == "cuda" and os.environ.get("DML_CHECK", "0") != "1"):
+    if not _checked(clusters):
         return
     k = classes.numel()
     wanted = f"clusters must be in [0, {k}), the size of cluster_classes, or ignore_index ({ignore_index})"
     _require_within(clusters, 0, k, ignore_index, wanted)
     if variance is not None:
         _require_numbers(variance, False, "variance must be finite")
-        if device == "cpu" and bool(variance < 0):
+        if variance.is_cpu and bool(variance < 0):
             raise ValueError(f"variance must not be negative; got {variance.item()}")
 
 
 def check_thresholds(*thresholds: Tensor | None) -> None:
     """Thresholds are finite. Runs inside the op, like check_values."""
     for t in thresholds:
-        if t is not None and (t.is_cpu or (t.is_cuda and os.environ.get("DML_CHECK", "0") == "1")):
+        if t is not None and _checked(t):
             _require_numbers(t, False, "threshold must be finite")

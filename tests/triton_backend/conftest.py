@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import pytest
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is first imported
 
 
@@ -27,3 +29,13 @@ collect_ignore_glob = ["test_*.py"] if SKIPPED else []
 
 def pytest_report_header() -> str | None:
     return f"Triton backend: not tested. {SKIPPED}" if SKIPPED else None
+
+
+@pytest.fixture
+def checked():
+    """No access outside a tensor and no race between programs, in any launch of the test."""
+    from sanitizer import sanitized  # imports Triton
+
+    with sanitized() as accesses:
+        yield accesses
+    assert accesses.accesses > 0

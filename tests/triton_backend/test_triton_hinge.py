@@ -7,20 +7,12 @@ import test_masked_hinge_sum as promises
 import torch
 from helpers import BF16, FP16, FP32, FP64, METRIC_IDS, METRICS, MIXED, assert_same_bits, check, on_metrics, randn
 from pair_helpers import HingeProblem
-from sanitizer import sanitized
 
 from dml_kernels.triton_backend import collect, configs
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
 B = "triton"
 ALL_DTYPES = (FP32, BF16, MIXED, FP16, FP64)
-
-
-@pytest.fixture
-def checked():
-    """No access outside a tensor and no race between programs, in any launch of the test."""
-    with sanitized() as accesses:
-        yield accesses
 
 
 @pytest.mark.parametrize("relative", [False, True])

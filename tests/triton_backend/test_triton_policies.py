@@ -6,7 +6,6 @@ import pytest
 import test_policies as promises
 import torch
 from helpers import BF16, FP16, FP32, FP64, METRIC_IDS, METRICS, MIXED, randn
-from sanitizer import sanitized
 
 from dml_kernels import functional as F
 from dml_kernels.triton_backend import collect, configs
@@ -17,13 +16,6 @@ QUADRATIC = "quadratic"
 POLICIES = (QUADRATIC, *promises.POOLS)
 ALL_DTYPES = (FP32, BF16, MIXED, FP16, FP64)
 on_policies = pytest.mark.parametrize("policy", POLICIES)
-
-
-@pytest.fixture
-def checked():
-    """No access outside a tensor and no race between programs, in any launch of the test."""
-    with sanitized() as accesses:
-        yield accesses
 
 
 def check(policy, sizes, metric, dtype):
