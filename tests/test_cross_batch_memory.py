@@ -329,7 +329,7 @@ def test_learns_the_parameters_of_its_loss():
     [
         ({"loss": losses.NPairsLoss()}, {}, TypeError, "takes ref_emb.*got NPairsLoss"),
         ({"loss": torch.nn.L1Loss()}, {}, TypeError, "got L1Loss"),
-        ({"memory_size": 0}, {}, ValueError, "must be positive"),
+        ({"memory_size": 0}, {}, ValueError, "must be a positive integer"),
         ({"memory_size": 7}, {}, ValueError, "8 rows do not fit a memory of 7"),
         ({"embedding_size": 5}, {}, ValueError, r"must have shape \(N, 5\); got \(8, 6\)"),
         ({}, {"enqueue_mask": torch.ones(3) > 0}, ValueError, r"enqueue_mask must be bool of shape \(8,\)"),

@@ -311,6 +311,14 @@ def test_a_rank_that_lists_nothing_takes_part(by_rank):
     close(by_rank[0]["silent"], [torch.zeros_like(value), torch.zeros(6, WIDTH, dtype=torch.float64)])
 
 
+def test_a_memory_is_known_by_its_class_and_not_by_its_name(pml):
+    ours = losses.CrossBatchMemory(losses.ContrastiveLoss(), 4, 8)
+    original = pml.losses.CrossBatchMemory(pml.losses.ContrastiveLoss(), 4, 8)
+    homonym = type("CrossBatchMemory", (nn.Module,), {})()
+    found = [DistributedLossWrapper(loss).has_memory for loss in (ours, original, homonym)]
+    assert found == [True, True, False]
+
+
 def test_a_copied_tuple_keeps_its_mark():
     found = GlobalTuple((torch.arange(2),) * 3, efficient=True)
     for other in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
