@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cross_batch_memory import CrossBatchMemory
-from .metric_loss import MetricLoss
+from .metric_loss import MetricLoss, check_takes_references
 
 
 class MultipleLosses(torch.nn.Module):
@@ -79,9 +79,7 @@ class SelfSupervisedLoss(torch.nn.Module):
 
     def __init__(self, loss: MetricLoss, symmetric: bool = True):
         super().__init__()
-        if not isinstance(loss, MetricLoss) or not loss.takes_references:
-            raise TypeError("loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as NTXentLoss(); "
-                            f"got {type(loss).__name__}")  # fmt: skip
+        check_takes_references(loss)
         self.loss, self.symmetric = loss, symmetric
 
     # The same losses as for a memory: pair losses that take references.

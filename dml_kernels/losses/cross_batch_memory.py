@@ -21,7 +21,7 @@ from ..records import Recorded
 from ..tuples import as_triplets, without_own
 from .base import check_labels
 from .comparisons import IGNORED
-from .metric_loss import MetricLoss
+from .metric_loss import MetricLoss, check_takes_references
 
 
 class CrossBatchMemory(Recorded):
@@ -72,11 +72,7 @@ class CrossBatchMemory(Recorded):
     def __init__(self, loss: MetricLoss, embedding_size: int, memory_size: int = 1024, miner: Any = None,
                  collect_stats: bool | None = None):  # fmt: skip
         super().__init__(collect_stats)
-        if not isinstance(loss, MetricLoss) or not loss.takes_references:
-            raise TypeError(
-                f"loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as ContrastiveLoss(); "
-                f"got {type(loss).__name__}"
-            )
+        check_takes_references(loss)
         embedding_size = check_integer("embedding_size", embedding_size, 1)
         memory_size = check_integer("memory_size", memory_size, 1)
         if miner is not None and not callable(miner):

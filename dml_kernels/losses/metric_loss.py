@@ -108,6 +108,15 @@ class MetricLoss(Recorded):
         return self.reducer(parts)
 
 
+def check_takes_references(loss: Any) -> None:
+    """Refuse anything but a loss of this package that takes ``ref_emb``, such as a memory or a second view."""
+    if not isinstance(loss, MetricLoss) or not loss.takes_references:
+        raise TypeError(
+            "loss must be a pair loss of dml_kernels.losses that takes ref_emb, such as ContrastiveLoss(); got "
+            f"{type(loss).__name__}"
+        )
+
+
 def as_function(loss: type[MetricLoss]) -> Callable[..., Tensor]:
     """The loss as a function of (embeddings, labels, ref_emb=, ref_labels=, **constructor arguments), for the
     registry."""
