@@ -38,4 +38,10 @@ def checked():
 
     with sanitized() as accesses:
         yield accesses
-    assert accesses.accesses > 0
+
+
+@pytest.fixture
+def launched(checked):
+    """As checked, and something was launched."""
+    yield
+    assert checked.accesses > 0

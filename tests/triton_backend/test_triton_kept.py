@@ -18,7 +18,7 @@ from dml_kernels.ops import masked_logsumexp as lse
 from dml_kernels.ops.signatures import Spec
 from dml_kernels.triton_backend import configs, logsumexp
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked", "owned")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "launched", "owned")
 B = "triton"
 PRODUCTS = (("cosine", False), ("dot", False))
 # With labels as bank indices: the others bring bank labels.

@@ -10,7 +10,7 @@ from helpers import FP32, FP64, MIXED, randn
 from dml_kernels import functional as F
 from dml_kernels.losses import family
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "launched")
 B = "triton"
 LOSSES = [(name, i) for name, entry in family("proxies").items() for i in range(len(entry.options))]
 

@@ -31,7 +31,7 @@ from helpers import (
 from dml_kernels import functional as F
 from dml_kernels.triton_backend import collect, configs, logsumexp
 
-pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
+pytestmark = pytest.mark.usefixtures("nan_filled_memory", "launched")
 B = "triton"
 ALL_DTYPES = (FP32, BF16, MIXED, FP16, FP64)
 
