@@ -131,7 +131,7 @@ TABLE = {
 # a spill; all other kernels, and owners not named here, take 64 x 64 then.
 OWNERS_WITH_EXTRAS = {
     ("sm_80", "rows"): (32, 64, 2), ("sm_80", "bank"): (64, 32, 2), ("sm_90", "rows"): (64, 32, 3),
-    ("sm_100", "rows"): (64, 32, 3), ("sm_100", "bank"): (64, 32, 2),
+    ("sm_100", "rows"): (64, 32, 2), ("sm_100", "bank"): (64, 32, 2),
     ("gfx942", "rows"): (64, 32, 2), ("gfx942", "bank"): (64, 32, 2), ("gfx942", "kept"): (32, 32, 2),
 }  # fmt: skip
 OWNERS_OF_WIDER = {("sm_80", "rows"): (32, 64, 2), ("gfx942", "kept"): (64, 32, 2)}

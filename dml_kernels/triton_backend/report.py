@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -223,7 +224,8 @@ def build_all(cases: Sequence[Case], archs: Sequence[str], jobs: int) -> list[di
     work = list(_work(cases, archs))
     if jobs == 1:
         return [_build(w) for w in work]
-    with ProcessPoolExecutor(jobs) as pool:
+    # Spawned: a fork of a process whose OpenMP threads have run hangs at its first parallel region.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_build, work))
 
 
