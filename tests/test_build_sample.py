@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dml_kernels.demo import build_sample
-from dml_kernels.demo.build_sample import choose_characters, has_ink, near_copies, shared_bitmaps
 from dml_kernels.demo.data import load_sample
-from dml_kernels.demo.font_licences import BuildError, Face, check_face, check_names, read_copyright
+from tools import build_sample
+from tools.build_sample import choose_characters, has_ink, near_copies, shared_bitmaps
+from tools.font_licences import BuildError, Face, check_face, check_names, read_copyright
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

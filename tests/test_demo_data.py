@@ -7,7 +7,6 @@ import io
 import numpy as np
 import pytest
 
-from dml_kernels.demo.build_sample import has_ink, near_copies, shared_bitmaps
 from dml_kernels.demo.data import (
     SAMPLE_PATH,
     CorruptSampleError,
@@ -18,7 +17,8 @@ from dml_kernels.demo.data import (
     split_indices,
     unpack_images,
 )
-from dml_kernels.demo.font_licences import read_faces
+from tools.build_sample import has_ink, near_copies, shared_bitmaps
+from tools.font_licences import read_faces
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_packing_refuses_what_it_cannot_pack(images, bits, error):
 
 
 def test_missing_sample_names_the_build_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dml_kernels\.demo\.build_sample --out"):
+    with pytest.raises(FileNotFoundError, match=r"tools\.build_sample --out"):
         load_sample(tmp_path / "none.npz")
 
 

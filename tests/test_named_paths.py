@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("dml_kernels", "csrc", "tests", "bench", "docs")
+FOLDERS = ("dml_kernels", "csrc", "tests", "tools", "bench", "docs")
 NAMED = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w")
 WRITTEN_LATER = ("bench/results",)  # by a command
 

@@ -48,7 +48,7 @@ def from_an_index(text: str) -> list[str]:
 
 
 def test_no_text_tells_people_to_install_this_package_from_an_index():
-    folders = ["dml_kernels", "docs", "csrc", "bench", "requirements", ".ci"]
+    folders = ["dml_kernels", "docs", "csrc", "bench", "tools", "requirements", ".ci"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*"))
     bad = {
         str(path.relative_to(ROOT)): hits

@@ -1,7 +1,7 @@
 """The bundled sample of Han characters: loading, and the split into seen and unseen classes.
 
 A class is a Unicode Han character; an image of it is one typeface's drawing, 32 x 32 grey. Every face draws
-every character of the sample. `build_sample.py` beside this file makes it; `data/FACES.md` names the faces,
+every character of the sample. `tools/build_sample.py` in the repository builds it; `data/FACES.md` names the faces,
 their licences and how to rebuild.
 
 Only NumPy is needed here.
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 IMAGE_SIZE = 32
 SAMPLE_PATH = Path(__file__).parent / "data" / "han_sample.npz"
-REBUILD = "python -m dml_kernels.demo.build_sample"
+REBUILD = "python -m tools.build_sample"
 
 # What NumPy and zipfile raise for a damaged file, as tried on some thousands of them.
 UNREADABLE = (
@@ -110,7 +110,7 @@ def load_sample(path: str | Path | None = None) -> HanSample:
     """
     path = SAMPLE_PATH if path is None else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no character sample at {path}; build one with: {REBUILD} --out {path}")
+        raise FileNotFoundError(f"no character sample at {path}; build one in a checkout with: {REBUILD} --out {path}")
     try:
         with np.load(path, allow_pickle=False) as archive:
             packed, bits = archive["images"], int(archive["bits"])
@@ -173,7 +173,7 @@ def _gather(sample: HanSample, classes: Int64Array) -> ImageSet:
 
 
 def _fix(path: Path) -> str:
-    return f"take the file from the repository again, or rebuild it: {REBUILD} --out {path}"
+    return f"take the file from the repository again, or rebuild it in a checkout: {REBUILD} --out {path}"
 
 
 def _find_problem(

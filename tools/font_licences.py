@@ -1,6 +1,6 @@
 """Which faces the bundled sample draws on, and the proof that each may be bundled.
 
-`data/faces.tsv` is the table. A face passes if its Debian package's copyright file (machine-readable, format
+`faces.tsv` is the table. A face passes if its Debian package's copyright file (machine-readable, format
 1.0) puts it under the OFL, Apache-2.0 or the public domain, as the table says, and the font's own name table
 does not contradict that. `describe_faces` writes FACES.md from what was found.
 """
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-FACES_TSV = Path(__file__).parent / "data" / "faces.tsv"
-LICENCE_TEXTS = ("OFL-1.1.txt", "Apache-2.0.txt")  # beside faces.tsv
+FACES_TSV = Path(__file__).parent / "faces.tsv"
+LICENCE_TEXTS = ("OFL-1.1.txt", "Apache-2.0.txt")  # beside the bundled sample
 
 # Short names of licences as Debian's copyright files spell them -> ours. Anything else is refused.
 ALLOWED_LICENCES = {
@@ -61,11 +61,12 @@ font: names are used here only to say whose drawings these are. None of the auth
 
 ## Rebuild
 
-On Debian or Ubuntu, with Pillow, fontTools and tqdm (some 210 MB of packages are downloaded, none installed):
+In a checkout of the repository, on Debian or Ubuntu, with Pillow, fontTools and tqdm (some 210 MB of packages are
+downloaded, none is installed):
 
-    python -m dml_kernels.demo.build_sample {options}
+    python -m tools.build_sample {options}
 
-`faces.tsv` is the table to edit. The same package versions, Pillow and FreeType give the same bytes.
+`tools/faces.tsv` is the table to edit. The same package versions, Pillow and FreeType give the same bytes.
 """
 
 

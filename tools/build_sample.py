@@ -1,6 +1,6 @@
 """Builds the sample of Han characters: downloads Debian font packages, renders, filters and packs.
 
-    python -m dml_kernels.demo.build_sample --out build/han_sample.npz --work-dir build/han_fonts
+    python -m tools.build_sample --out build/han_sample.npz --work-dir build/han_fonts
 
 Nothing is installed: packages are fetched with `apt-get download` and unpacked with `dpkg-deb -x` in the work
 directory. `font_licences.py` reads the table of faces and checks their licences. What a font's character map
@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .data import IMAGE_SIZE, SAMPLE_PATH, Int64Array, UInt8Array, pack_images, unpack_images
-from .font_licences import FACES_TSV, LICENCE_TEXTS, BuildError, Face, check_face, describe_faces, read_faces
+from dml_kernels.demo.data import IMAGE_SIZE, SAMPLE_PATH, Int64Array, UInt8Array, pack_images, unpack_images
+
+from .font_licences import LICENCE_TEXTS, BuildError, Face, check_face, describe_faces, read_faces
 
 if TYPE_CHECKING:
     from PIL import ImageFont
@@ -275,7 +276,7 @@ def build(out: Path, work_dir: Path, characters: int = 1000, seed: int = 0, bits
     write_atomically(out, content)
     write_atomically(out.with_name("FACES.md"), describe_faces(faces, summary, options).encode())
     for name in LICENCE_TEXTS:
-        write_atomically(out.with_name(name), (FACES_TSV.parent / name).read_bytes())
+        write_atomically(out.with_name(name), (SAMPLE_PATH.parent / name).read_bytes())
     return summary
 
 
@@ -288,7 +289,7 @@ def _positive(text: str) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dml_kernels.demo.build_sample",
+        prog="python -m tools.build_sample",
         description="Builds the sample of Han characters that the demo trains on: downloads Debian font "
         "packages (some 210 MB, none is installed), checks their licences, renders, filters and packs. "
         "Writes the sample, FACES.md and the licence texts.",
