@@ -42,7 +42,7 @@ test-triton: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## t
 	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile -m "not slow" tests/triton_backend $(TEST_ARGS)
 
 kernel-report: $(VENV)/.stamp-build $(VENV)/.stamp-triton ## registers, shared memory, instructions, predicted times of the Triton kernels
-	$(PY) -m dml_kernels.triton_backend.report $(REPORT_ARGS)
+	$(PY) -m dml_kernels.backends.triton.tools.report $(REPORT_ARGS)
 
 bench: $(VENV)/.stamp-build $(VENV)/.stamp-test ## time and memory of ours and of other losses, a table and a plot
 	$(PY) -m bench $(BENCH_ARGS)

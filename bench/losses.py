@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dml_kernels.losses import LossEntry, family
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 from . import floor
 from .case import Case, Contender, Outputs, Step, training_step

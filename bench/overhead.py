@@ -28,7 +28,8 @@ import dml_kernels
 from dml_kernels import functional, losses
 from dml_kernels.cli import tables
 from dml_kernels.demo.checkpoint import write_json
-from dml_kernels.ops import backend, masked_logsumexp, proxy_nca
+from dml_kernels.ops import choice as backend
+from dml_kernels.ops import masked_logsumexp, proxy_nca
 from dml_kernels.profiling import interleaved_times
 
 from . import machine

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 from . import functional, losses
 from .elsewhere import explain
-from .ops.backend import use_backend
+from .ops.choice import use_backend
 
 __all__ = ["__version__", "functional", "losses", "use_backend"]
 

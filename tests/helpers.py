@@ -18,7 +18,7 @@ from torch import Tensor
 from dml_kernels import build_info, reference
 from dml_kernels import functional as F
 from dml_kernels.losses import LossEntry
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 # The backends that tests run on, and the marks of these tests.
 MARKS: dict[str, Any] = {"torch": (), "cpu": pytest.mark.cpp}

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dml_kernels import functional as F
-from dml_kernels.ops import cpu_backend, cuda_backend
+from dml_kernels.backends import cpu as cpu_backend
+from dml_kernels.backends import cuda as cuda_backend
 
 CODES = {"metric": 3, "policy": 4, "reduction": 3}
 # Carries a dtype and nothing else.

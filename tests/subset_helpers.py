@@ -21,7 +21,7 @@ from torch import Tensor
 from dml_kernels import functional as F
 from dml_kernels import use_backend
 from dml_kernels.losses import REGISTRY, family
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 from dml_kernels.ops import segments
 
 N, M, D = 6, 7, 3

@@ -15,7 +15,7 @@ from helpers import on_backends, randn
 from dml_kernels import functional as F
 from dml_kernels import use_backend
 from dml_kernels.losses import ProxyNCALoss
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 X, W, Y = randn(4, 3, seed=1).float(), randn(6, 3, seed=2).float(), torch.arange(4)
 CALLS = {
@@ -260,7 +260,7 @@ import sys
 sys.modules["dml_kernels._C"] = None  # as if it were not there
 import torch, dml_kernels
 from dml_kernels import functional as F
-from dml_kernels.ops import backend
+from dml_kernels.ops import choice as backend
 x = torch.ones(2, 3)
 print(F.normalize(x).sum().item())
 print([v.reason for v in backend.explain("normalize", "cpu", torch.float32) if v.backend == "cpu"])

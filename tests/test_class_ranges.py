@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import randint
 
-from dml_kernels.class_ranges import ClassRanges, count_pairs
+from dml_kernels.pairs.class_ranges import ClassRanges, count_pairs
 
 N, M, IGNORED = 40, 30, -100
 

@@ -170,7 +170,7 @@ def test_pair_scores(case, metric, pairs):
 @fuzz(80)
 @given(case=cases(), metric=metrics, kind=st.sampled_from(["softplus", "lifted"]), infinite=st.booleans())
 def test_positive_pair_sum(case, metric, kind, infinite):
-    from dml_kernels.torch_backend.positives import PairSpec, term
+    from dml_kernels.backends.torch.positives import PairSpec, term
 
     name, normalize = metric
     n, m = len(case.rows), len(case.cols)

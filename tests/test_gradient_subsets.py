@@ -7,7 +7,7 @@ import subset_helpers
 from helpers import on_backends
 
 from dml_kernels.losses import REGISTRY
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

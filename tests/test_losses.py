@@ -29,7 +29,7 @@ from helpers import (
 
 from dml_kernels import distances, functional, losses
 from dml_kernels.losses import REGISTRY, family, proxy_loss, softmax
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

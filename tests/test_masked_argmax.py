@@ -146,7 +146,7 @@ def test_bounds_are_open_and_nan_leaves_nothing(backend):
 @pytest.mark.parametrize("largest", [True, False])
 def test_of_equal_scores_the_lowest_index_is_chosen(largest, metric, normalize, backend, monkeypatch):
     """Over chunks, tiles and slices: the same vector everywhere."""
-    monkeypatch.setattr("dml_kernels.torch_backend.tiles.CHUNK_ELEMENTS", 10_000)
+    monkeypatch.setattr("dml_kernels.backends.torch.tiles.CHUNK_ELEMENTS", 10_000)
     n, m = (40, 9001) if largest else (1500, 130)
     x, w = randn(1, 8, seed=1).expand(n, 8).float(), randn(1, 8, seed=2).expand(m, 8).float()
     y, c = torch.arange(n) % 2, (torch.arange(m) + 1) // 2 % 2

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import randint, randn
 
-from dml_kernels import batch as batch_module
 from dml_kernels import distances, functional, miners
+from dml_kernels.pairs import batch as batch_module
 from dml_kernels.profiling import run_in_child
 
 METRICS = [distances.LpDistance(), distances.LpDistance(power=2), distances.CosineSimilarity(),

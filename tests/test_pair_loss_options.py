@@ -9,7 +9,7 @@ from test_pair_losses import all_pairs, problem
 
 from dml_kernels.distances import CosineSimilarity, LpDistance
 from dml_kernels.losses import REGISTRY
-from dml_kernels.tuples import random_triplets
+from dml_kernels.pairs.tuples import random_triplets
 
 
 def test_circle_is_defined_on_cosines():

@@ -170,7 +170,7 @@ def test_a_draw_does_not_depend_on_tiling(backend, monkeypatch):
     first = F.masked_argmax(x, w[:1300], y, c[:1300], **call).different.index
     assert 0 < (whole < 1300).sum() < 50
     assert torch.equal(first[whole < 1300], whole[whole < 1300])
-    monkeypatch.setattr("dml_kernels.torch_backend.tiles.CHUNK_ELEMENTS", 5000)
+    monkeypatch.setattr("dml_kernels.backends.torch.tiles.CHUNK_ELEMENTS", 5000)
     assert torch.equal(F.masked_argmax(x, w, y, c, **call).different.index, whole)
 
 

@@ -10,7 +10,8 @@ from helpers import FP32, FP64, Yardstick, assert_accurate, assert_same_bits, on
 from torch.library import opcheck
 
 from dml_kernels import functional as F
-from dml_kernels import reference, torch_backend
+from dml_kernels import reference
+from dml_kernels.backends import torch as torch_backend
 from dml_kernels.ops import pair_scores as ops
 from dml_kernels.ops import segments
 

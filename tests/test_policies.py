@@ -29,7 +29,8 @@ from helpers import check as check_problem
 from torch.autograd import gradcheck, gradgradcheck
 
 from dml_kernels import functional as F
-from dml_kernels import reference, torch_backend
+from dml_kernels import reference
+from dml_kernels.backends import torch as torch_backend
 
 POOLS = ("max_pool", "softmax_pool")
 on_pools = pytest.mark.parametrize("policy", POOLS)

@@ -23,9 +23,9 @@ from helpers import (
 from torch.library import opcheck
 
 from dml_kernels import functional as F
+from dml_kernels.backends.torch import by_class as blocks
 from dml_kernels.ops import positive_pair_sum as ops
 from dml_kernels.profiling import run_in_child
-from dml_kernels.torch_backend import by_class as blocks
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

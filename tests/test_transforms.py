@@ -237,7 +237,7 @@ def test_the_backward_runs_on_any_thread_with_the_forwards_backend(backend, monk
     with use_backend(backend):
         out = F.masked_logsumexp(x, w, torch.arange(5)).different.sum()
     used = []
-    chosen = lse_ops.backend.BACKENDS[backend]
+    chosen = lse_ops.choice.BACKENDS[backend]
     original = chosen.masked_logsumexp_bwd
     monkeypatch.setattr(
         chosen, "masked_logsumexp_bwd", lambda *a: used.append(threading.current_thread()) or original(*a)

@@ -25,11 +25,11 @@ from torch.library import opcheck
 
 from dml_kernels import functional as F
 from dml_kernels import reference
-from dml_kernels.ops import backend as backends
+from dml_kernels.backends.torch import by_class as blocks
+from dml_kernels.ops import choice as backends
 from dml_kernels.ops import triplet_sum as ops
 from dml_kernels.profiling import run_in_child
 from dml_kernels.reference import by_class
-from dml_kernels.torch_backend import by_class as blocks
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

@@ -13,7 +13,7 @@ import torch
 
 from dml_kernels import build_info
 from dml_kernels import functional as F
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 from ..case import TOLERANCES, check, compare
 from ..problem import Problem, Size, make

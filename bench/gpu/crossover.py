@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dml_kernels.ops.backend import SMALL
+from dml_kernels.ops.choice import SMALL
 
 
 class Chip(NamedTuple):

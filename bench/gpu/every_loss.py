@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dml_kernels.losses import REGISTRY, LossEntry
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 
 from ..case import check, compare
 from .checks import DTYPES, LIMITS

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dml_kernels.triton_backend import autotune, configs
+from dml_kernels.backends.triton import configs
+from dml_kernels.backends.triton.tools import autotune
 
 N, M = 4096, 200_000
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 import dml_kernels
-from dml_kernels import build_info, profiling, triton_backend
+from dml_kernels import build_info, profiling
+from dml_kernels.backends import triton as triton_backend
 from dml_kernels.cli import tables
 from dml_kernels.cli.arguments import Parser
-from dml_kernels.ops import backend
+from dml_kernels.ops import choice as backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

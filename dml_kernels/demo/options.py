@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..cli.arguments import OptionError, Parser, folder, integer, number, threads
-from ..ops import backend as backend_choice
+from ..ops import choice as backend_choice
 from .objectives import MagnetRecipe, ProxyNCARecipe, Recipe
 from .step_cost import plain_bytes
 

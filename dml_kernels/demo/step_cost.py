@@ -30,7 +30,7 @@ from torch.nn import functional as torch_functional
 
 from .. import functional, profiling
 from ..cli.arguments import Parser, integer, number, threads
-from ..ops import backend as backend_choice
+from ..ops import choice as backend_choice
 
 __all__ = ["ComparisonError", "StepCost", "VariantCost", "measure", "plain_bytes", "plain_proxy_nca"]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import use_backend
 from ..cli.arguments import OptionError
 from ..cli.process import exit_status
-from ..ops import backend as backend_choice
+from ..ops import choice as backend_choice
 from ..optional import how_to_install, import_optional
 from . import judging, report
 from .checkpoint import (

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from ..batch import check_tuples
 from ..ops.checks import check_choice
 from ..ops.contract import FLOATS, as_int64, check_matrix
+from ..pairs.batch import check_tuples
 from .collectives import Group, Rows, exchange, world_size
 
 GRADIENTS = ("mean", "sum")

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..batch import make_batch
 from ..foreign import of_pml
 from ..losses.cross_batch_memory import CrossBatchMemory
 from ..losses.magnet import MagnetLoss
 from ..losses.metric_loss import MetricLoss
 from ..miners.base import Miner
 from ..ops.checks import check_choice
-from ..tuples import without_own
+from ..pairs.batch import make_batch
+from ..pairs.tuples import without_own
 from .collectives import Group, world_size
 from .gathering import GRADIENTS, Gathered, GlobalTuple, Parts, divide_gradient
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops import backend as backends
+from ..backends.torch.positives import KINDS, term
+from ..ops import choice as backends
 from ..ops import contract
 from ..ops import positive_pair_sum as _pairs
 from ..ops import triplet_sum as _triplets
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_sequence
 from ..ops.signatures import Bank, Pairs, PairSpec, Points, TripletSpec
 from ..reference import by_class
-from ..torch_backend.positives import KINDS, term
 
 
 class TermSums(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops import contract
 from ..ops import normalize as _normalize
 from ..ops import normalized_distance as _distance

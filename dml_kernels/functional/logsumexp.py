@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops import contract
 from ..ops import masked_logsumexp as _lse
 from ..ops.checks import check_flag, check_integer, check_number

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops import contract
 from ..ops import masked_argmax as _argmax
 from ..ops import masked_hinge_sum as _hinge

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import check_tuples
 from ..ops.checks import check_integer, check_tensor, check_values_there, shown
 from ..ops.contract import check_matrix, check_pair_indices
+from ..pairs.batch import check_tuples
+from ..pairs.comparisons import IGNORED
+from ..pairs.tuples import as_triplets, without_own
 from ..records import Recorded
-from ..tuples import as_triplets, without_own
 from .base import check_labels
-from .comparisons import IGNORED
 from .metric_loss import MetricLoss, check_takes_references
 
 

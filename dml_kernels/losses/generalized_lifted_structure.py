@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..batch import Batch
 from ..ops.checks import check_number
+from ..pairs.batch import Batch
+from ..pairs.comparisons import compared
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
-from .comparisons import compared
 from .metric_loss import MetricLoss, as_function
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..composed.magnet import measure
-from ..ops import backend as backends
+from ..backends.composed.magnet import measure
+from ..ops import choice as backends
 from ..ops.checks import (
     check_choice,
     check_flag,

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import distances, reducers
-from ..batch import Batch
 from ..ops.checks import check_flag, check_integer, check_number
+from ..pairs.batch import Batch
+from ..pairs.comparisons import compared
+from ..pairs.tuples import check_per_anchor, random_triplets
 from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs
-from ..tuples import check_per_anchor, random_triplets
 from .base import LossEntry, values_can_be_read
-from .comparisons import compared
 from .metric_loss import MetricLoss, as_function
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import distances, reducers
-from ..batch import Batch, make_batch
 from ..ops.checks import check_number, shown
+from ..pairs.batch import Batch, make_batch
 from ..records import Recorded
 from ..reducers import Terms
 

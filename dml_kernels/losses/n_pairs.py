@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional
-from ..batch import Batch
 from ..logspace import log1pexp
 from ..ops.contract import accumulate_dtype, check_pair_indices, values_can_be_read
+from ..pairs.batch import Batch
+from ..pairs.comparisons import IGNORED
 from ..reducers import ELEMENT, Terms, nonzero
 from .base import LossEntry
-from .comparisons import IGNORED
 from .metric_loss import MetricLoss, as_function
 
 

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..batch import Batch
 from ..logspace import log1pexp
 from ..ops.checks import check_number
+from ..pairs.batch import Batch
+from ..pairs.comparisons import Streamed
+from ..pairs.tuples import anchors, row_weights
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
-from ..tuples import anchors, row_weights
 from .base import LossEntry
-from .comparisons import Streamed
 from .metric_loss import MetricLoss, as_function
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .. import distances, logspace, reducers
 from ..functional.logsumexp import logsumexp_of
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops.checks import check_integer, check_number
 from ..ops.contract import check_eps, check_pair, check_vector, product_dtype, split_metric
 from ..ops.signatures import Bank, Spec
+from ..pairs.tuples import row_weights
 from ..reducers import Terms
-from ..tuples import row_weights
 from .base import LossEntry, check_label_range, check_labels, check_reduction
 from .proxy_loss import ProxyLoss
 from .softmax import unit

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import distances, reducers, regularizers
-from ..batch import check_tuples
 from ..ops.checks import check_integer, check_number
 from ..ops.contract import check_matrix
+from ..pairs.batch import check_tuples
+from ..pairs.tuples import row_weights
 from ..reducers import Terms
-from ..tuples import row_weights
 from .base import (
     check_class_weight,
     check_labels,

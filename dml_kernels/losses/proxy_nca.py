@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import distances, functional, logspace
 from ..functional.logsumexp import MaskedLogSumExp, logsumexp_of
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
 from ..ops.contract import apart, check_eps, check_matrix, check_pair, check_vector, product_dtype, split_metric
 from ..ops.proxy_nca import proxy_nca

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import distances
 from ..functional.pairs import hinge_sum_of
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops.checks import check_integer, check_number
 from ..ops.contract import check_eps, check_pair, product_dtype, split_metric
 from ..ops.signatures import Hinged, HingeSpec

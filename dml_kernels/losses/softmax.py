@@ -23,7 +23,7 @@ from typing_extensions import Unpack as Unpack  # comes with PyTorch; typing has
 from .. import functional, logspace
 from ..distances import cosines
 from ..functional.logsumexp import logsumexp_of
-from ..ops import backend as backends
+from ..ops import choice as backends
 from ..ops.checks import check_integer, check_number, check_positive, check_tensor
 from ..ops.contract import (
     accumulate_dtype,

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import distances, reducers
-from ..batch import Batch
 from ..logspace import log1pexp
+from ..pairs.batch import Batch
+from ..pairs.comparisons import compared
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean_of_positive
 from .base import LossEntry
-from .comparisons import compared
 from .metric_loss import as_function
 from .temperature import TemperatureLoss
 

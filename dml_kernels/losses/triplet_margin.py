@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional, reducers, reference
-from ..batch import Batch
 from ..ops import segments
 from ..ops.checks import check_flag, check_number
+from ..pairs.batch import Batch
+from ..pairs.comparisons import Listed, Streamed
+from ..pairs.tuples import as_triplets, check_per_anchor, random_triplets
 from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs, mean_of_positive
-from ..tuples import as_triplets, check_per_anchor, random_triplets
 from .base import LossEntry
-from .comparisons import Listed, Streamed
 from .metric_loss import MetricLoss, as_function
 
 

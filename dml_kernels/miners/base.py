@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..batch import IGNORE_INDEX, Batch, Tile, make_batch, tiles
+from ..pairs.batch import IGNORE_INDEX, Batch, Tile, make_batch, tiles
 from ..records import Recorded
 
 

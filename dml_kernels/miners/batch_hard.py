@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..batch import Batch
 from ..ops.checks import check_choice, check_number, shown
 from ..ops.contract import accumulate_dtype, product_dtype
+from ..pairs.batch import Batch
 from .base import Miner
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..batch import Batch, Tile
 from ..ops.checks import check_number
+from ..pairs.batch import Batch, Tile
 from .base import Miner
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import distances, functional
-from ..batch import Batch
 from ..ops.checks import check_integer, check_positive
-from ..tuples import random_triplets
+from ..pairs.batch import Batch
+from ..pairs.tuples import random_triplets
 from .base import Miner
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import TILE_ELEMENTS, Batch, tiles
 from ..ops.checks import check_choice, check_number
+from ..pairs.batch import TILE_ELEMENTS, Batch, tiles
 from .base import Miner, pieces
 
 TYPES = ("all", "hard", "semihard", "easy")

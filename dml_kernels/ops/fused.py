@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from . import backend
+from . import choice
 
 
 def composed(loss: str) -> Any:
     """The composition of a loss; imported late, as it is written on the ops and serves one of them."""
-    return importlib.import_module(f"dml_kernels.composed.{loss}")
+    return importlib.import_module(f"dml_kernels.backends.composed.{loss}")
 
 
 def fused_or_composed(loss: str, name: str) -> Any:
     """What has ``LOSS_fwd`` and ``LOSS_bwd`` for the backend called ``name``."""
-    chosen = backend.BACKENDS[name]
+    chosen = choice.BACKENDS[name]
     return chosen if hasattr(chosen, f"{loss}_fwd") else composed(loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import choice
 from .contract import accumulate_dtype, check_values
 from .library import register, without_autocast
 from .signatures import ArgmaxSpec, Bank, Search
@@ -14,7 +14,7 @@ from .signatures import ArgmaxSpec, Bank, Search
 def _fwd(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:
     check_values(Bank(*inputs[:5]), spec.ignore_index)
     with without_autocast(inputs.x.device.type):
-        return tuple(backend.BACKENDS[spec.backend].masked_argmax_fwd(inputs, spec))
+        return tuple(choice.BACKENDS[spec.backend].masked_argmax_fwd(inputs, spec))
 
 
 def _fwd_fake(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import choice
 from .contract import accumulate_dtype, check_thresholds, check_values
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import Bank, Hinged, HingeSpec, Lines, Slopes
@@ -49,10 +49,10 @@ def _fwd(inputs: Hinged, spec: HingeSpec) -> TensorTuple:
     check_thresholds(inputs.t_same, inputs.t_different)
     with without_autocast(inputs.x.device.type):
         if spec.relative:
-            positive = backend.BACKENDS["torch"].positive_scores(inputs, spec)
+            positive = choice.BACKENDS["torch"].positive_scores(inputs, spec)
         else:
             positive = inputs.x.new_empty(0, dtype=accumulate_dtype(spec.dtype))
-        out = backend.BACKENDS[spec.backend].masked_hinge_sum_fwd(_lines(inputs, spec, positive), spec)
+        out = choice.BACKENDS[spec.backend].masked_hinge_sum_fwd(_lines(inputs, spec, positive), spec)
     return (*out, positive)
 
 
@@ -77,7 +77,7 @@ def _bwd(g1, g2, n1, n2, positive, needs, inputs: Hinged, spec: HingeSpec) -> Te
         if needs[0] or needs[1]:
             lines = _lines(inputs, spec, positive)
             slopes = _slopes(grads, counts, lines, spec.relative)
-            g_x, g_w = backend.BACKENDS[spec.backend].masked_hinge_sum_bwd(slopes, needs[:2], lines, spec)
+            g_x, g_w = choice.BACKENDS[spec.backend].masked_hinge_sum_bwd(slopes, needs[:2], lines, spec)
     thresholds = (inputs.t_same, inputs.t_different)
     g_t = [_threshold_grad(*v) for v in zip(grads, counts, thresholds, needs[2:], strict=True)]
     return filled((g_x, g_w, *g_t), inputs.x, 4)
@@ -93,7 +93,7 @@ def _dbl(v_x, v_w, v_t1, v_t2, g1, g2, n1, n2, positive, inputs: Hinged, spec: H
         lines = _lines(inputs, spec, positive)
         slopes = _slopes(grads, counts, lines, spec.relative)
         # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
-        along, d_x, d_w = backend.BACKENDS["torch"].masked_hinge_sum_dbl((v_x, v_w), slopes, lines, counts, spec)
+        along, d_x, d_w = choice.BACKENDS["torch"].masked_hinge_sum_dbl((v_x, v_w), slopes, lines, counts, spec)
     d_grads = []
     for grad, count, d, v in zip(grads, counts, along, (v_t1, v_t2), strict=True):
         d_grads.append((d if v.numel() == 0 else d + v.to(d.dtype) * count).to(grad.dtype))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import choice
 from .contract import accumulate_dtype, check_values
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import Bank, Spec
@@ -30,7 +30,7 @@ TensorTuple = tuple[Tensor, ...]
 def _fwd(bank: Bank, spec: Spec) -> TensorTuple:
     check_values(bank, spec.ignore_index, spec.centres)
     with without_autocast(bank.x.device.type):
-        out = backend.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
+        out = choice.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
     return tuple(out) if len(out) == 5 else (*out, out[0].new_empty(0, 0))
 
 
@@ -39,7 +39,7 @@ def _fwd_fake(bank: Bank, spec: Spec) -> TensorTuple:
     acc = accumulate_dtype(spec.dtype)
     sizes = (n, n, n, n) if spec.sums else (n, n, 0, 0)
     out = [bank.x.new_empty(size, dtype=acc) for size in sizes]
-    kept = backend.keeps_mean(bank, spec)
+    kept = choice.keeps_mean(bank, spec)
     return (*out, bank.x.new_empty((n, bank.x.size(1)) if kept else (0, 0), dtype=acc))
 
 
@@ -47,7 +47,7 @@ def _bwd(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Spec) -
     kept = {} if mean is None or mean.numel() == 0 else {"mean": mean}
     with without_autocast(bank.x.device.type):
         grads, lse = (g1, g2, g3, g4), (same, different)
-        out = backend.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec, **kept)
+        out = choice.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec, **kept)
     return filled(out, bank.x, len(DIFFERENTIABLE))
 
 
@@ -59,7 +59,7 @@ def _dbl(v_x, v_w, v_t, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: 
     with without_autocast(bank.x.device.type):
         # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
         directions, grads, lse = (v_x, v_w, v_t, v_b), (g1, g2, g3, g4), (same, different)
-        out = backend.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
+        out = choice.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
     return filled(out, bank.x, 6 + len(DIFFERENTIABLE))
 
 

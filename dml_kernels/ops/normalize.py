@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import choice
 from .library import known_signature, register
 from .signatures import NormalizeSpec, Rows
 
 
 def _fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
-    return backend.BACKENDS[spec.backend].normalize_fwd(rows, spec)
+    return choice.BACKENDS[spec.backend].normalize_fwd(rows, spec)
 
 
 def _bwd(grad, rows: Rows, spec: NormalizeSpec) -> Tensor:
-    return backend.BACKENDS[spec.backend].normalize_bwd(grad, rows, spec)
+    return choice.BACKENDS[spec.backend].normalize_bwd(grad, rows, spec)
 
 
 def _dbl(v, grad, rows: Rows, spec: NormalizeSpec) -> tuple[Tensor, Tensor]:
-    torch_backend = backend.BACKENDS["torch"]
+    torch_backend = choice.BACKENDS["torch"]
     # The Jacobian is symmetric: the derivative along `grad` is the backward of v.
     return torch_backend.normalize_bwd(v, rows, spec), torch_backend.normalize_dbl(v, grad, rows, spec)
 

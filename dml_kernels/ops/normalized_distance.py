@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backend
+from . import choice
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import DistanceSpec, Matrices
 
 
 def _fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
     with without_autocast(inputs.x.device.type):
-        return backend.BACKENDS[spec.backend].normalized_distance_fwd(inputs, spec)
+        return choice.BACKENDS[spec.backend].normalized_distance_fwd(inputs, spec)
 
 
 def _fwd_fake(inputs: Matrices, spec: DistanceSpec) -> Tensor:
@@ -21,7 +21,7 @@ def _fwd_fake(inputs: Matrices, spec: DistanceSpec) -> Tensor:
 
 def _bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor, ...]:
     with without_autocast(inputs.x.device.type):
-        out = backend.BACKENDS[spec.backend].normalized_distance_bwd(grad, needs, inputs, spec)
+        out = choice.BACKENDS[spec.backend].normalized_distance_bwd(grad, needs, inputs, spec)
     return filled(out, inputs.x, 2)
 
 
@@ -31,7 +31,7 @@ def _bwd_fake(grad, needs, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor
 
 def _dbl(v_x, v_w, grad, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor, ...]:
     with without_autocast(inputs.x.device.type):
-        return backend.BACKENDS["torch"].normalized_distance_dbl((v_x, v_w), grad, inputs, spec)
+        return choice.BACKENDS["torch"].normalized_distance_dbl((v_x, v_w), grad, inputs, spec)
 
 
 def _dbl_fake(v_x, v_w, grad, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..torch_backend import normalize, tiles
+from ..backends.torch import normalize, tiles
 from . import segments
 from .contract import check_pair_indices
 from .library import filled, gradients_like, known_signature, register, without_autocast

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.torch import positives
 from ..reference import by_class
-from ..torch_backend import positives
 from .contract import accumulate_dtype, check_values
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .normalized_distance import normalized_distance

@@ -86,7 +86,7 @@ class Spec(NamedTuple):
     ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (s - o) + col_bias_j. Under the
     policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight. ``sums``: the plain sums of
     both sets are asked for. ``keep``: a gradient in x will be asked for, so a backend may keep what makes that cheaper
-    (``backend.keeps_mean``).
+    (``choice.keeps_mean``).
     """
 
     metric: str

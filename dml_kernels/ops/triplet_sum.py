@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.torch import triplets
 from ..reference import by_class
-from ..torch_backend import triplets
 from .contract import check_values
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .positive_pair_sum import again, scores, sums_like

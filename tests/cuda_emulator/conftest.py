@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import building
 
-from dml_kernels.ops import cuda_backend
+from dml_kernels.backends import cuda as cuda_backend
 
 
 @functools.cache

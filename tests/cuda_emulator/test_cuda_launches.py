@@ -8,7 +8,7 @@ from helpers import randint, randn
 from magnet_helpers import problem
 
 from dml_kernels import functional as F
-from dml_kernels.ops import backend as backends
+from dml_kernels.ops import choice as backends
 from dml_kernels.ops.contract import POLICIES
 
 pytestmark = pytest.mark.cuda_emulator

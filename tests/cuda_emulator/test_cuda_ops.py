@@ -15,8 +15,8 @@ import test_proxy_nca
 import torch
 from helpers import Problem, assert_same_bits
 
+from dml_kernels.backends import cuda as cuda_backend
 from dml_kernels.losses import REGISTRY
-from dml_kernels.ops import cuda_backend
 
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), pytest.mark.cuda_emulator]
 

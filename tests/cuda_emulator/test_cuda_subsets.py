@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import subset_helpers
 
-from dml_kernels.ops import cuda_backend
+from dml_kernels.backends import cuda as cuda_backend
 
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), pytest.mark.cuda_emulator]
 

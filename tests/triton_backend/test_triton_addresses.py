@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
+from dml_kernels.backends.triton import collect, configs, logsumexp
+from dml_kernels.backends.triton import distance as matrices
+from dml_kernels.backends.triton.launch import recorded
 from dml_kernels.ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
-from dml_kernels.triton_backend import collect, configs, logsumexp, matrices
-from dml_kernels.triton_backend.launch import recorded
 
 N, M, D = 2048, 10_000_000, 512
 APART = 1 << 44

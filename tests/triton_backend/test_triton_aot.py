@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from dml_kernels.triton_backend.configs import CHIPS
+from dml_kernels.backends.triton.configs import CHIPS
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "mfma"}
@@ -25,7 +25,7 @@ MULTIPLY = (
 
 
 def report(*arguments: str) -> list[dict]:
-    command = [sys.executable, "-m", "dml_kernels.triton_backend.report", "--json", *arguments]
+    command = [sys.executable, "-m", "dml_kernels.backends.triton.tools.report", "--json", *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "0"}
     )
@@ -75,7 +75,8 @@ def test_a_tile_too_large_is_seen_to_spill():
     # The check must be able to fail: the same kernel with four times the tile.
     code = """
 import json
-from dml_kernels.triton_backend import aot, configs, report
+from dml_kernels.backends.triton import configs
+from dml_kernels.backends.triton.tools import aot, report
 real = configs.pick
 configs.pick = lambda *a: configs.Config(256, 256, 64, 8, 3)
 case = report.CASES[1]

@@ -11,8 +11,8 @@ from features import FEATURES
 from helpers import BF16, DTYPES, FP32, FP64, METRICS, MIXED, Problem, assert_same_bits, on_metrics, randint, randn
 
 from dml_kernels import noise
-from dml_kernels.triton_backend import argmax, configs
-from dml_kernels.triton_backend import noise as kernel_noise
+from dml_kernels.backends.triton import argmax, configs
+from dml_kernels.backends.triton.kernels import noise as kernel_noise
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
 B = "triton"

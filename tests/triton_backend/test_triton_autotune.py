@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from dml_kernels.triton_backend import autotune, configs
-from dml_kernels.triton_backend.configs import Config
+from dml_kernels.backends.triton import configs
+from dml_kernels.backends.triton.configs import Config
+from dml_kernels.backends.triton.tools import autotune
 
 BF16 = torch.bfloat16
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -110,7 +111,7 @@ def outside(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_the_script_says_so():
-    done = outside("-m", "dml_kernels.triton_backend.autotune")
+    done = outside("-m", "dml_kernels.backends.triton.tools.autotune")
     assert done.returncode == 2
     assert "sees no GPU" in done.stderr
 
@@ -118,12 +119,13 @@ def test_without_a_gpu_the_script_says_so():
 def test_compiling_drops_what_spills_and_descriptors_become_tma_instructions():
     done = outside("-c", """
 import torch
-from dml_kernels.triton_backend import autotune, configs
+from dml_kernels.backends.triton import configs
+from dml_kernels.backends.triton.tools import autotune
 task = autotune.Task("rows", torch.bfloat16, False, 64)
 own = configs.pick("rows", "sm_90", torch.bfloat16, 64, "dot", torch.bfloat16)
 print(autotune.compiled(task, own, "sm_90"))
 print(autotune.compiled(task, configs.Config(256, 128, 64, 4, 2), "sm_90"))
-from dml_kernels.triton_backend import aot, report
+from dml_kernels.backends.triton.tools import aot, report
 for tma in (False, True):
     tile = configs.pick("forward", "sm_90", torch.bfloat16, 512, "dot", torch.bfloat16)._replace(tma=tma)
     with configs.trial("forward", tile):

@@ -8,7 +8,7 @@ import torch
 from helpers import BF16, FP16, FP32, FP64, METRIC_IDS, METRICS, MIXED, assert_same_bits, check, on_metrics, randn
 from pair_helpers import HingeProblem
 
-from dml_kernels.triton_backend import collect, configs
+from dml_kernels.backends.triton import collect, configs
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
 B = "triton"

@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dml_kernels.backends.triton import argmax, collect, configs, hinge, logsumexp
+from dml_kernels.backends.triton import distance as matrices
+from dml_kernels.backends.triton.launch import recorded
+from dml_kernels.backends.triton.tools import model
 from dml_kernels.ops.signatures import (
     ArgmaxSpec,
     Bank,
@@ -25,8 +29,6 @@ from dml_kernels.ops.signatures import (
     Slopes,
     Spec,
 )  # fmt: skip
-from dml_kernels.triton_backend import argmax, collect, configs, hinge, logsumexp, matrices, model
-from dml_kernels.triton_backend.launch import recorded
 
 
 def test_no_fixed_offset_where_the_span_is_unknown():
@@ -149,7 +151,7 @@ def run(code: str, **env: str) -> str:
 ASK = """
 import torch, sys
 {before}
-from dml_kernels.ops import backend
+from dml_kernels.ops import choice as backend
 for device in ("cpu", "cuda"):
     verdicts = backend.explain("masked_logsumexp", device, torch.float32)
     print(device, [v.reason for v in verdicts if v.backend == "triton"])
@@ -175,7 +177,7 @@ def test_the_interpreter_is_never_chosen_unasked():
         """
 import torch
 from dml_kernels import use_backend
-from dml_kernels.ops import backend
+from dml_kernels.ops import choice as backend
 ask = lambda dtype: backend.choose("masked_logsumexp", torch.device("cpu"), dtype)
 print(*{ask(dtype) == "triton" for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)})
 with use_backend("triton"):
@@ -200,7 +202,7 @@ def test_a_broken_triton_is_a_reason_and_no_crash(tmp_path):
 def test_every_precision_setting_has_its_arithmetic():
     out = run("""
 import torch
-from dml_kernels.triton_backend.precision import fp32_products
+from dml_kernels.backends.triton.precision import fp32_products
 say = lambda: print(fp32_products("sm_90", torch.float32), end=" ")
 for old in ("highest", "high", "medium"):
     torch.set_float32_matmul_precision(old)
@@ -214,7 +216,7 @@ print(fp32_products("gfx942", torch.float32), fp32_products("sm_90", torch.bfloa
     out = run("""
 import torch
 torch.backends.fp32_precision = "tf32"
-from dml_kernels.triton_backend.precision import fp32_products
+from dml_kernels.backends.triton.precision import fp32_products
 print(fp32_products("sm_90", torch.float32))
 """)
     assert out.split() == ["tf32"]

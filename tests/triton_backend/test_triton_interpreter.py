@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from dml_kernels.triton_backend import interpreter
+from dml_kernels.backends.triton import interpreter
 
 interpreter.mend()
-KERNEL_MODULES = ("row_kernels", "forward", "backward", "owned", "near", "distance", "hinge_kernels", "argmax_kernels")
+KERNEL_MODULES = ("logsumexp", "gradients", "near", "logsumexp_owned", "rows", "distance", "hinge", "argmax")
 AWKWARD = torch.tensor([1.0, -2.5, 1 + 2**-8, 1 + 2**-9, 3.1415927, 1e-30, 3e38, 0.0, -0.0, float("inf"), float("nan"),
                         1e-40, 65504.0, -1e-7, 2**-126, 7.0])  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_a_float_argument_has_all_its_digits(dtype):
 def kernels() -> dict[str, inspect.Signature]:
     found = {}
     for name in KERNEL_MODULES:
-        module = importlib.import_module(f"dml_kernels.triton_backend.{name}")
+        module = importlib.import_module(f"dml_kernels.backends.triton.kernels.{name}")
         for attribute, value in vars(module).items():
             if attribute.endswith("_kernel"):
                 found[attribute] = inspect.signature(value.fn)

@@ -14,9 +14,9 @@ from features import FEATURES
 from helpers import BF16, FP16, FP32, FP64, MIXED, Problem, assert_all_accurate, assert_same_bits, check, randn
 
 from dml_kernels import functional as F
+from dml_kernels.backends.triton import configs, logsumexp
 from dml_kernels.ops import masked_logsumexp as lse
 from dml_kernels.ops.signatures import Spec
-from dml_kernels.triton_backend import configs, logsumexp
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "launched", "owned")
 B = "triton"

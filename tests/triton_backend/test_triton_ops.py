@@ -29,7 +29,7 @@ from helpers import (
 )
 
 from dml_kernels import functional as F
-from dml_kernels.triton_backend import collect, configs, logsumexp
+from dml_kernels.backends.triton import collect, configs, logsumexp
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "launched")
 B = "triton"

@@ -8,8 +8,8 @@ import torch
 from helpers import BF16, FP16, FP32, FP64, METRIC_IDS, METRICS, MIXED, randn
 
 from dml_kernels import functional as F
-from dml_kernels.ops import backend as backends
-from dml_kernels.triton_backend import collect, configs
+from dml_kernels.backends.triton import collect, configs
+from dml_kernels.ops import choice as backends
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory", "checked")
 B = "triton"

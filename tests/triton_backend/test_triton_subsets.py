@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import subset_helpers
 
-from dml_kernels.triton_backend import configs
+from dml_kernels.backends.triton import configs
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 

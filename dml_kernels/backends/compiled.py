@@ -1,0 +1,51 @@
+"""From an op's arguments to those of the compiled ops: what the ``cpu`` and the ``cuda`` backend share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.library import Choices
+from ..ops.signatures import Clustered, DistanceSpec, MagnetSpec, ProxySpec, Spec
+
+METRIC_CODES = Choices("metric", {"dot": 0, "sqeuclidean": 1, "euclidean": 2})
+REDUCTION_CODES = Choices("reduction", {"none": 0, "sum": 1, "mean": 2})
+
+
+def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> tuple[Any, ...]:
+    """Label vectors contiguous, the rest as it is."""
+    c, exclude = c if c is None else c.contiguous(), exclude if exclude is None else exclude.contiguous()
+    return x, w, y.contiguous(), c, exclude
+
+
+def clustered(inputs: Clustered) -> tuple[Any, ...]:
+    """The tensors of magnet: ids contiguous, the rest as it is."""
+    x, clusters, classes, centers, variance = inputs
+    return x, clusters.contiguous(), classes.contiguous(), centers, variance
+
+
+def distance_numbers(spec: DistanceSpec) -> tuple[Any, ...]:
+    """The numbers of normalized_distance."""
+    return METRIC_CODES[spec.metric], spec.normalize, spec.eps
+
+
+def lse_numbers(spec: Spec) -> tuple[Any, ...]:
+    """The numbers of masked_logsumexp."""
+    return METRIC_CODES[spec.metric], spec.normalize, *spec.logit, spec.eps, spec.ignore_index
+
+
+def proxy_numbers(spec: ProxySpec) -> tuple[Any, ...]:
+    """The numbers of proxy_nca."""
+    reduction = REDUCTION_CODES[spec.reduction]
+    return spec.factor, spec.exclude_positive, spec.label_smoothing, spec.eps, spec.ignore_index, reduction
+
+
+def magnet_numbers(spec: MagnetSpec) -> tuple[Any, ...]:
+    """The numbers of magnet."""
+    return spec.alpha, spec.normalize, spec.min_variance, spec.eps, spec.ignore_index, REDUCTION_CODES[spec.reduction]
+
+
+def wanted(targets: Any, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients as an op's backward returns them."""
+    return [t if need else None for t, need in zip(targets, needs, strict=True)]

@@ -1,0 +1,81 @@
+"""The Proxy-NCA loss from masked_logsumexp and its N-sized results.
+
+With u_i = L-_i - L+_i (one positive: L+ is its logit), h_i the incoming gradient of a row, its weight and the mean's
+divisor included, e the label smoothing and Z_i the sum of all M logits::
+
+    row = log(1 + exp u) + e (L+ - Z / M)     dL/dL- = h sigmoid(u)   dL/dL+ = h (e - sigmoid(u))   dL/dZ = -h e / M
+    positive left out: row = u                dL/dL- = h              dL/dL+ = -h
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import logspace
+from ...ops.proxy_nca import bank_of
+from ...ops.signatures import Proxied, ProxySpec
+from .engine import Engine
+
+
+def _contributes(inputs: Proxied, different: Tensor, spec: ProxySpec) -> tuple[Tensor, Tensor]:
+    """Rows that count in the mean, and rows whose loss is not 0 by definition."""
+    counted = inputs.y != spec.ignore_index
+    # A row without negatives contributes nothing where the positive is left out; NaN contributes.
+    return counted, counted & (different != -math.inf) if spec.exclude_positive else counted
+
+
+def _row_factor(inputs: Proxied, counted: Tensor, like: Tensor, reduction: str) -> Tensor:
+    """Each row's weight over the divisor: of the mean the counted rows, or their total weight; 1 where that is 0."""
+    weight = counted.to(like.dtype) if inputs.weight is None else torch.where(counted, inputs.weight.to(like.dtype), 0)
+    if reduction != "mean":
+        return weight
+    mass = weight.sum()
+    return weight / torch.where(mass == 0, 1, mass)
+
+
+def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, L+, L-)."""
+    same, different, sum_same, sum_different = Engine.kernels(spec.backend).lse(bank_of(inputs), spec.lse)
+    counted, contributes = _contributes(inputs, different, spec)
+    u = (different - same).masked_fill(~contributes, 0 if spec.exclude_positive else -math.inf)
+    rows = u if spec.exclude_positive else logspace.log1pexp(u)
+    if spec.label_smoothing:
+        mean = (sum_same + sum_different) / inputs.w.size(0)
+        rows = rows + spec.label_smoothing * (same - mean).masked_fill(~counted, 0)
+    # Masked, not multiplied: what is left out may be NaN.
+    value = torch.where(counted, rows * _row_factor(inputs, counted, rows, spec.reduction), 0)
+    return value if spec.reduction == "none" else value.sum(), same, different
+
+
+def proxy_nca_bwd(grad, same, different, needs, inputs: Proxied, spec: ProxySpec) -> list[Tensor | None]:
+    """The gradients of x, w and scale, each where wanted."""
+    return _backward(grad, same, different, needs, inputs, spec, Engine.kernels(spec.backend))
+
+
+def differentiable_backward(grad, needs, inputs: Proxied, spec: ProxySpec) -> list[Tensor | None]:
+    """As proxy_nca_bwd, and differentiable in its turn, in grad and in all inputs."""
+    engine = Engine.functions(spec.backend)
+    same, different, *_ = engine.lse(bank_of(inputs), spec.lse)
+    return _backward(grad, same, different, needs, inputs, spec, engine)
+
+
+def _backward(
+    grad: Tensor, same: Tensor, different: Tensor, needs: Sequence[bool], inputs: Proxied, spec: ProxySpec,
+    engine: Engine,
+) -> list[Tensor | None]:  # fmt: skip
+    counted, contributes = _contributes(inputs, different, spec)
+    h = torch.where(counted, grad * _row_factor(inputs, counted, same, spec.reduction), 0)
+    if spec.exclude_positive:
+        slope = contributes.to(same.dtype)
+    else:
+        slope = torch.sigmoid((different - same).masked_fill(~contributes, -math.inf))
+    pulls, e = h * slope, spec.label_smoothing
+    of_sums = h * (-e / inputs.w.size(0)) if e else h.new_zeros(0)
+    grads = (h * e - pulls, pulls, of_sums, of_sums)
+    wanted = [needs[0], needs[1], needs[2], False]
+    found = engine.lse_bwd(grads, (same, different), wanted, bank_of(inputs), spec.lse)
+    return [g if need else None for g, need in zip(found, needs, strict=False)]

@@ -1,0 +1,157 @@
+"""The ``cpu`` backend: the fused C++ kernels of the extension, behind the op contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops.contract import accumulate_dtype
+from ..ops.library import EXTENSION, Choices, gradients_like
+from ..ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
+from .compiled import (
+    METRIC_CODES,
+    clustered,
+    distance_numbers,
+    labelled,
+    lse_numbers,
+    magnet_numbers,
+    proxy_numbers,
+    wanted,
+)
+from .torch import scale_grad
+
+name = "cpu"
+POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
+PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OPS = (
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
+    "magnet_loss",
+)  # fmt: skip
+
+
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU; the tensors are on {device.type}"
+    if dtype not in DTYPES:
+        return f"multiplies float32, float64, bfloat16 and float16; not {dtype}"
+    if op not in OPS:
+        return f"{op} is not implemented here"
+    if policy != "linear" and op != "masked_logsumexp":
+        return f"{op} has no logit policy, such as {policy!r}"
+    if EXTENSION.module is None:
+        return f"the extension is {EXTENSION.reason}"
+    if op in PAIR_OPS and not hasattr(_ops(), PAIR_OPS[op]):
+        return "the extension was built before this op was written; build it again"
+    return None
+
+
+def describe() -> str:
+    return f"fused C++; {EXTENSION.reason}"
+
+
+def _ops():
+    return torch.ops.dml_kernels_cpu
+
+
+def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_fwd(rows.x, spec.eps)
+
+
+def normalize_bwd(grad: Tensor, rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_bwd(grad, rows.x, spec.eps)
+
+
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    out = inputs.x.new_empty((inputs.x.size(0), inputs.w.size(0)), dtype=spec.dtype)
+    _ops().distance_fwd(out, *inputs, *distance_numbers(spec))
+    return out
+
+
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> list[Tensor | None]:
+    targets = gradients_like(inputs, needs, inputs.x)
+    _ops().distance_bwd(*targets, grad, *inputs, *distance_numbers(spec))
+    return wanted(targets, needs)
+
+
+def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), spec.sums)
+
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+    targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
+    if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
+        targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], bank)
+    return wanted(targets, needs)
+
+
+def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
+    return _ops().hinge_fwd(_kind(spec), *_plain_lines(lines), *_pair_numbers(spec))
+
+
+def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> list[Tensor | None]:
+    targets = gradients_like((lines.x, lines.w), needs, lines.x)
+    _ops().hinge_bwd(*targets, *slopes, _kind(spec), *_plain_lines(lines), *_pair_numbers(spec))
+    return wanted(targets, needs)
+
+
+def _plain_lines(lines) -> tuple:
+    return *labelled(*lines[:5]), *lines.offset, *lines.k
+
+
+def masked_argmax_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    return _ops().argmax_fwd(
+        _kind(spec), *labelled(*inputs[:5]), *inputs[5:], *spec.wanted, *spec.largest, spec.noise,
+        spec.seed, *spec.cutoffs, *_pair_numbers(spec),
+    )  # fmt: skip
+
+
+def _pair_numbers(spec) -> tuple:
+    return METRIC_CODES[spec.metric], spec.normalize, spec.eps, spec.ignore_index
+
+
+def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
+
+
+def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
+    targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
+    if needs[2]:
+        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    _ops().proxy_nca_bwd(*targets, grad, same, different, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], inputs)
+    return wanted(targets, needs)
+
+
+def _plain_proxied(inputs):
+    x, w, y, *vectors = inputs
+    return x, w, y.contiguous(), *vectors
+
+
+def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    return _ops().magnet_fwd(_kind(spec), *clustered(inputs), *magnet_numbers(spec))
+
+
+def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
+    targets = gradients_like((inputs.x, *inputs[3:]), needs, inputs.x)
+    _ops().magnet_bwd(*targets, grad, different, _kind(spec), *clustered(inputs), *magnet_numbers(spec))
+    return wanted(targets, needs)
+
+
+def _kind(spec: Spec) -> Tensor:
+    """An empty tensor that carries the product dtype."""
+    return torch.empty(0, dtype=spec.dtype)
+
+
+def _plain(bank: Bank) -> Bank:
+    """Label vectors contiguous, the rest as it is."""
+    return Bank(*labelled(*bank[:5]), *bank[5:])
+
+
+def _policy(spec: Spec) -> tuple:
+    """Its code, the bank rows to a column, and its last number: m or gamma."""
+    return POLICY_CODES[spec.policy], spec.centres, spec.policy_params[-1] if spec.policy_params else 0.0

@@ -1,0 +1,153 @@
+"""The ``cuda`` backend: the C++/CUDA kernels of the extension, for batches bound by launches, and for fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..ops.contract import accumulate_dtype
+from ..ops.library import EXTENSION, gradients_like
+from ..ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
+from .compiled import clustered, distance_numbers, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
+from .torch import scale_grad
+
+name = "cuda"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
+OLDEST = (8, 0)  # compute capability of the oldest architecture that is built
+# Where the ops are, and the device they serve; the tests' emulator has the same ops for CPU tensors.
+namespace, device_type = "dml_kernels_cuda", "cuda"
+
+
+def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
+    if policy != "linear":
+        return f"logit policy {policy!r} is not implemented here"
+    if op not in OPS:
+        return f"{op} is not implemented here"
+    if device.type != device_type:
+        return f"runs on NVIDIA GPUs; the tensors are on {device.type}"
+    if dtype not in DTYPES:
+        return f"multiplies float32, float64, bfloat16 and float16; not {dtype}"
+    return _refuse_device(device) if device.type == "cuda" else None
+
+
+def _refuse_device(device: torch.device) -> str | None:
+    if EXTENSION.module is None:
+        return f"the extension is {EXTENSION.reason}"
+    if not hasattr(torch.ops.dml_kernels_cuda, "mlse_fwd"):
+        return f"the extension was built without CUDA kernels: {EXTENSION.info['why_no_cuda']}"
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return "needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def describe() -> str:
+    return "CUDA C++ kernels, one launch each way"
+
+
+def composed(loss: str):
+    # Imported late: the compositions are written on the ops, whose choice of backend imports this module.
+    from ..ops.fused import composed as composition
+
+    return composition(loss)
+
+
+def _ops():
+    return getattr(torch.ops, namespace)
+
+
+def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_fwd(rows.x, spec.eps)
+
+
+def normalize_bwd(grad: Tensor, rows: Rows, spec: NormalizeSpec) -> Tensor:
+    return _ops().normalize_bwd(grad, rows.x, spec.eps)
+
+
+def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    out = inputs.x.new_empty((inputs.x.size(0), inputs.w.size(0)), dtype=spec.dtype)
+    _ops().distance_fwd(out, *inputs, *distance_numbers(spec))
+    return out
+
+
+def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> list[Tensor | None]:
+    targets = gradients_like(inputs, needs, inputs.x)
+    if inputs.x.size(0) == 0:
+        return wanted(_zeroed(targets), needs)
+    _ops().distance_bwd(*targets, grad, *inputs, *distance_numbers(spec))
+    return wanted(targets, needs)
+
+
+def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
+    return _ops().mlse_fwd(*_plain(bank), *lse_numbers(spec), spec.sums)
+
+
+def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+    targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
+    if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
+        targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    if bank.x.size(0) == 0:
+        _zeroed(targets)
+    else:
+        _ops().mlse_bwd(*targets, *grads, *(t.contiguous() for t in lse), *_plain(bank), *lse_numbers(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], bank)
+    return wanted(targets, needs)
+
+
+def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    """In one launch."""
+    if inputs.x.size(0) == 0:
+        return composed("proxy_nca").proxy_nca_fwd(inputs, spec)
+    return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *proxy_numbers(spec))
+
+
+def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
+    """In one launch, but for the sum of a scalar scale's gradient."""
+    if inputs.x.size(0) == 0:
+        return composed("proxy_nca").proxy_nca_bwd(grad, same, different, needs, inputs, spec)
+    targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
+    if needs[2]:
+        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    saved = (same.contiguous(), different.contiguous())
+    _ops().proxy_nca_bwd(*targets, grad, *saved, *_plain_proxied(inputs), *proxy_numbers(spec))
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], inputs)
+    return wanted(targets, needs)
+
+
+def _plain_proxied(inputs):
+    x, w, y, scale, weight = inputs
+    return x, w, y.contiguous(), scale, weight
+
+
+def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
+    """In one launch; batches of more than 512 rows or clusters as the composition of the other ops."""
+    if not _fits(inputs):
+        return composed("magnet").magnet_fwd(inputs, spec)
+    return _ops().magnet_fwd(*clustered(inputs), *magnet_numbers(spec))
+
+
+def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
+    """In one launch: distances, a barrier of all blocks, gradients; larger batches as the composition."""
+    if not _fits(inputs):
+        return composed("magnet").magnet_bwd(grad, different, needs, inputs, spec)
+    targets = gradients_like((inputs.x, *inputs[3:]), needs, inputs.x)
+    _ops().magnet_bwd(*targets, grad, different.contiguous(), *clustered(inputs), *magnet_numbers(spec))
+    return wanted(targets, needs)
+
+
+def _fits(inputs) -> bool:
+    return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
+
+
+def _zeroed(targets: Iterable[Tensor]) -> list[Tensor]:
+    return [t.zero_() for t in targets]
+
+
+def _plain(bank: Bank) -> Bank:
+    return Bank(*labelled(*bank[:5]), *bank[5:])

@@ -1,0 +1,115 @@
+"""masked_hinge_sum on the ``torch`` backend: forward, backward and double backward over bank chunks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.contract import accumulate_dtype
+from . import tiles
+from .double import Tangents
+
+
+class Members(NamedTuple):
+    """Of one chunk, (N, chunk) bool: the row's set of its own label, that of the others, and its own label's entries
+    whether counted or excluded.
+    """
+
+    same: Tensor
+    different: Tensor
+    own: Tensor
+
+
+def members(inputs, k: slice, ignore_index: int) -> Members:
+    """``inputs`` has y, c and exclude, as ops.contract.Bank does."""
+    columns = torch.arange(k.start, k.stop, device=inputs.y.device)
+    c = columns if inputs.c is None else inputs.c[k]
+    match, row = inputs.y[:, None] == c, (inputs.y != ignore_index)[:, None]
+    used = row.expand_as(match)
+    if inputs.c is not None:
+        used = used & (c != ignore_index)
+    if inputs.exclude is not None:
+        used = used & (inputs.exclude[:, None] != columns)
+    return Members(match & used, ~match & used, match & row)
+
+
+def positive_scores(inputs, spec) -> Tensor:
+    """s_{i, y_i} (N,) in the accumulation dtype, from rows of the bank gathered a block at a time; anything for rows
+    that are ignored.
+    """
+    n, d = inputs.x.shape
+    out = inputs.x.new_empty(n, dtype=accumulate_dtype(spec.dtype))
+    own = inputs.y.clamp(0, inputs.w.size(0) - 1)
+    step = max(1, tiles.CHUNK_ELEMENTS // d)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        x, w = (t.to(out.dtype) for t in (inputs.x[rows], inputs.w[own[rows]]))
+        out[rows] = tiles.listed_scores(x, w, spec.metric, spec.normalize, spec.eps)
+    return out
+
+
+def _active(s: Tensor, k: float, offset: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """k s + offset, and where it is positive in the set. NaN counts as positive, to be seen in the sum."""
+    z = torch.add(offset[:, None], s, alpha=k)
+    return z, member & ~(z <= 0)
+
+
+def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
+    rows = tiles.Side.of(lines.x, spec.normalize, spec.eps, spec.dtype)
+    n = lines.x.size(0)
+    sums = [rows.full.new_zeros(n) for _ in range(2)]
+    counts = [rows.full.new_zeros(n, dtype=torch.int64) for _ in range(2)]
+    for chunk in tiles.chunks(n, *lines.w.shape):
+        s = tiles.scores(rows, tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype), spec.metric).s
+        sets = members(lines, chunk, spec.ignore_index)
+        for i in range(2):
+            z, active = _active(s, lines.k[i], lines.offset[i], sets[i])
+            sums[i] += z.masked_fill_(~active, 0).sum(1)
+            counts[i] += active.sum(1)
+    return (*sums, *counts)
+
+
+def _weights(s: Tensor, sets: Members, slopes, lines) -> tuple[Tensor, list[Tensor]]:
+    """The gradient on each score of a chunk, and where each set's terms are positive."""
+    active = [_active(s, lines.k[i], lines.offset[i], sets[i])[1] for i in range(2)]
+    ds = torch.where(active[0], slopes.same[:, None], torch.where(active[1], slopes.different[:, None], 0))
+    if slopes.own is not None:
+        ds = torch.where(sets.own, slopes.own[:, None], ds)
+    return ds, active
+
+
+def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Tensor | None]:
+    rows = tiles.Side.of(lines.x, spec.normalize, spec.eps, spec.dtype)
+    collect = tiles.Gradients(rows, spec.metric, *needs)
+    grad_w = torch.empty_like(lines.w, memory_format=torch.contiguous_format) if needs[1] else None
+    for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
+        b = tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype)
+        scores = tiles.scores(rows, b, spec.metric)
+        ds, _ = _weights(scores.s, members(lines, chunk, spec.ignore_index), slopes, lines)
+        part = collect.chunk(b, scores, ds)
+        if grad_w is not None:
+            grad_w[chunk] = part.to(grad_w.dtype)
+    grad_x = collect.finish()
+    return None if grad_x is None else grad_x.to(lines.x.dtype), grad_w
+
+
+def masked_hinge_sum_dbl(directions, slopes, lines, counts, spec) -> tuple[list[Tensor], Tensor, Tensor]:
+    """With Phi = sum_ij ds_ij s'_ij, s' the scores' derivative along the directions: Phi's gradients in the incoming
+    gradients of both sets, in x and in w. ds is constant but for its incoming gradient.
+    """
+    v_x, v_w = directions
+    tangents = Tangents(lines.x, v_x, spec.metric, spec.normalize, spec.eps, spec.dtype)
+    along = [tangents.x.new_zeros(lines.x.size(0)) for _ in range(2)]
+    d_w = torch.empty_like(lines.w, memory_format=torch.contiguous_format)
+    for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
+        step = tangents.chunk(lines.w[chunk], v_w[chunk] if v_w.numel() else None)
+        sets = members(lines, chunk, spec.ignore_index)
+        ds, active = _weights(step.s, sets, slopes, lines)
+        for i in range(2):
+            along[i] += lines.k[i] * torch.where(active[i], step.ds, 0).sum(1)
+        if slopes.own is not None:
+            along[1] -= lines.k[1] * counts[1] * torch.where(sets.own, step.ds, 0).sum(1)
+        d_w[chunk] = tangents.pull_back(step, None, ds).to(d_w.dtype)
+    return along, tangents.finish().to(lines.x.dtype), d_w

@@ -1,0 +1,115 @@
+"""positive_pair_sum in plain PyTorch, forward and backward by hand, on any device: functional has the formulas.
+
+A block of rows against the entries of their classes is one small product; its tile of terms is masked and summed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...logspace import log1pexp, logaddexp
+from ...ops.signatures import Pairs, PairSpec
+from ...pairs.class_ranges import ClassRanges
+from . import by_class, tiles
+from .tiles import Gradients, Scores, Side
+
+KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
+
+
+class Slopes(NamedTuple):
+    """df of a tile in s, u and v."""
+
+    s: Tensor
+    u: Tensor
+    v: Tensor | None
+
+
+def term(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Tensor:
+    """f(s, u, v), broadcast; differentiable twice by autograd where u or v is -inf, too."""
+    if spec.kind == "softplus":
+        return log1pexp(u - spec.params[0] * s)
+    return torch.relu(logaddexp(u, v, empty=0.0) - spec.params[0] * s - spec.params[1]).square() / 2
+
+
+def slopes(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Slopes:
+    """f's derivatives."""
+    if spec.kind == "softplus":
+        p = torch.sigmoid(u - spec.params[0] * s)
+        return Slopes(-spec.params[0] * p, p, None)
+    joint = torch.logaddexp(u, v)
+    joint.masked_fill_(joint == -math.inf, 0)
+    h = torch.relu(joint - spec.params[0] * s - spec.params[1])
+    return Slopes(-spec.params[0] * h, h * torch.exp(u - joint), h * torch.exp(v - joint))
+
+
+class Tile(NamedTuple):
+    """One piece of a block: the entries, their vectors, the scores, which pairs are positives, and u and v there."""
+
+    cols: Tensor
+    b: Side
+    scores: Scores
+    mask: Tensor
+    u: Tensor
+    v: Tensor | None
+
+
+def _tiles(block: by_class.Block, a: Side, pairs: Pairs, spec: PairSpec):
+    acc = a.full.dtype
+    u = pairs.u[block.rows].to(acc)[:, None]
+    for k in block.pieces(pairs.x.size(1)):
+        cols = block.cols[k]
+        b = Side.of(pairs.w[cols], spec.normalize, spec.eps, spec.dtype)
+        v = None if pairs.v is None else pairs.v[cols].to(acc)
+        yield Tile(cols, b, tiles.scores(a, b, spec.metric), block.mask(k), u, v)
+
+
+def fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's sum, number of positives, and number of terms over 0."""
+    ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    n = pairs.x.size(0)
+    total, active = pairs.x.new_zeros(n, dtype=torch.float64), torch.zeros_like(pairs.y)
+    for block in by_class.blocks(ranges, ranges.positives > 0):
+        a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
+        for tile in _tiles(block, a, pairs, spec):
+            value = term(tile.scores.s, tile.u, tile.v, spec).masked_fill_(~tile.mask, 0)
+            total[block.rows] += value.sum(1, dtype=torch.float64)
+            active[block.rows] += (value > 0).sum(1)
+    return total.to(_acc(spec)), ranges.positives, active
+
+
+def _acc(spec) -> torch.dtype:
+    return torch.float64 if spec.dtype == torch.float64 else torch.float32
+
+
+def bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
+    """Gradients in x, w, u and v, of <grad, total>."""
+    ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    acc, need_points = _acc(spec), needs[0] or needs[1]
+    g_x, g_w, g_u, g_v = (
+        torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need and t is not None else None
+        for t, need in zip((pairs.x, pairs.w, pairs.u, pairs.v), needs, strict=True)
+    )
+    for block in by_class.blocks(ranges, (ranges.positives > 0) & (grad != 0)):
+        a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
+        collect = Gradients(a, spec.metric, g_x is not None, g_w is not None)
+        g = grad[block.rows].to(acc)[:, None]
+        for tile in _tiles(block, a, pairs, spec):
+            found = slopes(tile.scores.s, tile.u, tile.v, spec)
+            ds, du, dv = (None if t is None else (t * g).masked_fill_(~tile.mask, 0) for t in found)
+            if g_u is not None:
+                g_u[block.rows] += du.sum(1)
+            if g_v is not None:
+                g_v[tile.cols] += dv.sum(0)  # entries come once a piece: no two add to one place
+            if need_points:
+                part = collect.chunk(tile.b, tile.scores, ds)
+                if g_w is not None:
+                    g_w[tile.cols] += part
+        if g_x is not None:
+            g_x[block.rows] = collect.finish()
+    return tuple(
+        None if g is None else g.to(t.dtype) for g, t in zip((g_x, g_w, g_u, g_v), (pairs.x, pairs.w, pairs.u, pairs.v))
+    )

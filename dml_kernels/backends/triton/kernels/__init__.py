@@ -1,0 +1,1 @@
+"""Device functions and kernels; the modules one floor up launch them."""

@@ -1,0 +1,1 @@
+"""Tools for tuning the kernels: compiling ahead of time, a report, the cost model, timing tiles."""
