@@ -67,5 +67,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "Compiler, flags, C++ standard, CUDA architectures, sanitizers and torch built with.");
   m.def("cpu_capability", &dml::cpu::isa, "The instruction set chosen for this processor: avx512, avx2 or default.");
-  m.def("cpu_products", &dml::cpu::products, "Where the matrix products of the CPU kernels come from.");
+  m.def("cpu_products", &dml::cpu::product_source, "Where the matrix products of the CPU kernels come from.");
 }

@@ -33,8 +33,8 @@ void distance_forward(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool 
                   m, ")");
   with_product_type(out.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::bank);
-    distance_fwd<P>(problem, target(out, {n, m}, "out"));
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::bank);
+    distance_fwd<P>(comparison, target(out, {n, m}, "out"));
   });
 }
 
@@ -44,8 +44,8 @@ void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tens
   STD_TORCH_CHECK(g.rows == x.size(0) && g.cols == w.size(0), "dml_kernels: grad must be (N, M)");
   with_product_type(grad.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::bank);
-    distance_bwd<P>(problem, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"));
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::bank);
+    distance_bwd<P>(comparison, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"));
   });
 }
 
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Tensor kind, Tensor x, T
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
-    masked_logsumexp_fwd<P>(problem, label, args, out);
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
+    masked_logsumexp_fwd<P>(comparison, label, args, out);
   });
   return {same, different, sum_same, sum_different};
 }
@@ -119,8 +119,8 @@ void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_
                            target(grad_scale, {n}, "grad_scale"), target(grad_col_bias, {m}, "grad_col_bias")};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
-    masked_logsumexp_bwd<P>(problem, label, args, in, targets);
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
+    masked_logsumexp_bwd<P>(comparison, label, args, in, targets);
   });
 }
 
@@ -168,10 +168,11 @@ void proxy_nca_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor 
       proxy_args(x, w, y, scale, weight, factor, exclude_positive, label_smoothing, eps, ignore_index, reduction);
   const ProxyTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
                              target(grad_scale, {n}, "grad_scale")};
-  const Vector incoming = vector(grad, n, "grad"), own = vector(same, n, "same"),
-               others = vector(different, n, "different");
-  with_product_type(kind.scalar_type(),
-                    [&](auto zero) { proxy_nca_bwd<decltype(zero)>(args, incoming, own, others, targets); });
+  const Vector incoming = vector(grad, n, "grad"), lse_same = vector(same, n, "same"),
+               lse_different = vector(different, n, "different");
+  with_product_type(kind.scalar_type(), [&](auto zero) {
+    proxy_nca_bwd<decltype(zero)>(args, incoming, lse_same, lse_different, targets);
+  });
 }
 
 MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,

@@ -34,18 +34,18 @@ void distance_fwd(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool norm
   if (x.size(0) == 0) return;
   const Launch launch(x);
   const Target to = target(out, {x.size(0), w.size(0)}, "out");
-  check(distance_forward(comparison(x, w, metric, normalize, eps), to, launch.stream), "normalized_distance");
+  check(distance_forward(comparison_of(x, w, metric, normalize, eps), to, launch.stream), "normalized_distance");
 }
 
 void distance_bwd(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tensor w, std::int64_t metric, bool normalize,
                   double eps) {
   const Launch launch(x);
-  const Comparison problem = comparison(x, w, metric, normalize, eps);
+  const Comparison comparison = comparison_of(x, w, metric, normalize, eps);
   const Matrix g = matrix(grad, "grad");
-  STD_TORCH_CHECK(g.rows == problem.x.rows && g.cols == problem.w.rows, "dml_kernels: grad must be (N, M)");
-  STD_TORCH_CHECK((g.dtype == Dtype::f64) == problem.wide, "dml_kernels: fp64 with another dtype");
-  const Scratch scratch(x, backward_bytes(problem));
-  check(distance_backward(problem, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
+  STD_TORCH_CHECK(g.rows == comparison.x.rows && g.cols == comparison.w.rows, "dml_kernels: grad must be (N, M)");
+  STD_TORCH_CHECK((g.dtype == Dtype::f64) == comparison.wide, "dml_kernels: fp64 with another dtype");
+  const Scratch scratch(x, backward_bytes(comparison));
+  check(distance_backward(comparison, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
                           scratch.data(), launch.stream),
         "normalized_distance");
 }
@@ -69,8 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y
                                                     bool with_sums) {
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
-  const Comparison problem = comparison(x, w, metric, normalize, eps);
-  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, accumulation(problem.wide)); };
+  const Comparison comparison = comparison_of(x, w, metric, normalize, eps);
+  const auto make = [&](std::int64_t size) {
+    return torch::stable::new_empty(x, {size}, accumulation(comparison.wide));
+  };
   Tensor same = make(n), different = make(n), sum_same = make(with_sums ? n : 0),
          sum_different = make(with_sums ? n : 0);
   if (n == 0) return {same, different, sum_same, sum_different};
@@ -81,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y
                    with_sums ? sum_different.mutable_data_ptr() : nullptr,
                    {}};
   const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
-  check(lse_forward(problem, labels(x, w, y, c, exclude, ignore_index), args, out, scratch.data(), launch.stream),
+  check(lse_forward(comparison, labels(x, w, y, c, exclude, ignore_index), args, out, scratch.data(), launch.stream),
         "masked_logsumexp");
   return {same, different, sum_same, sum_different};
 }
@@ -93,19 +95,19 @@ void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_b
               double k_different, double o_different, double eps, std::int64_t ignore_index) {
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
-  const Comparison problem = comparison(x, w, metric, normalize, eps);
+  const Comparison comparison = comparison_of(x, w, metric, normalize, eps);
   const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias);
   const LseGrads grads{vector_unless_empty(grad_same, n, "grad_same"),
                        vector_unless_empty(grad_different, n, "grad_different"),
                        vector_unless_empty(grad_sum_same, n, "grad_sum_same"),
                        vector_unless_empty(grad_sum_different, n, "grad_sum_different"),
-                       sums(same, n, problem.wide, "same"),
-                       sums(different, n, problem.wide, "different"),
+                       forward_result(same, n, comparison.wide, "same"),
+                       forward_result(different, n, comparison.wide, "different"),
                        {}};
   const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
                            target(grad_scale, {n}, "grad_scale"), target(grad_col_bias, {m}, "grad_col_bias")};
-  const Scratch scratch(x, backward_bytes(problem));
-  check(lse_backward(problem, labels(x, w, y, c, exclude, ignore_index), args, grads, targets, scratch.data(),
+  const Scratch scratch(x, backward_bytes(comparison));
+  check(lse_backward(comparison, labels(x, w, y, c, exclude, ignore_index), args, grads, targets, scratch.data(),
                      launch.stream),
         "masked_logsumexp");
 }
@@ -119,20 +121,22 @@ std::tuple<Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, O
   const Launch launch(x);
   const std::int64_t n = x.size(0), m = w.size(0);
   STD_TORCH_CHECK(n > 0, "dml_kernels: proxy_nca needs at least one row");
-  const Comparison problem = comparison(x, w, squared, true, eps);
-  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, accumulation(problem.wide)); };
+  const Comparison comparison = comparison_of(x, w, squared, true, eps);
+  const auto make = [&](std::int64_t size) {
+    return torch::stable::new_empty(x, {size}, accumulation(comparison.wide));
+  };
   Tensor same = make(n), different = make(n), sums_of_logits = make(label_smoothing > 0 ? 2 * n : 0);
-  Tensor value = reduction ? torch::stable::new_empty(x, {}, accumulation(problem.wide)) : make(n);
+  Tensor value = reduction ? torch::stable::new_empty(x, {}, accumulation(comparison.wide)) : make(n);
   const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}};
   char* logits = label_smoothing > 0 ? static_cast<char*>(sums_of_logits.mutable_data_ptr()) : nullptr;
   const LseOut out{same.mutable_data_ptr(),
                    different.mutable_data_ptr(),
                    logits,
-                   logits ? logits + n * (problem.wide ? 8 : 4) : nullptr,
+                   logits ? logits + n * (comparison.wide ? 8 : 4) : nullptr,
                    {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
                     choice<Reduction>(reduction, 3, "reduction"), value.mutable_data_ptr()}};
   const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
-  check(lse_forward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, out, scratch.data(),
+  check(lse_forward(comparison, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, out, scratch.data(),
                     launch.stream),
         "proxy_nca");
   return {value, same, different};
@@ -144,20 +148,20 @@ void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad,
                    std::int64_t reduction) {
   const Launch launch(x);
   const std::int64_t n = x.size(0);
-  const Comparison problem = comparison(x, w, squared, true, eps);
+  const Comparison comparison = comparison_of(x, w, squared, true, eps);
   const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}};
   const LseGrads grads{vector(grad, n, "grad"),
                        {},
                        {},
                        {},
-                       sums(same, n, problem.wide, "same"),
-                       sums(different, n, problem.wide, "different"),
+                       forward_result(same, n, comparison.wide, "same"),
+                       forward_result(different, n, comparison.wide, "different"),
                        {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
                         choice<Reduction>(reduction, 3, "reduction"), nullptr}};
   const LseTargets targets{
       target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"), target(grad_scale, {n}, "grad_scale"), {}};
-  const Scratch scratch(x, backward_bytes(problem));
-  check(lse_backward(problem, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, grads, targets,
+  const Scratch scratch(x, backward_bytes(comparison));
+  check(lse_backward(comparison, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, grads, targets,
                      scratch.data(), launch.stream),
         "proxy_nca");
 }
@@ -220,7 +224,7 @@ void magnet_bwd(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, Tensor
       centers ? target_like(grad_centers, *centers, "grad_centers") : target(grad_centers, {0}, "grad_centers"),
       target(grad_variance, {}, "grad_variance")};
   const Scratch scratch(x, magnet_backward_bytes(args));
-  check(magnet_backward(args, vector(grad, n, "grad"), sums(different, n, args.wide, "different"), targets,
+  check(magnet_backward(args, vector(grad, n, "grad"), forward_result(different, n, args.wide, "different"), targets,
                         scratch.data(), launch.stream),
         "magnet_loss");
 }

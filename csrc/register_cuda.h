@@ -71,8 +71,8 @@ inline Matrix matrix(const Tensor& t, const char* name) {
     const std::uintptr_t load = count * bytes < 16 ? count * bytes : 16;
     return t.stride(1) == 1 && t.stride(0) % count == 0 && address % load == 0;
   };
-  const int together = bytes == 2 && aligned(8) ? 8 : aligned(4) ? 4 : 1;
-  return {t.const_data_ptr(), dtype, together, t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  const int load_width = bytes == 2 && aligned(8) ? 8 : aligned(4) ? 4 : 1;
+  return {t.const_data_ptr(), dtype, load_width, t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
 inline Vector vector(const Tensor& t, std::int64_t n, const char* name) {
@@ -114,7 +114,7 @@ inline Target target_like(const Tensor& t, const Tensor& like, const char* name)
 }
 
 // Contiguous of the accumulation type.
-inline const void* sums(const Tensor& t, std::int64_t n, bool wide, const char* name) {
+inline const void* forward_result(const Tensor& t, std::int64_t n, bool wide, const char* name) {
   STD_TORCH_CHECK(has_shape(t, {n}) && t.is_contiguous() && on_device(t) &&
                       t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                   "dml_kernels: ", name, " must be ", n, " contiguous values of the accumulation type");
@@ -123,12 +123,12 @@ inline const void* sums(const Tensor& t, std::int64_t n, bool wide, const char* 
 
 // A matrix for kernels whose sums are in fp64: one of another dtype is widened value by value.
 inline Matrix widened(Matrix m, bool wide) {
-  if (wide && m.dtype != Dtype::f64) m.together = 1;
+  if (wide && m.dtype != Dtype::f64) m.load_width = 1;
   return m;
 }
 
 // Sums in fp64 where either side is fp64, in fp32 otherwise.
-inline Comparison comparison(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps) {
+inline Comparison comparison_of(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps) {
   const Matrix rows = matrix(x, "x"), bank = matrix(w, "w");
   STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
   STD_TORCH_CHECK(bank.rows > 0, "dml_kernels: w has no rows");

@@ -33,8 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, 
                      count_different.mutable_data_ptr<std::int64_t>()};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
-    masked_hinge_sum_fwd<P>(problem, label, args, out);
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
+    masked_hinge_sum_fwd<P>(comparison, label, args, out);
   });
   return {same, different, count_same, count_different};
 }
@@ -52,8 +52,8 @@ void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slop
   const Target to_x = target_like(grad_x, x, "grad_x"), to_w = target_like(grad_w, w, "grad_w");
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
-    masked_hinge_sum_bwd<P>(problem, label, args, slopes, to_x, to_w);
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
+    masked_hinge_sum_bwd<P>(comparison, label, args, slopes, to_x, to_w);
   });
 }
 
@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
   const ArgmaxOut out_d{integers_of(index_d), score_d.mutable_data_ptr(), integers_of(count_d)};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
-    const Problem<P> problem = problem_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
-    masked_argmax<P>(problem, label, args, out_s, out_d);
+    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
+    masked_argmax<P>(comparison, label, args, out_s, out_d);
   });
   return {index_s, score_s, count_s, index_d, score_d, count_d};
 }

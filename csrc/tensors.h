@@ -73,8 +73,8 @@ inline Target target_like(const Tensor& t, const Tensor& like, const char* name)
 
 // Rows x against the bank w, in product type P.
 template <class P>
-Problem<P> problem_of(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps, Cut cut,
-                      std::int64_t centres = 1) {
+Comparison<P> comparison_of(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps, Cut cut,
+                            std::int64_t centres = 1) {
   const Source rows = matrix(x, "x"), bank = matrix(w, "w");
   STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");
   STD_TORCH_CHECK(bank.rows > 0, "dml_kernels: w has no rows");

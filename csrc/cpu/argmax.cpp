@@ -18,9 +18,9 @@ struct Best {
   A score = 0;
 
   // True where it is taken: of equal keys the first stays.
-  bool offer(double k, std::int64_t j, A s) {
-    if (!(k > key)) return false;
-    key = k, index = j, score = s;
+  bool offer(double candidate, std::int64_t j, A s) {
+    if (!(candidate > key)) return false;
+    key = candidate, index = j, score = s;
     return true;
   }
 };
@@ -92,9 +92,10 @@ class Chooser {
  public:
   using A = Acc<P>;
 
-  Chooser(const Problem<P>& problem, const ArgmaxArgs& args)
-      : problem_(problem), args_(args), weight_(args, problem.x.cols),
-        lows_(read_rows<A>(args.low, problem.x.rows, A(0))), highs_(read_rows<A>(args.high, problem.x.rows, A(0))) {}
+  Chooser(const Comparison<P>& comparison, const ArgmaxArgs& args)
+      : comparison_(comparison), args_(args), weight_(args, comparison.x.cols),
+        lows_(read_rows<A>(args.low, comparison.x.rows, A(0))),
+        highs_(read_rows<A>(args.high, comparison.x.rows, A(0))) {}
 
   void same(const SetWalk<P>& walk, std::int64_t i, Best<A>& best) const {
     const Interval<A> interval(args_, lows_, highs_, i);
@@ -115,12 +116,12 @@ class Chooser {
 
   // Overwrites walk.scores.z.
   void different(SetWalk<P>& walk, std::int64_t i, Best<A>& best) const {
-    const auto& k = row_kernels<A>();
+    const auto& kernels = row_kernels<A>();
     const Interval<A> interval(args_, lows_, highs_, i);
     const A sign = args_.noise || args_.largest_different ? A(1) : A(-1);
     A* z = walk.scores.z.data();
     const std::int64_t n = walk.scores.count, first = walk.scores.first;
-    k.within(z, sign, interval.low, interval.high, n);
+    kernels.within(z, sign, interval.low, interval.high, n);
     walk.keep_others();
     if (args_.noise) {
       const std::uint64_t start = noise_row(args_.seed, i);
@@ -128,8 +129,8 @@ class Chooser {
         if (z[j] > SetWalk<P>::minus_infinity) draw(start, first + j, z[j], best);
       return;
     }
-    best.count += k.count_used(z, n);
-    const A most = k.max(z, n);
+    best.count += kernels.count_used(z, n);
+    const A most = kernels.max(z, n);
     if (!(double(most) > best.key)) return;
     const std::int64_t j = std::find(z, z + n, most) - z;
     best.offer(double(most), first + j, sign * most);
@@ -137,7 +138,7 @@ class Chooser {
 
  private:
   void draw(std::uint64_t start, std::int64_t j, A s, Best<A>& best) const {
-    double d2 = squared_distance(problem_.metric, double(s));
+    double d2 = squared_distance(comparison_.metric, double(s));
     if (!weight_.usable(d2)) return;
     ++best.count;
     const double t = noise_uniform(noise_bits(start, j));
@@ -145,7 +146,7 @@ class Chooser {
     if (best.offer(weight_.log_weight(d2) + gumbel(t), j, s)) best.reach = weight_.reach_of(best.key);
   }
 
-  const Problem<P>& problem_;
+  const Comparison<P>& comparison_;
   const ArgmaxArgs& args_;
   Weight weight_;
   std::vector<A> lows_, highs_;
@@ -154,15 +155,15 @@ class Chooser {
 }  // namespace
 
 template <class P>
-void masked_argmax(const Problem<P>& problem, const Labels& labels, const ArgmaxArgs& args, const ArgmaxOut& same,
+void masked_argmax(const Comparison<P>& comparison, const Labels& labels, const ArgmaxArgs& args, const ArgmaxOut& same,
                    const ArgmaxOut& different) {
   using A = Acc<P>;
-  const std::int64_t n = problem.x.rows, slices = problem.plan.slices;
+  const std::int64_t n = comparison.x.rows, slices = comparison.plan.slices;
   const LabelIndex index(labels.y, n, labels.c, labels.ignore);
-  const Chooser<P> choose(problem, args);
+  const Chooser<P> choose(comparison, args);
   std::vector<Best<A>> bests_same(args.same ? slices * n : 0), bests_different(args.different ? slices * n : 0);
-  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
-    SetWalk<P> walk(problem, labels, index, false);
+  for_slices(comparison.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
+    SetWalk<P> walk(comparison, labels, index, false);
     const auto load = [&](std::int64_t tile) { walk.load(tile); };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       const auto row = [&](std::int64_t, std::int64_t i) {
@@ -171,7 +172,7 @@ void masked_argmax(const Problem<P>& problem, const Labels& labels, const Argmax
         if (args.same) choose.same(walk, i, bests_same[slice * n + i]);
         if (args.different) choose.different(walk, i, bests_different[slice * n + i]);
       };
-      walk_slice(problem.plan, slice, walk.scores, load, row, nothing, nothing);
+      walk_slice(comparison.plan, slice, walk.scores, load, row, nothing, nothing);
     }
   });
   const auto write = [&](const std::vector<Best<A>>& bests, const ArgmaxOut& out, bool largest) {
@@ -191,8 +192,8 @@ void masked_argmax(const Problem<P>& problem, const Labels& labels, const Argmax
   write(bests_different, different, args.largest_different);
 }
 
-#define DML_INSTANTIATE(P)                                                                              \
-  template void masked_argmax<P>(const Problem<P>&, const Labels&, const ArgmaxArgs&, const ArgmaxOut&, \
+#define DML_INSTANTIATE(P)                                                                                 \
+  template void masked_argmax<P>(const Comparison<P>&, const Labels&, const ArgmaxArgs&, const ArgmaxOut&, \
                                  const ArgmaxOut&);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)

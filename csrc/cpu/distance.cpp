@@ -4,13 +4,13 @@
 namespace dml::cpu {
 
 template <class P>
-void distance_fwd(const Problem<P>& problem, Target out) {
+void distance_fwd(const Comparison<P>& comparison, Target out) {
   using A = Acc<P>;
-  const Plan& plan = problem.plan;
-  const std::int64_t m = problem.w.rows;
-  const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
+  const Plan& plan = comparison.plan;
+  const std::int64_t m = comparison.w.rows;
+  const A sign = comparison.metric == Metric::dot ? A(1) : A(-1);
   for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
-    TileScores<P> scores(problem);
+    TileScores<P> scores(comparison);
     const auto load = [&](std::int64_t tile) { scores.load(tile); };
     const auto row = [&](std::int64_t, std::int64_t i) {
       scores.score_row(i, sign, A(0), nullptr, false);
@@ -22,18 +22,18 @@ void distance_fwd(const Problem<P>& problem, Target out) {
 }
 
 template <class P>
-void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, Target grad_w) {
+void distance_bwd(const Comparison<P>& comparison, const Source& grad, Target grad_x, Target grad_w) {
   using A = Acc<P>;
-  const auto& k = row_kernels<A>();
-  const Plan& plan = problem.plan;
-  const A sign = problem.metric == Metric::dot ? A(1) : A(-1);
+  const auto& kernels = row_kernels<A>();
+  const Plan& plan = comparison.plan;
+  const A sign = comparison.metric == Metric::dot ? A(1) : A(-1);
   const std::int64_t size = grad.dtype == ScalarType::Double ? 8 : grad.dtype == ScalarType::Float ? 4 : 2;
-  Gradients<P> gradients(problem, grad_x, grad_w);
+  Gradients<P> gradients(comparison, grad_x, grad_w);
   for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
-    TileScores<P> scores(problem);
+    TileScores<P> scores(comparison);
     typename Gradients<P>::Worker out(gradients, scores);
-    std::vector<A> ds(plan.tile);
-    const A* root = problem.metric == Metric::euclidean ? scores.s.data() : nullptr;
+    std::vector<A> ds(plan.tile_columns);
+    const A* root = comparison.metric == Metric::euclidean ? scores.s.data() : nullptr;
     Source columns = grad;  // the tile's, whatever the strides: 0 for an expanded one
     const auto begin = [&](std::int64_t tile) {
       scores.load(tile);
@@ -44,7 +44,7 @@ void distance_bwd(const Problem<P>& problem, const Source& grad, Target grad_x, 
     const auto row = [&](std::int64_t local, std::int64_t i) {
       scores.score_row(i, A(1), A(0), nullptr, true);
       read_row(columns, i, ds.data());
-      if (root) k.root_grad(ds.data(), root, scores.count);
+      if (root) kernels.root_grad(ds.data(), root, scores.count);
       out.row(local, i, ds.data(), sign);
     };
     const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };
@@ -83,7 +83,7 @@ void normalize_fwd(const Source& x, double eps, Target out) {
       for (std::int64_t i = begin; i < end; ++i) {
         read_row(x, i, row.data());
         const A r = inverse_norm(row.data(), x.cols, eps, unit);
-        row_kernels<A>().products(row.data(), r, nullptr, row.data(), x.cols);
+        row_kernels<A>().scale_each(row.data(), r, nullptr, row.data(), x.cols);
         write_values(row.data(), out.data, out.dtype, i * x.cols, x.cols);
       }
     });
@@ -93,7 +93,7 @@ void normalize_fwd(const Source& x, double eps, Target out) {
 void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) {
   with_accumulation(x.dtype, [&](auto zero) {
     using A = decltype(zero);
-    const auto& k = row_kernels<A>();
+    const auto& kernels = row_kernels<A>();
     torch::stable::parallel_for(0, x.rows, 64, [&](std::int64_t begin, std::int64_t end) {
       std::vector<A> row(x.cols), g(x.cols);
       bool unit;
@@ -101,18 +101,18 @@ void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) 
         read_row(x, i, row.data());
         read_row(grad, i, g.data());
         const A r = inverse_norm(row.data(), x.cols, eps, unit);
-        k.products(row.data(), r, nullptr, row.data(), x.cols);
-        if (unit) k.axpy(g.data(), -k.dot(row.data(), g.data(), x.cols), row.data(), x.cols);
-        k.products(g.data(), r, nullptr, g.data(), x.cols);
+        kernels.scale_each(row.data(), r, nullptr, row.data(), x.cols);
+        if (unit) kernels.axpy(g.data(), -kernels.dot(row.data(), g.data(), x.cols), row.data(), x.cols);
+        kernels.scale_each(g.data(), r, nullptr, g.data(), x.cols);
         write_values(g.data(), out.data, out.dtype, i * x.cols, x.cols);
       }
     });
   });
 }
 
-#define DML_INSTANTIATE(P)                                  \
-  template void distance_fwd<P>(const Problem<P>&, Target); \
-  template void distance_bwd<P>(const Problem<P>&, const Source&, Target, Target);
+#define DML_INSTANTIATE(P)                                     \
+  template void distance_fwd<P>(const Comparison<P>&, Target); \
+  template void distance_bwd<P>(const Comparison<P>&, const Source&, Target, Target);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)
 DML_INSTANTIATE(bf16)

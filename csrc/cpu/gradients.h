@@ -45,30 +45,34 @@ class Gradients {
  public:
   using A = Acc<P>;
 
-  Gradients(const Problem<P>& problem, Target grad_x, Target grad_w)
-      : problem_(problem), x_(grad_x), w_(grad_w), row_parts_(problem.plan.by_rows ? 1 : problem.plan.slices),
+  Gradients(const Comparison<P>& comparison, Target grad_x, Target grad_w)
+      : comparison_(comparison), x_(grad_x), w_(grad_w),
+        row_parts_(comparison.plan.by_rows ? 1 : comparison.plan.slices),
         parts_(grad_x.data ? new A[row_parts_ * rows_size()] : nullptr),
-        own_(grad_x.data && distances() ? row_parts_ * problem.x.rows : 0),
-        bank_parts_(grad_w.data && problem.plan.by_rows ? new A[problem.plan.slices * bank_size()] : nullptr),
-        bank_own_(bank_parts_ && distances() ? problem.plan.slices * problem.w.rows : 0) {}
+        row_ds_sums_(grad_x.data && distances() ? row_parts_ * comparison.x.rows : 0),
+        bank_parts_(grad_w.data && comparison.plan.by_rows ? new A[comparison.plan.slices * bank_size()] : nullptr),
+        bank_ds_sums_(bank_parts_ && distances() ? comparison.plan.slices * comparison.w.rows : 0) {}
 
   // One thread's share of the work, slice after slice.
   class Worker {
    public:
-    Worker(Gradients& all, TileScores<P>& scores) : all_(all), scores_(scores), d_(all.problem_.x.cols), buffer_(d_) {
-      if (all.w_.data && !all.bank_parts_) grad_w_.resize(all.problem_.plan.tile * d_);
-      if (TileScores<P>::half) half_.resize(std::max(all.problem_.plan.row_block, all.problem_.plan.tile) * d_);
+    Worker(Gradients& all, TileScores<P>& scores)
+        : all_(all), scores_(scores), d_(all.comparison_.x.cols), buffer_(d_) {
+      if (all.w_.data && !all.bank_parts_) grad_w_.resize(all.comparison_.plan.tile_columns * d_);
+      if (TileScores<P>::half)
+        half_.resize(std::max(all.comparison_.plan.row_block, all.comparison_.plan.tile_columns) * d_);
     }
 
     void begin_slice(std::int64_t slice) {
-      const Plan& plan = all_.problem_.plan;
+      const Plan& plan = all_.comparison_.plan;
       slice_ = slice;
       if (all_.parts_) {
         part_ = all_.parts_.get() + (plan.by_rows ? 0 : slice * all_.rows_size());
         const std::int64_t first = plan.first_row(slice);
         std::fill_n(part_ + first * d_, (plan.end_row(slice) - first) * d_, A(0));
       }
-      if (!all_.own_.empty()) own_ = all_.own_.data() + (plan.by_rows ? 0 : slice * all_.problem_.x.rows);
+      if (!all_.row_ds_sums_.empty())
+        row_ds_sums_ = all_.row_ds_sums_.data() + (plan.by_rows ? 0 : slice * all_.comparison_.x.rows);
     }
 
     void begin_tile() {
@@ -76,59 +80,59 @@ class Gradients {
               : grad_w_.empty() ? nullptr
                                 : grad_w_.data();
       if (bank_) std::fill_n(bank_, scores_.count * d_, A(0));
-      if (all_.distances()) columns_own_.reset(scores_.count);
+      if (all_.distances()) column_ds_sums_.reset(scores_.count);
     }
 
     // Row i's dS over the tile, as factor * ds (overwritten); scores_.near are its near pairs.
     void row(std::int64_t local, std::int64_t i, A* ds, A factor) {
-      const auto& problem = all_.problem_;
-      const auto& k = row_kernels<A>();
+      const auto& comparison = all_.comparison_;
+      const auto& kernels = row_kernels<A>();
       const std::int64_t n = scores_.count;
-      const Metric metric = problem.metric;
+      const Metric metric = comparison.metric;
       if (metric != Metric::dot) {
         for (const std::int32_t j : scores_.near) {
           near_.push_back({i, j, factor * ds[j]});
           ds[j] = 0;
         }
-        if (own_ && !problem.rows.unit[i]) own_[i] += double(factor) * k.sum(ds, n);
-        if (!scores_.bank.all_unit && all_.w_.data) k.axpy(columns_own_.next(), factor, ds, n);
+        if (row_ds_sums_ && !comparison.rows.unit[i]) row_ds_sums_[i] += double(factor) * kernels.sum(ds, n);
+        if (!scores_.bank.all_unit && all_.w_.data) kernels.axpy(column_ds_sums_.next(), factor, ds, n);
       }
-      const A f = (metric == Metric::dot ? factor : 2 * factor) * problem.rows.r[i];
-      const A* r = problem.normalize ? scores_.bank.r.data() : nullptr;
-      P* e = scores_.products(local + 1).row(local);
+      const A f = (metric == Metric::dot ? factor : 2 * factor) * comparison.rows.r[i];
+      const A* r = comparison.normalize ? scores_.bank.r.data() : nullptr;
+      P* e = scores_.memory(local + 1).row(local);
       if constexpr (TileScores<P>::half) {
-        k.products_bf16(ds, f, r, e, n);
+        kernels.scale_each_bf16(ds, f, r, e, n);
       } else {
-        k.products(ds, f, r, e, n);
+        kernels.scale_each(ds, f, r, e, n);
       }
     }
 
     void empty_row(std::int64_t local) {
-      P* e = scores_.products(local + 1).row(local);
+      P* e = scores_.memory(local + 1).row(local);
       std::fill_n(e, scores_.count, P(0.f));
     }
 
     // After the rows [begin, begin + n) of a tile.
     void end_block(std::int64_t begin, std::int64_t n) {
-      const Mat<P> e = scores_.products(n);
+      const Mat<P> e = scores_.memory(n);
       const Mat<const P> weights{e.data, e.rows, e.cols, e.row_stride};
-      if (part_) accumulate(weights, scores_.bank.products, part_ + begin * d_);
+      if (part_) accumulate(weights, scores_.bank.operand, part_ + begin * d_);
       if (bank_) accumulate(weights.transposed(), scores_.rows, bank_);
       for (const auto& pair : near_) add_near(pair.i, pair.j, pair.ds);
       near_.clear();
     }
 
     void end_tile() {
-      if (all_.distances()) columns_own_.flush();
+      if (all_.distances()) column_ds_sums_.flush();
       if (all_.bank_parts_) {
         for (std::int64_t j = 0; j < scores_.count && all_.distances(); ++j)
-          all_.bank_own_[slice_ * all_.problem_.w.rows + scores_.first + j] = columns_own_[j];
+          all_.bank_ds_sums_[slice_ * all_.comparison_.w.rows + scores_.first + j] = column_ds_sums_[j];
         return;
       }
       if (!bank_) return;
       for (std::int64_t j = 0; j < scores_.count; ++j) {
         A* grad = bank_ + j * d_;
-        scores_.bank.finish(j, grad, all_.distances() ? A(columns_own_[j]) : A(0), buffer_.data());
+        scores_.bank.finish(j, grad, all_.distances() ? A(column_ds_sums_[j]) : A(0), buffer_.data());
         write_values(grad, all_.w_.data, all_.w_.dtype, (scores_.first + j) * d_, d_);
       }
     }
@@ -150,19 +154,19 @@ class Gradients {
     }
 
     void add_near(std::int64_t i, std::int64_t j, A ds) {
-      const auto& k = row_kernels<A>();
+      const auto& kernels = row_kernels<A>();
       const A* difference = scores_.difference(i, j);
-      if (part_) k.axpy(part_ + i * d_, -2 * ds * all_.problem_.rows.r[i], difference, d_);
-      if (bank_) k.axpy(bank_ + j * d_, 2 * ds * scores_.bank.r[j], difference, d_);
+      if (part_) kernels.axpy(part_ + i * d_, -2 * ds * all_.comparison_.rows.r[i], difference, d_);
+      if (bank_) kernels.axpy(bank_ + j * d_, 2 * ds * scores_.bank.r[j], difference, d_);
     }
 
     Gradients& all_;
     TileScores<P>& scores_;
     A *part_ = nullptr, *bank_ = nullptr;  // where this slice's gradients gather; bank_: this tile's
-    double* own_ = nullptr;
+    double* row_ds_sums_ = nullptr;
     std::int64_t d_, slice_ = 0;
     std::vector<A> buffer_, grad_w_;
-    ColumnSum<A> columns_own_;
+    ColumnSum<A> column_ds_sums_;
     std::vector<P> half_;
     std::vector<Near> near_;
   };
@@ -175,55 +179,55 @@ class Gradients {
 
  private:
   void finish_rows() {
-    const std::int64_t n = problem_.x.rows, d = problem_.x.cols;
-    const auto& k = row_kernels<A>();
+    const std::int64_t n = comparison_.x.rows, d = comparison_.x.cols;
+    const auto& kernels = row_kernels<A>();
     torch::stable::parallel_for(0, n, 16, [&](std::int64_t begin, std::int64_t end) {
       std::vector<A> total(d), buffer(d);
       for (std::int64_t i = begin; i < end; ++i) {
         std::fill(total.begin(), total.end(), A(0));
-        double own = 0;
+        double ds_sum = 0;
         for (std::int64_t part = 0; part < row_parts_; ++part) {
-          k.add(total.data(), parts_.get() + part * rows_size() + i * d, d);
-          if (!own_.empty()) own += own_[part * n + i];
+          kernels.add(total.data(), parts_.get() + part * rows_size() + i * d, d);
+          if (!row_ds_sums_.empty()) ds_sum += row_ds_sums_[part * n + i];
         }
-        problem_.rows.finish(i, total.data(), A(own), buffer.data());
+        comparison_.rows.finish(i, total.data(), A(ds_sum), buffer.data());
         write_values(total.data(), x_.data, x_.dtype, i * d, d);
       }
     });
   }
 
   void finish_bank() {
-    const Plan& plan = problem_.plan;
-    const std::int64_t m = problem_.w.rows, d = problem_.x.cols;
-    const auto& k = row_kernels<A>();
+    const Plan& plan = comparison_.plan;
+    const std::int64_t m = comparison_.w.rows, d = comparison_.x.cols;
+    const auto& kernels = row_kernels<A>();
     torch::stable::parallel_for(0, m, 64, [&](std::int64_t begin, std::int64_t end) {
       std::vector<A> total(d), buffer(d);
       Side<P> bank;
-      bank.load(problem_.w, begin, end - begin, problem_.normalize, problem_.eps, false);
+      bank.load(comparison_.w, begin, end - begin, comparison_.normalize, comparison_.eps, false);
       for (std::int64_t j = begin; j < end; ++j) {
         std::fill(total.begin(), total.end(), A(0));
-        double own = 0;
+        double ds_sum = 0;
         for (std::int64_t slice = 0; slice < plan.slices; ++slice) {
-          k.add(total.data(), bank_parts_.get() + slice * bank_size() + j * d, d);
-          if (!bank_own_.empty()) own += bank_own_[slice * m + j];
+          kernels.add(total.data(), bank_parts_.get() + slice * bank_size() + j * d, d);
+          if (!bank_ds_sums_.empty()) ds_sum += bank_ds_sums_[slice * m + j];
         }
-        bank.finish(j - begin, total.data(), A(own), buffer.data());
+        bank.finish(j - begin, total.data(), A(ds_sum), buffer.data());
         write_values(total.data(), w_.data, w_.dtype, j * d, d);
       }
     });
   }
 
-  bool distances() const { return problem_.metric != Metric::dot; }
-  std::int64_t rows_size() const { return problem_.x.rows * problem_.x.cols; }
-  std::int64_t bank_size() const { return problem_.w.rows * problem_.x.cols; }
+  bool distances() const { return comparison_.metric != Metric::dot; }
+  std::int64_t rows_size() const { return comparison_.x.rows * comparison_.x.cols; }
+  std::int64_t bank_size() const { return comparison_.w.rows * comparison_.x.cols; }
 
-  const Problem<P>& problem_;
+  const Comparison<P>& comparison_;
   Target x_, w_;
   std::int64_t row_parts_;
-  std::unique_ptr<A[]> parts_;       // (row parts, N, D); each slice clears its own
-  std::vector<double> own_;          // (row parts, N) sums of dS, for rows that are no unit vectors
-  std::unique_ptr<A[]> bank_parts_;  // (slices, M, D) where the rows are cut; a tile clears its own
-  std::vector<double> bank_own_;     // (slices, M), as own_
+  std::unique_ptr<A[]> parts_;        // (row parts, N, D); each slice clears its own
+  std::vector<double> row_ds_sums_;   // (row parts, N) sums of dS, for rows that are no unit vectors
+  std::unique_ptr<A[]> bank_parts_;   // (slices, M, D) where the rows are cut; a tile clears its own
+  std::vector<double> bank_ds_sums_;  // (slices, M), as row_ds_sums_
 };
 
 }  // namespace dml::cpu

@@ -43,7 +43,7 @@ Isa chosen_isa() {
 
 const char* isa() { return name_of(chosen_isa()); }
 
-const char* products() {
+const char* product_source() {
   return "PyTorch's own CPU matrix product (MKL, oneDNN, OpenBLAS or whatever that build of torch has), "
          "one tile at a time through the stable ABI; no BLAS is linked here";
 }

@@ -8,7 +8,7 @@ enum class Isa { baseline, avx2, avx512 };
 // Chosen once: the best the processor has, or less if DML_CPU_ISA=default|avx2|avx512 asks for less.
 Isa chosen_isa();
 
-const char* isa();       // "default", "avx2" or "avx512"
-const char* products();  // a sentence for `python -m dml_kernels info`
+const char* isa();             // "default", "avx2" or "avx512"
+const char* product_source();  // a sentence for `python -m dml_kernels info`
 
 }  // namespace dml::cpu

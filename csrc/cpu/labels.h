@@ -32,7 +32,7 @@ class LabelIndex {
   // True where bank entry j belongs to no set.
   bool column_ignored(std::int64_t j) const { return c_ && c_[j] == ignore_; }
 
-  void tile(std::int64_t first, std::int64_t count, TilePairs& out) const {
+  void pairs_in(std::int64_t first, std::int64_t count, TilePairs& out) const {
     out.start.assign(n_ + 1, 0);
     visit(first, count, [&](std::int64_t row, std::int64_t) { ++out.start[row]; });
     // Ends first: placing walks each row's range back to its start.

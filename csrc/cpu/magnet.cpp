@@ -16,10 +16,11 @@ struct Groups {
 
   explicit Groups(const MagnetArgs& args) {
     for (std::int64_t i = 0; i < args.x.rows; ++i) {
-      const std::int64_t k = args.clusters[i];
-      if (k == args.ignore) continue;
-      if (k < 0 || k >= args.cluster_count) throw std::out_of_range("dml_kernels: a cluster id is out of range");
-      if (args.classes[k] != args.ignore) rows.push_back(i);
+      const std::int64_t cluster = args.clusters[i];
+      if (cluster == args.ignore) continue;
+      if (cluster < 0 || cluster >= args.cluster_count)
+        throw std::out_of_range("dml_kernels: a cluster id is out of range");
+      if (args.classes[cluster] != args.ignore) rows.push_back(i);
     }
     const std::int64_t* clusters = args.clusters;
     std::stable_sort(rows.begin(), rows.end(), [=](auto a, auto b) { return clusters[a] < clusters[b]; });
@@ -40,13 +41,13 @@ class Magnet {
   static constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
   explicit Magnet(const MagnetArgs& args)
-      : args_(args), groups_(args), n_(args.x.rows), d_(args.x.cols), own_(n_), y_(n_, args.ignore) {
+      : args_(args), groups_(args), n_(args.x.rows), d_(args.x.cols), distances_(n_), y_(n_, args.ignore) {
     rows_.load(args.x, 0, n_, args.normalize, args.eps, false);
     if (args.normalize) {
-      unit_.resize(n_ * d_);
+      unit_rows_.resize(n_ * d_);
       std::vector<A> buffer(d_);
       for (std::int64_t i = 0; i < n_; ++i)
-        k_.products(rows_.full(i, buffer.data()), rows_.r[i], nullptr, unit_.data() + i * d_, d_);
+        kernels_.scale_each(rows_.full(i, buffer.data()), rows_.r[i], nullptr, unit_rows_.data() + i * d_, d_);
     }
     for (const std::int64_t i : groups_.rows) y_[i] = args.classes[args.clusters[i]];
     bank_ = args.centers;
@@ -63,7 +64,7 @@ class Magnet {
     A* different = static_cast<A*>(out.different);
     std::fill_n(different, n_, -std::numeric_limits<A>::infinity());
     if (bank_.rows > 0)
-      masked_logsumexp_fwd<P>(problem(), labels(), logit(), {same.data(), different, nullptr, nullptr});
+      masked_logsumexp_fwd<P>(comparison(), labels(), logit(), {same.data(), different, nullptr, nullptr});
     A* value = static_cast<A*>(out.value);
     if (args_.reduction == Reduction::none) std::fill_n(value, n_, A(0));
     double total = 0;
@@ -85,7 +86,7 @@ class Magnet {
     for (const std::int64_t i : groups_.rows) {
       if (hinge(i, lse[i]) <= A(0)) continue;
       g[i] = incoming[i] * A(weight());
-      grad_scale += double(g[i]) * own_[i];
+      grad_scale += double(g[i]) * distances_[i];
     }
     // The batch's own variance is in every gradient; a given one in its own alone.
     const bool through_variance = targets.variance.data || !args_.variance;
@@ -94,7 +95,7 @@ class Magnet {
     if (bank_.rows > 0) {
       const auto values = [](std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };
       const auto to = [](std::vector<A>& v) { return Target{v.empty() ? nullptr : v.data(), type}; };
-      masked_logsumexp_bwd<P>(problem(), labels(), logit(),
+      masked_logsumexp_bwd<P>(comparison(), labels(), logit(),
                               {values(none), values(g), {}, {}, values(empty), values(lse)},
                               {to(grad_rows), to(grad_bank), to(row_scale), {nullptr, type}});
     }
@@ -116,11 +117,11 @@ class Magnet {
     return args_.reduction == Reduction::mean ? 1 / std::max<double>(double(groups_.rows.size()), 1) : 1;
   }
 
-  A hinge(std::int64_t i, A different) const { return A(args_.alpha) + scale_ * own_[i] + different; }
+  A hinge(std::int64_t i, A different) const { return A(args_.alpha) + scale_ * distances_[i] + different; }
 
   // r_i in the accumulation type; `buffer` holds D values.
   const A* row(std::int64_t i, A* buffer) const {
-    return args_.normalize ? unit_.data() + i * d_ : rows_.full(i, buffer);
+    return args_.normalize ? unit_rows_.data() + i * d_ : rows_.full(i, buffer);
   }
   std::int64_t center_index(std::int64_t group) const { return given() ? groups_.id[group] : group; }
 
@@ -133,8 +134,8 @@ class Magnet {
 
   Source contiguous(const A* data, std::int64_t rows) const { return {data, type, rows, d_, d_, 1}; }
 
-  Problem<P> problem() const {
-    const Source rows = args_.normalize ? contiguous(unit_.data(), n_) : args_.x;
+  Comparison<P> comparison() const {
+    const Source rows = args_.normalize ? contiguous(unit_rows_.data(), n_) : args_.x;
     return {rows, bank_, Metric::sqeuclidean, false, args_.eps, Cut::longer_side};
   }
   Labels labels() const { return {y_.data(), given() ? args_.classes : c_.data(), nullptr, args_.ignore}; }
@@ -167,8 +168,8 @@ class Magnet {
       const A* mu = center(center_index(group), buffer.data());
       for (std::int64_t p = begin; p < end; ++p) {
         const std::int64_t i = groups_.rows[p];
-        own_[i] = k_.squared_distance(row(i, row_buffer.data()), mu, d_);
-        part[group] += own_[i];
+        distances_[i] = kernels_.squared_distance(row(i, row_buffer.data()), mu, d_);
+        part[group] += distances_[i];
       }
     });
     measured_ = std::accumulate(part.begin(), part.end(), 0.0) / degrees();
@@ -192,13 +193,13 @@ class Magnet {
         const std::int64_t i = groups_.rows[p];
         const A e = A(2 * (double(g[i]) * scale_ + per_distance));
         std::copy_n(row(i, row_buffer.data()), d_, difference.data());
-        k_.axpy(difference.data(), A(-1), mu, d_);
-        if (!grad_rows.empty()) k_.axpy(grad_rows.data() + i * d_, e, difference.data(), d_);
-        if (grad_mu) k_.axpy(grad_mu, -e, difference.data(), d_);
+        kernels_.axpy(difference.data(), A(-1), mu, d_);
+        if (!grad_rows.empty()) kernels_.axpy(grad_rows.data() + i * d_, e, difference.data(), d_);
+        if (grad_mu) kernels_.axpy(grad_mu, -e, difference.data(), d_);
       }
       if (given() || grad_rows.empty()) return;
       for (std::int64_t p = begin; p < end; ++p)
-        k_.axpy(grad_rows.data() + groups_.rows[p] * d_, A(1) / A(end - begin), grad_mu, d_);
+        kernels_.axpy(grad_rows.data() + groups_.rows[p] * d_, A(1) / A(end - begin), grad_mu, d_);
     });
     if (targets.x.data) write_rows(grad_rows, targets.x);
     if (targets.centers.data)
@@ -212,7 +213,7 @@ class Magnet {
                                   for (std::int64_t i = begin; i < end; ++i) {
                                     A* grad = grad_rows.data() + i * d_;
                                     if (args_.normalize) {
-                                      k_.scale(grad, rows_.r[i], d_);
+                                      kernels_.scale(grad, rows_.r[i], d_);
                                       rows_.finish(i, grad, A(0), buffer.data());
                                     }
                                     write_values(grad, target.data, target.dtype, i * d_, d_);
@@ -220,12 +221,12 @@ class Magnet {
                                 });
   }
 
-  const RowKernels<A>& k_ = row_kernels<A>();
+  const RowKernels<A>& kernels_ = row_kernels<A>();
   const MagnetArgs& args_;
   Groups groups_;
   std::int64_t n_, d_;
   Side<P> rows_;
-  std::vector<A> unit_, means_, own_;  // unit rows where normalised; own_: |r - mu_own|^2
+  std::vector<A> unit_rows_, means_, distances_;  // unit rows where normalised; distances_: |r - mu_own|^2
   std::vector<std::int64_t> y_, c_;
   Source bank_{};
   double measured_ = 0;  // the variance before its floor

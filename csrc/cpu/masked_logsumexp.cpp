@@ -13,16 +13,16 @@ namespace {
 template <class P>
 struct Setup {
   using A = Acc<P>;
-  const Problem<P>& problem;
+  const Comparison<P>& comparison;
   const Labels& labels;
   const LogitArgs& args;
   LabelIndex index;
   std::vector<A> scale;
   bool one_logit;  // both sets share factor and offset
 
-  Setup(const Problem<P>& problem, const Labels& labels, const LogitArgs& args)
-      : problem(problem), labels(labels), args(args), index(labels.y, problem.x.rows, labels.c, labels.ignore),
-        scale(read_rows<A>(args.scale, problem.x.rows, A(1))),
+  Setup(const Comparison<P>& comparison, const Labels& labels, const LogitArgs& args)
+      : comparison(comparison), labels(labels), args(args), index(labels.y, comparison.x.rows, labels.c, labels.ignore),
+        scale(read_rows<A>(args.scale, comparison.x.rows, A(1))),
         one_logit(args.k_same == args.k_different && args.o_same == args.o_different && !args.policy.quadratic()) {}
 };
 
@@ -34,9 +34,9 @@ class Walk {
   static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
   Walk(const Setup<P>& setup, bool keep_scores, bool gradients)
-      : scores(setup.problem), pool(setup.args.policy, setup.problem.plan.tile, gradients), setup_(setup),
-        keep_scores_(keep_scores || !setup.one_logit), b_(setup.problem.plan.tile),
-        alpha_(setup.args.policy.quadratic() ? setup.problem.plan.tile : 0) {}
+      : scores(setup.comparison), pool(setup.args.policy, setup.comparison.plan.tile_columns, gradients), setup_(setup),
+        keep_scores_(keep_scores || !setup.one_logit), b_(setup.comparison.plan.tile_columns),
+        alpha_(setup.args.policy.quadratic() ? setup.comparison.plan.tile_columns : 0) {}
 
   TileScores<P> scores;
   Pool<A> pool;
@@ -61,7 +61,7 @@ class Walk {
     ignored_.clear();
     for (std::int64_t j = 0; j < n; ++j)
       if (setup_.index.column_ignored(first + j)) ignored_.push_back(std::int32_t(j));
-    setup_.index.tile(first, n, pairs_);
+    setup_.index.pairs_in(first, n, pairs_);
   }
 
   // Row i: z of the others in scores.z, of its own label in `same` (at `positions`); what is left out is -inf.
@@ -157,14 +157,15 @@ struct RowState {
 }  // namespace
 
 template <class P>
-void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const LogitArgs& args, const LseOut& out) {
+void masked_logsumexp_fwd(const Comparison<P>& comparison, const Labels& labels, const LogitArgs& args,
+                          const LseOut& out) {
   using A = Acc<P>;
-  const Setup<P> setup(problem, labels, args);
-  const auto& k = row_kernels<A>();
-  const std::int64_t n = problem.x.rows;
+  const Setup<P> setup(comparison, labels, args);
+  const auto& kernels = row_kernels<A>();
+  const std::int64_t n = comparison.x.rows;
   const bool sums = out.sum_same;
-  std::vector<RowState<A>> states(problem.plan.slices * n);
-  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
+  std::vector<RowState<A>> states(comparison.plan.slices * n);
+  for_slices(comparison.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     Walk<P> walk(setup, false, false);
     RowState<A>* state = nullptr;
     const auto load = [&](std::int64_t tile) { walk.load(tile); };
@@ -172,21 +173,21 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
       if (setup.index.ignored(i)) return;
       walk.split(i);
       const auto reduce = [&](const A* z, std::int64_t count, OnlineLse<A>& lse, double& sum) {
-        const A max = k.max(z, count), above = max == Walk<P>::minus_infinity ? A(0) : max;
-        lse.add(above, k.sum_exp(z, count, above));  // the maximum may have lost a NaN: the sum has not
-        if (sums) sum += k.sum_used(z, count);
+        const A max = kernels.max(z, count), above = max == Walk<P>::minus_infinity ? A(0) : max;
+        lse.add(above, kernels.sum_exp(z, count, above));  // the maximum may have lost a NaN: the sum has not
+        if (sums) sum += kernels.sum_used(z, count);
       };
       reduce(walk.scores.z.data(), walk.count, state[i].different, state[i].sum_different);
       if (!walk.same.empty()) reduce(walk.same.data(), walk.same.size(), state[i].same, state[i].sum_same);
     };
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       state = states.data() + slice * n;
-      walk_slice(problem.plan, slice, walk.scores, load, row, nothing, nothing);
+      walk_slice(comparison.plan, slice, walk.scores, load, row, nothing, nothing);
     }
   });
   for (std::int64_t i = 0; i < n; ++i) {
     RowState<A> total;
-    for (std::int64_t slice = 0; slice < problem.plan.slices; ++slice) {
+    for (std::int64_t slice = 0; slice < comparison.plan.slices; ++slice) {
       const RowState<A>& part = states[slice * n + i];
       total.same.add(part.same), total.different.add(part.different);
       total.sum_same += part.sum_same, total.sum_different += part.sum_different;
@@ -201,12 +202,12 @@ void masked_logsumexp_fwd(const Problem<P>& problem, const Labels& labels, const
 }
 
 template <class P>
-void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const LogitArgs& args, const LseIn& in,
+void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels, const LogitArgs& args, const LseIn& in,
                           const LseTargets& targets) {
   using A = Acc<P>;
-  const Setup<P> setup(problem, labels, args);
-  const auto& k = row_kernels<A>();
-  const std::int64_t n = problem.x.rows, slices = problem.plan.slices;
+  const Setup<P> setup(comparison, labels, args);
+  const auto& kernels = row_kernels<A>();
+  const std::int64_t n = comparison.x.rows, slices = comparison.plan.slices;
   const auto per_row = [n](const Vector& v) { return read_rows<A>(v, n, A(0)); };
   const auto g_same = per_row(in.grad_same), g_different = per_row(in.grad_different);
   const auto h_same = per_row(in.grad_sum_same), h_different = per_row(in.grad_sum_different);
@@ -218,12 +219,12 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
 
   const bool scale_grads = targets.scale.data;
   std::vector<double> grad_scale(targets.scale.data ? slices * n : 0);
-  Gradients<P> gradients(problem, targets.x, targets.w);
-  const std::int64_t column_parts = problem.plan.by_rows ? slices : 1;
-  const std::int64_t columns = problem.w.rows / args.policy.centres;
+  Gradients<P> gradients(comparison, targets.x, targets.w);
+  const std::int64_t column_parts = comparison.plan.by_rows ? slices : 1;
+  const std::int64_t columns = comparison.w.rows / args.policy.centres;
   ColumnGradient<A> columns_b(targets.col_bias.data, column_parts, columns);
-  for_slices(problem.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
-    const bool root = problem.metric == Metric::euclidean;
+  for_slices(comparison.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
+    const bool root = comparison.metric == Metric::euclidean;
     Walk<P> walk(setup, root || scale_grads, true);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
@@ -237,37 +238,37 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
       if (setup.index.ignored(i)) return out.empty_row(local);
       walk.split(i);
       A *dz = walk.scores.z.data(), *same = walk.same.data();
-      const std::int64_t count = walk.count, own = walk.same.size();
+      const std::int64_t count = walk.count, same_count = walk.same.size();
       const std::int32_t* at = walk.positions;
-      k.weights(dz, count, lse_different[i], g_different[i], h_different[i]);
-      k.weights(same, own, lse_same[i], g_same[i], h_same[i]);
+      kernels.weights(dz, count, lse_different[i], g_different[i], h_different[i]);
+      kernels.weights(same, same_count, lse_same[i], g_same[i], h_same[i]);
       if (columns_b.wanted()) {
         A* sum = db.next();
-        k.add(sum, dz, count);
-        for (std::int64_t p = 0; p < own; ++p) sum[at[p]] += same[p];
+        kernels.add(sum, dz, count);
+        for (std::int64_t p = 0; p < same_count; ++p) sum[at[p]] += same[p];
       }
       // From here on dz is the gradient of k (s - o), over its set's k where the sets differ or the scale asks for
       // it; else that common factor stays outside.
       const bool inside = scale_grads || !setup.one_logit;
-      if (inside) k.scale(dz, A(args.k_different), count);
+      if (inside) kernels.scale(dz, A(args.k_different), count);
       if (args.policy.quadratic()) {
-        k.multiply_by(dz, walk.alpha(), count);
-        for (std::int64_t p = 0; p < own; ++p) same[p] *= walk.same_alpha[p];
+        kernels.multiply_by(dz, walk.alpha(), count);
+        for (std::int64_t p = 0; p < same_count; ++p) same[p] *= walk.same_alpha[p];
       }
-      double offsets = scale_grads ? args.o_different * k.sum(dz, count) : 0;
-      for (std::int64_t p = 0; p < own; ++p) {
+      double offsets = scale_grads ? args.o_different * kernels.sum(dz, count) : 0;
+      for (std::int64_t p = 0; p < same_count; ++p) {
         dz[at[p]] = inside ? A(args.k_same) * same[p] : same[p];
         offsets += args.o_same * dz[at[p]];
       }
       const A t = setup.scale[i];
       if (scale_grads) {
-        const double total = k.dot(dz, walk.s(), count);
+        const double total = kernels.dot(dz, walk.s(), count);
         row_scale[i] += total - offsets;
       }
       if (args.policy.pools()) {
         dz = walk.pool.spread(dz, count);
       }
-      if (root) k.root_grad(dz, walk.scores.s.data(), walk.scores.count);
+      if (root) kernels.root_grad(dz, walk.scores.s.data(), walk.scores.count);
       out.row(local, i, dz, inside ? t : A(args.k_different) * t);
     };
     const auto block = [&](std::int64_t first, std::int64_t rows) { out.end_block(first, rows); };
@@ -278,7 +279,7 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
     for (std::int64_t slice = first_slice; slice < last_slice; ++slice) {
       out.begin_slice(slice), at_slice = slice;
       if (!grad_scale.empty()) row_scale = grad_scale.data() + slice * n;
-      walk_slice(problem.plan, slice, walk.scores, begin, row, block, end);
+      walk_slice(comparison.plan, slice, walk.scores, begin, row, block, end);
     }
   });
   gradients.finish();
@@ -294,9 +295,9 @@ void masked_logsumexp_bwd(const Problem<P>& problem, const Labels& labels, const
   }
 }
 
-#define DML_INSTANTIATE(P)                                                                                  \
-  template void masked_logsumexp_fwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseOut&); \
-  template void masked_logsumexp_bwd<P>(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&,   \
+#define DML_INSTANTIATE(P)                                                                                     \
+  template void masked_logsumexp_fwd<P>(const Comparison<P>&, const Labels&, const LogitArgs&, const LseOut&); \
+  template void masked_logsumexp_bwd<P>(const Comparison<P>&, const Labels&, const LogitArgs&, const LseIn&,   \
                                         const LseTargets&);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)

@@ -56,9 +56,9 @@ struct LseTargets {
 };
 
 template <class P>
-void masked_logsumexp_fwd(const Problem<P>&, const Labels&, const LogitArgs&, const LseOut&);
+void masked_logsumexp_fwd(const Comparison<P>&, const Labels&, const LogitArgs&, const LseOut&);
 template <class P>
-void masked_logsumexp_bwd(const Problem<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
+void masked_logsumexp_bwd(const Comparison<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
 
 enum class Reduction : std::int64_t { none = 0, sum = 1, mean = 2 };
 
@@ -126,13 +126,13 @@ struct HingeOut {
 
 // The gradient on a score of a positive term, for each row; own: at the row's own label's column, null where not used.
 struct HingeSlopes {
-  Vector same, different, own;
+  Vector same, different, label_column;
 };
 
 template <class P>
-void masked_hinge_sum_fwd(const Problem<P>&, const Labels&, const HingeArgs&, const HingeOut&);
+void masked_hinge_sum_fwd(const Comparison<P>&, const Labels&, const HingeArgs&, const HingeOut&);
 template <class P>
-void masked_hinge_sum_bwd(const Problem<P>&, const Labels&, const HingeArgs&, const HingeSlopes&, Target grad_x,
+void masked_hinge_sum_bwd(const Comparison<P>&, const Labels&, const HingeArgs&, const HingeSlopes&, Target grad_x,
                           Target grad_w);
 
 // masked_argmax, see dml_kernels/functional/pairs.py.
@@ -153,14 +153,14 @@ struct ArgmaxOut {
 };
 
 template <class P>
-void masked_argmax(const Problem<P>&, const Labels&, const ArgmaxArgs&, const ArgmaxOut& same,
+void masked_argmax(const Comparison<P>&, const Labels&, const ArgmaxArgs&, const ArgmaxOut& same,
                    const ArgmaxOut& different);
 
 // out (n, m) contiguous, of the product type: a similarity, or a distance.
 template <class P>
-void distance_fwd(const Problem<P>&, Target out);
+void distance_fwd(const Comparison<P>&, Target out);
 template <class P>
-void distance_bwd(const Problem<P>&, const Source& grad, Target grad_x, Target grad_w);
+void distance_bwd(const Comparison<P>&, const Source& grad, Target grad_x, Target grad_w);
 
 void normalize_fwd(const Source& x, double eps, Target out);
 void normalize_bwd(const Source& grad, const Source& x, double eps, Target out);

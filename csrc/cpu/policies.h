@@ -30,7 +30,7 @@ class Pool {
     scores_.resize(columns);
     if (gradients) slope_.resize(tile);
     if (policy.kind == Policy::Kind::max_pool)
-      first_.resize(columns);
+      winner_.resize(columns);
     else
       work_.resize(2 * (tile + columns));
   }
@@ -39,12 +39,12 @@ class Pool {
 
   // s: n columns' scores, a column's centres side by side.
   void pool(const A* s, std::int64_t n) {
-    const auto& k = row_kernels<A>();
+    const auto& kernels = row_kernels<A>();
     if (policy_.kind == Policy::Kind::max_pool)
-      k.max_pool(s, policy_.centres, scores_.data(), first_.data(), n);
+      kernels.max_pool(s, policy_.centres, scores_.data(), winner_.data(), n);
     else
-      k.softmax_pool(s, policy_.centres, A(policy_.number), work_.data(), scores_.data(),
-                     gradients_ ? slope_.data() : nullptr, n);
+      kernels.softmax_pool(s, policy_.centres, A(policy_.number), work_.data(), scores_.data(),
+                           gradients_ ? slope_.data() : nullptr, n);
   }
 
   // The gradient of each centre's score from that of the pooled ones, once after each pool().
@@ -54,7 +54,7 @@ class Pool {
       return slope_.data();
     }
     std::fill_n(slope_.data(), n * policy_.centres, A(0));
-    for (std::int64_t c = 0; c < n; ++c) slope_[c * policy_.centres + first_[c]] = ds[c];
+    for (std::int64_t c = 0; c < n; ++c) slope_[c * policy_.centres + winner_[c]] = ds[c];
     return slope_.data();
   }
 
@@ -62,7 +62,7 @@ class Pool {
   const Policy policy_;
   const bool gradients_;
   std::vector<A> scores_, slope_, work_;
-  std::vector<std::int32_t> first_;
+  std::vector<std::int32_t> winner_;
 };
 
 }  // namespace dml::cpu

@@ -2,15 +2,15 @@
 // s, `centres` of them; the loops run over the classes.
 
 template <class A>
-void max_pool(const A* __restrict__ s, std::int64_t centres, A* __restrict__ pooled, std::int32_t* __restrict__ first,
+void max_pool(const A* __restrict__ s, std::int64_t centres, A* __restrict__ pooled, std::int32_t* __restrict__ winner,
               std::int64_t n) {
-  for (std::int64_t c = 0; c < n; ++c) pooled[c] = s[c * centres], first[c] = 0;
+  for (std::int64_t c = 0; c < n; ++c) pooled[c] = s[c * centres], winner[c] = 0;
   for (std::int64_t k = 1; k < centres; ++k)
     for (std::int64_t c = 0; c < n; ++c) {
       const A v = s[c * centres + k];
       const bool larger = v > pooled[c] || v != v;  // NaN stays
       pooled[c] = larger ? v : pooled[c];
-      first[c] = larger ? std::int32_t(k) : first[c];
+      winner[c] = larger ? std::int32_t(k) : winner[c];
     }
 }
 

@@ -14,8 +14,8 @@ class ProxyNca {
   static constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
   explicit ProxyNca(const ProxyArgs& args)
-      : args_(args), n_(args.x.rows), problem_(args.x, args.w, Metric::sqeuclidean, true, args.eps, Cut::longer_side),
-        factor_(n_, 0) {
+      : args_(args), n_(args.x.rows),
+        comparison_(args.x, args.w, Metric::sqeuclidean, true, args.eps, Cut::longer_side), factor_(n_, 0) {
     const std::vector<A> weight = read_rows<A>(args.weight, n_, A(1));
     double mass = 0;
     for (std::int64_t i = 0; i < n_; ++i)
@@ -30,7 +30,7 @@ class ProxyNca {
     const bool smooth = args_.label_smoothing > 0;
     std::vector<A> sum_same(smooth ? n_ : 0), sum_different(smooth ? n_ : 0);
     if (n_ > 0)
-      masked_logsumexp_fwd<P>(problem_, labels(), logit(),
+      masked_logsumexp_fwd<P>(comparison_, labels(), logit(),
                               {same, different, smooth ? sum_same.data() : nullptr, sum_different.data()});
     double total = 0;
     for (std::int64_t i = 0; i < n_; ++i) {
@@ -45,18 +45,19 @@ class ProxyNca {
   }
 
   void backward(const Vector& grad, const Vector& same, const Vector& different, const ProxyTargets& targets) {
-    std::vector<A> incoming(n_), own(n_), others(n_), g_same(n_, 0), g_different(n_, 0);
+    std::vector<A> incoming(n_), lse_same(n_), lse_different(n_), g_same(n_, 0), g_different(n_, 0);
     std::vector<A> g_sums(args_.label_smoothing > 0 ? n_ : 0);
-    grad.read(0, n_, incoming.data()), same.read(0, n_, own.data()), different.read(0, n_, others.data());
+    grad.read(0, n_, incoming.data()), same.read(0, n_, lse_same.data()), different.read(0, n_, lse_different.data());
     for (std::int64_t i = 0; i < n_; ++i) {
       if (!counts(i)) continue;
-      const double h = incoming[i] * factor_[i], pull = h * slope(own[i], others[i]);
+      const double h = incoming[i] * factor_[i], pull = h * slope(lse_same[i], lse_different[i]);
       g_different[i] = A(pull), g_same[i] = A(h * args_.label_smoothing - pull);
       if (!g_sums.empty()) g_sums[i] = A(-h * args_.label_smoothing / double(args_.w.rows));
     }
     const auto values = [](const std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };
-    const LseIn in{values(g_same), values(g_different), values(g_sums), values(g_sums), values(own), values(others)};
-    masked_logsumexp_bwd<P>(problem_, labels(), logit(), in, {targets.x, targets.w, targets.scale, {nullptr, type}});
+    const LseIn in{values(g_same), values(g_different), values(g_sums),
+                   values(g_sums), values(lse_same),    values(lse_different)};
+    masked_logsumexp_bwd<P>(comparison_, labels(), logit(), in, {targets.x, targets.w, targets.scale, {nullptr, type}});
   }
 
  private:
@@ -81,7 +82,7 @@ class ProxyNca {
 
   const ProxyArgs& args_;
   std::int64_t n_;
-  Problem<P> problem_;
+  Comparison<P> comparison_;
   std::vector<double> factor_;  // each row's weight over the mean's divisor
 };
 

@@ -47,8 +47,8 @@ struct RowKernels {
   void (*scale)(A* v, A f, std::int64_t n);
   void (*axpy)(A* y, A a, const A* x, std::int64_t n);
   // out_j = v_j f r_j, rounded to the product type.
-  void (*products)(const A* v, A f, const A* r, A* out, std::int64_t n);
-  void (*products_bf16)(const A* v, A f, const A* r, bf16* out, std::int64_t n);
+  void (*scale_each)(const A* v, A f, const A* r, A* out, std::int64_t n);
+  void (*scale_each_bf16)(const A* v, A f, const A* r, bf16* out, std::int64_t n);
   void (*widen)(const bf16* v, A* out, std::int64_t n);
   void (*add_bf16)(A* total, const bf16* v, std::int64_t n);
   void (*widen_fp16)(const fp16* v, A* out, std::int64_t n);

@@ -94,13 +94,13 @@ inline A plus(A a, A b) {
   return a + b;
 }
 
-template <class A, Metric metric, bool unit, bool biased>
+template <class A, Metric metric, bool scaled, bool biased>
 bool logits_of(const A* raw, const Row<A>& row, const Columns<A>& c, A* z, A* s_out, std::int64_t n) {
   const A r = metric == Metric::dot ? row.r : 2 * row.r, sq = row.sq, kt = row.kt, o = row.o;
   const A share = A(near_share);
   int close = 0;
   for (std::int64_t j = 0; j < n; ++j) {
-    A s = unit ? raw[j] * r * c.r[j] : raw[j] * r;
+    A s = scaled ? raw[j] * r * c.r[j] : raw[j] * r;
     if (metric != Metric::dot) {
       const A span = sq + c.sq[j];
       s -= span;
@@ -204,7 +204,7 @@ void axpy(A* y, A a, const A* x, std::int64_t n) {
 }
 
 template <class A>
-void products(const A* v, A f, const A* r, A* out, std::int64_t n) {
+void scale_each(const A* v, A f, const A* r, A* out, std::int64_t n) {
   if (r)
     for (std::int64_t j = 0; j < n; ++j) out[j] = v[j] * f * r[j];
   else
@@ -227,7 +227,7 @@ inline float from_bf16(std::uint16_t half) {
 }
 
 template <class A>
-void products_bf16(const A* v, A f, const A* r, bf16* out, std::int64_t n) {
+void scale_each_bf16(const A* v, A f, const A* r, bf16* out, std::int64_t n) {
   auto* half = reinterpret_cast<std::uint16_t*>(out);
   if (r)
     for (std::int64_t j = 0; j < n; ++j) half[j] = to_bf16(float(v[j] * f * r[j]));
@@ -296,8 +296,8 @@ const RowKernels<A>& table() {
       .add = add<A>,
       .scale = scale<A>,
       .axpy = axpy<A>,
-      .products = products<A>,
-      .products_bf16 = products_bf16<A>,
+      .scale_each = scale_each<A>,
+      .scale_each_bf16 = scale_each_bf16<A>,
       .widen = widen<A>,
       .add_bf16 = add_bf16<A>,
       .widen_fp16 = widen_fp16<A>,

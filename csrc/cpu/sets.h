@@ -14,8 +14,8 @@ class SetWalk {
   using A = Acc<P>;
   static constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
-  SetWalk(const Problem<P>& problem, const Labels& labels, const LabelIndex& index, bool keep_scores)
-      : scores(problem), labels_(labels), index_(index), keep_scores_(keep_scores) {}
+  SetWalk(const Comparison<P>& comparison, const Labels& labels, const LabelIndex& index, bool keep_scores)
+      : scores(comparison), labels_(labels), index_(index), keep_scores_(keep_scores) {}
 
   TileScores<P> scores;
   std::vector<A> same;           // the scores of the row's own label in this tile, without an excluded one
@@ -26,7 +26,7 @@ class SetWalk {
     ignored_.clear();
     for (std::int64_t j = 0; j < scores.count; ++j)
       if (index_.column_ignored(scores.first + j)) ignored_.push_back(std::int32_t(j));
-    index_.tile(scores.first, scores.count, pairs_);
+    index_.pairs_in(scores.first, scores.count, pairs_);
   }
 
   // Row i's scores: all in scores.z, those of its own label in `same` too.

@@ -45,7 +45,7 @@ void write_values(const A* values, void* out, ScalarType dtype, std::int64_t off
     using T = decltype(zero);
     T* to = static_cast<T*>(out) + offset;
     if constexpr (std::is_same_v<T, bf16>) {
-      row_kernels<A>().products_bf16(values, A(1), nullptr, to, n);
+      row_kernels<A>().scale_each_bf16(values, A(1), nullptr, to, n);
     } else if constexpr (std::is_same_v<T, fp16>) {
       row_kernels<A>().narrow_fp16(values, to, n);
     } else {
@@ -61,7 +61,7 @@ void Side<P>::convert(std::int64_t begin, std::int64_t n, P* out) const {
     std::vector<A> row(d);
     for (std::int64_t i = 0; i < n; ++i) {
       read_row(source_, first_ + begin + i, row.data());
-      row_kernels<A>().products_bf16(row.data(), A(1), nullptr, out + i * d, d);
+      row_kernels<A>().scale_each_bf16(row.data(), A(1), nullptr, out + i * d, d);
     }
   } else {
     for (std::int64_t i = 0; i < n; ++i) read_row(source_, first_ + begin + i, out + i * d);
@@ -73,24 +73,24 @@ void Side<P>::load(const Source& source, std::int64_t first, std::int64_t count,
                    bool keep) {
   source_ = source, first_ = first;
   const std::int64_t d = source.cols;
-  const auto& k = row_kernels<A>();
+  const auto& kernels = row_kernels<A>();
   // BLAS takes the source as it is while its strides fit an int.
   const bool in_place = source.dtype == type_of<P>() && source.col_stride == 1 && source.row_stride >= d &&
                         source.row_stride <= std::numeric_limits<int>::max();
   row_.resize(d);
   if (in_place) {
-    products = {static_cast<const P*>(source.data) + first * source.row_stride, count, d, source.row_stride};
+    operand = {static_cast<const P*>(source.data) + first * source.row_stride, count, d, source.row_stride};
   } else if (keep) {
-    products = {};
-    products = block(0, count, copy_);
+    operand = {};
+    operand = block(0, count, copy_);
   } else {
-    products = {};
+    operand = {};
   }
   r.assign(count, A(1)), sq.resize(count), unit.assign(count, 0);
   all_unit = normalize;
   for (std::int64_t i = 0; i < count; ++i) {
     const A* t = full(i, row_.data());
-    const A square = k.dot(t, t, d);
+    const A square = kernels.dot(t, t, d);
     if (!normalize) {
       sq[i] = square;
       continue;

@@ -35,7 +35,7 @@ class Side {
  public:
   using A = Acc<P>;
 
-  Mat<const P> products;   // (rows, D) in the product type: the source itself where that serves, or a copy, if kept
+  Mat<const P> operand;    // (rows, D) in the product type: the source itself where that serves, or a copy, if kept
   std::vector<A> r, sq;    // 1 / max(|t|, eps) or 1; squared norm after scaling by r
   std::vector<char> unit;  // divided by its own norm, so that the projection applies
   bool all_unit = false;
@@ -45,7 +45,7 @@ class Side {
 
   // Rows [begin, begin + n) for products: in place, or in `buffer`.
   Mat<const P> block(std::int64_t begin, std::int64_t n, std::vector<P>& buffer) const {
-    if (products.data) return products.row_block(begin, n);
+    if (operand.data) return operand.row_block(begin, n);
     buffer.resize(n * source_.cols);
     convert(begin, n, buffer.data());
     return {buffer.data(), n, source_.cols, source_.cols};
@@ -53,19 +53,20 @@ class Side {
 
   // The row as it came, in the accumulation type; `buffer` holds D values, used where a conversion is needed.
   const A* full(std::int64_t i, A* buffer) const {
-    if (std::is_same_v<P, A> && products.data) return reinterpret_cast<const A*>(products.row(i));
+    if (std::is_same_v<P, A> && operand.data) return reinterpret_cast<const A*>(operand.row(i));
     read_row(source_, first_ + i, buffer);
     return buffer;
   }
 
   // grad -> the gradient in the source row: takes off the row's own part of squared distances (`own`, the sum of dS)
   // where that row is no unit vector, and projects where it is.
-  void finish(std::int64_t i, A* grad, A own, A* buffer) const {
-    const auto& k = row_kernels<A>();
+  void finish(std::int64_t i, A* grad, A ds_sum, A* buffer) const {
+    const auto& kernels = row_kernels<A>();
     const std::int64_t d = source_.cols;
-    if (!unit[i] && own == A(0)) return;
-    k.products(full(i, buffer), r[i], nullptr, buffer, d);  // the scaled row: r by itself squared could overflow
-    k.axpy(grad, unit[i] ? -k.dot(buffer, grad, d) : -2 * own * r[i], buffer, d);
+    if (!unit[i] && ds_sum == A(0)) return;
+    kernels.scale_each(full(i, buffer), r[i], nullptr, buffer,
+                       d);  // the scaled row: r by itself squared could overflow
+    kernels.axpy(grad, unit[i] ? -kernels.dot(buffer, grad, d) : -2 * ds_sum * r[i], buffer, d);
   }
 
  private:

@@ -15,11 +15,12 @@ Plan Plan::of(std::int64_t n, std::int64_t m, std::int64_t d, std::int64_t eleme
   // though never under 4.
   const std::int64_t kept = (plan.by_rows ? m : n) * d * std::max<std::int64_t>(element_size, 4);
   const std::int64_t slices = std::clamp<std::int64_t>(part_bytes / std::max<std::int64_t>(kept, 1), 4, most_slices);
-  plan.tile = std::clamp(up(plan.by_rows ? m : up(m, slices), 16) * 16, std::int64_t{64}, widest);
-  const std::int64_t even = std::lcm(std::int64_t{16}, group), step = even <= plan.tile ? even : group;
-  plan.tile = std::max(plan.tile / step, std::int64_t{1}) * step;
-  plan.row_block = std::clamp<std::int64_t>(tile_bytes / (plan.tile * element_size), 16, std::max<std::int64_t>(n, 16));
-  plan.tiles = up(m, plan.tile);
+  plan.tile_columns = std::clamp(up(plan.by_rows ? m : up(m, slices), 16) * 16, std::int64_t{64}, widest);
+  const std::int64_t even = std::lcm(std::int64_t{16}, group), step = even <= plan.tile_columns ? even : group;
+  plan.tile_columns = std::max(plan.tile_columns / step, std::int64_t{1}) * step;
+  plan.row_block =
+      std::clamp<std::int64_t>(tile_bytes / (plan.tile_columns * element_size), 16, std::max<std::int64_t>(n, 16));
+  plan.tiles = up(m, plan.tile_columns);
   plan.slices = std::min(plan.by_rows ? n / fewest_rows : plan.tiles, slices);
   return plan;
 }

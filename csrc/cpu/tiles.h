@@ -15,11 +15,11 @@
 
 namespace dml::cpu {
 
-// Which part of a problem is cut: a slice of the bank adds to every row's gradient, a slice of the rows to all the bank's.
+// Which part of a comparison is cut: a slice of the bank adds to every row's gradient, a slice of the rows to all the bank's.
 enum class Cut { bank, longer_side };
 
 struct Plan {
-  std::int64_t tile, row_block, slices, tiles, rows;
+  std::int64_t tile_columns, row_block, slices, tiles, rows;
   bool by_rows;
 
   // Tiles, and so slices of the bank, hold whole groups of `group` bank entries.
@@ -34,7 +34,7 @@ struct Plan {
 };
 
 template <class P>
-struct Problem {
+struct Comparison {
   using A = Acc<P>;
   Source x, w;
   Metric metric;
@@ -43,7 +43,7 @@ struct Problem {
   Side<P> rows;
   Plan plan;
 
-  Problem(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut, std::int64_t group = 1)
+  Comparison(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut, std::int64_t group = 1)
       : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
         plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P), cut, group)) {
     rows.load(x, 0, x.rows, normalize, eps, false);
@@ -57,46 +57,48 @@ class TileScores {
   using A = Acc<P>;
   static constexpr bool half = !std::is_same_v<P, A>;
 
-  explicit TileScores(const Problem<P>& problem)
-      : problem_(problem), tile_(problem.plan.row_block * problem.plan.tile), wide_(half ? problem.plan.tile : 0),
-        z(problem.plan.tile), s(problem.plan.tile), u_(problem.x.cols), p_(problem.x.cols), buffer_(problem.x.cols) {}
+  explicit TileScores(const Comparison<P>& comparison)
+      : comparison_(comparison), tile_(comparison.plan.row_block * comparison.plan.tile_columns),
+        wide_(half ? comparison.plan.tile_columns : 0), z(comparison.plan.tile_columns),
+        s(comparison.plan.tile_columns), u_(comparison.x.cols), p_(comparison.x.cols), buffer_(comparison.x.cols) {}
 
   Side<P> bank;
   Mat<const P> rows{};                // those last multiplied
   std::int64_t first = 0, count = 0;  // bank entries of this tile
 
   void load(std::int64_t tile) {
-    first = tile * problem_.plan.tile;
-    count = std::min(problem_.plan.tile, problem_.w.rows - first);
-    bank.load(problem_.w, first, count, problem_.normalize, problem_.eps, true);
+    first = tile * comparison_.plan.tile_columns;
+    count = std::min(comparison_.plan.tile_columns, comparison_.w.rows - first);
+    bank.load(comparison_.w, first, count, comparison_.normalize, comparison_.eps, true);
   }
 
   // Raw products of rows [begin, begin + n) with the tile.
   void multiply_rows(std::int64_t begin, std::int64_t n) {
-    if (begin != begin_ || n != rows.rows) rows = problem_.rows.block(begin, n, converted_);
+    if (begin != begin_ || n != rows.rows) rows = comparison_.rows.block(begin, n, converted_);
     begin_ = begin;
-    multiply<P>(rows, bank.products.transposed(), products(n), false);
+    multiply<P>(rows, bank.operand.transposed(), memory(n), false);
   }
 
   // The tile's memory, row by row: raw products, which a backward overwrites with its weights.
-  Mat<P> products(std::int64_t n) { return {tile_.data(), n, count, count}; }
+  Mat<P> memory(std::int64_t n) { return {tile_.data(), n, count, count}; }
 
   // s of row i, with no logit.
   void score_row(std::int64_t i) { score_row(i, A(1), A(0), nullptr, true); }
 
   // z (and s where `keep_scores`) of row i for one set's factor and offset; `near` lists distances from differences.
   void score_row(std::int64_t i, A kt, A o, const A* b, bool keep_scores) {
-    const Row<A> row{problem_.rows.r[i], problem_.rows.sq[i], kt, o};
-    const Columns<A> columns{problem_.normalize ? bank.r.data() : nullptr, bank.sq.data(), b};
+    const Row<A> row{comparison_.rows.r[i], comparison_.rows.sq[i], kt, o};
+    const Columns<A> columns{comparison_.normalize ? bank.r.data() : nullptr, bank.sq.data(), b};
     const A* raw = raw_row(i - begin_);
     near.clear();
-    if (row_kernels<A>().logits(problem_.metric, raw, row, columns, z.data(), keep_scores ? s.data() : nullptr, count))
+    if (row_kernels<A>().logits(comparison_.metric, raw, row, columns, z.data(), keep_scores ? s.data() : nullptr,
+                                count))
       patch_near(i, raw, row, columns, keep_scores);
   }
 
   // u_i - p_j for a near pair, D values.
   const A* difference(std::int64_t i, std::int64_t j) {
-    scaled(problem_.rows, i, u_.data());
+    scaled(comparison_.rows, i, u_.data());
     scaled(bank, j, p_.data());
     for (std::size_t k = 0; k < u_.size(); ++k) u_[k] -= p_[k];
     return u_.data();
@@ -116,25 +118,25 @@ class TileScores {
   }
 
   void scaled(const Side<P>& side, std::int64_t i, A* out) {
-    row_kernels<A>().products(side.full(i, buffer_.data()), side.r[i], nullptr, out, problem_.x.cols);
+    row_kernels<A>().scale_each(side.full(i, buffer_.data()), side.r[i], nullptr, out, comparison_.x.cols);
   }
 
   void patch_near(std::int64_t i, const A* raw, const Row<A>& row, const Columns<A>& c, bool keep_scores) {
-    scaled(problem_.rows, i, u_.data());
+    scaled(comparison_.rows, i, u_.data());
     for (std::int64_t j = 0; j < count; ++j) {
       const A span = row.sq + c.sq[j];
       const A rough = 2 * raw[j] * row.r * (c.r ? c.r[j] : A(1)) - span;
       if (!(rough > -A(near_share) * span)) continue;
       scaled(bank, j, p_.data());
-      const A d2 = row_kernels<A>().squared_distance(u_.data(), p_.data(), problem_.x.cols);
-      const A score = problem_.metric == Metric::euclidean ? -std::sqrt(d2) : -d2;
+      const A d2 = row_kernels<A>().squared_distance(u_.data(), p_.data(), comparison_.x.cols);
+      const A score = comparison_.metric == Metric::euclidean ? -std::sqrt(d2) : -d2;
       z[j] = logit(score, row.kt, row.o, c.b ? c.b[j] : A(0));
       if (keep_scores) s[j] = score;
       near.push_back(std::int32_t(j));
     }
   }
 
-  const Problem<P>& problem_;
+  const Comparison<P>& comparison_;
   std::vector<P> tile_, converted_;
   std::vector<A> wide_;
   std::int64_t begin_ = 0;

@@ -14,97 +14,97 @@ namespace dml::cuda {
 namespace gradients {
 
 constexpr int other_count = 2;
-constexpr int own_rows = own_lanes, other_rows = other_count * other_lanes;
-constexpr int tile_rows = own_rows + other_rows;
+constexpr int owned_rows = owned_lanes, other_rows = other_count * other_lanes;
+constexpr int staged_rows = owned_rows + other_rows;
 
 // Rows of memory for the sums of own rows: themselves and, in float, what rounding has left out of each.
 template <class A>
-constexpr int sum_rows = std::is_same_v<A, double> ? own_rows : 2 * own_rows;
+constexpr int sum_rows = std::is_same_v<A, double> ? owned_rows : 2 * owned_rows;
 
 // Blocks of either side; 0 where nothing of it is wanted.
 struct Blocks {
   std::int64_t rows, columns;
 };
 
-inline Blocks blocks_of(const Comparison& problem, bool rows, bool columns) {
-  const auto count = [](std::int64_t n) { return (n + own_rows - 1) / own_rows; };
-  return {rows ? count(problem.x.rows) : 0, columns ? count(problem.w.rows) : 0};
+inline Blocks blocks_of(const Comparison& comparison, bool rows, bool columns) {
+  const auto count = [](std::int64_t n) { return (n + owned_rows - 1) / owned_rows; };
+  return {rows ? count(comparison.x.rows) : 0, columns ? count(comparison.w.rows) : 0};
 }
 
 template <class A>
 Chunks chunks_for(std::int64_t d) {
-  return chunks_of<A>(d, tile_rows + sum_rows<A>, shared_limit() - 4096);
+  return chunks_of<A>(d, staged_rows + sum_rows<A>, shared_limit() - 4096);
 }
 
-inline std::size_t scratch_bytes(const Comparison& problem) {
-  const std::int64_t d = problem.x.cols;
-  const bool whole = problem.wide ? chunks_for<double>(d).whole : chunks_for<float>(d).whole;
-  const Blocks blocks = blocks_of(problem, true, true);
-  const std::size_t row_bytes = problem.wide ? sum_rows<double> * sizeof(double) : sum_rows<float> * sizeof(float);
+inline std::size_t scratch_bytes(const Comparison& comparison) {
+  const std::int64_t d = comparison.x.cols;
+  const bool whole = comparison.wide ? chunks_for<double>(d).whole : chunks_for<float>(d).whole;
+  const Blocks blocks = blocks_of(comparison, true, true);
+  const std::size_t row_bytes = comparison.wide ? sum_rows<double> * sizeof(double) : sum_rows<float> * sizeof(float);
   return whole ? 0 : (blocks.rows + blocks.columns) * row_bytes * d;
 }
 
 // sum += value; `rest`, the rounding error of the sum so far, is taken along.
 template <class A>
-__device__ __forceinline__ void add_compensated(A& sum, A& rest, A value) {
-  value -= rest;
+__device__ __forceinline__ void add_compensated(A& sum, A& error, A value) {
+  value -= error;
   const A total = sum + value;
-  rest = (total - sum) - value;
+  error = (total - sum) - value;
   sum = total;
 }
 
 // Adds e (other, own) times the other side's tile to the sums (sum_rows, D), each element by one thread.
 template <class A, bool difference>
-__device__ void accumulate(const Side<A>& own, std::int64_t own_first, const Side<A>& other, std::int64_t other_first,
-                           Chunks chunks, const Quad<A>* e, A* sums, std::int64_t stride) {
+__device__ void accumulate(const Side<A>& owned, std::int64_t owned_first, const Side<A>& other,
+                           std::int64_t other_first, Chunks chunks, const Quad<A>* e, A* sums, std::int64_t stride) {
   const std::int64_t left = other.matrix.rows - other_first;
   const int count = left < other.rows ? int(left) : other.rows;
-  for (std::int64_t k = threadIdx.x; k < own.matrix.cols; k += block_threads) {
-    A u[own_rows], g[own_rows];
+  for (std::int64_t k = threadIdx.x; k < owned.matrix.cols; k += block_threads) {
+    A u[owned_rows], g[owned_rows];
     DML_UNROLL
-    for (int n = 0; n < own_rows; ++n) {
+    for (int n = 0; n < owned_rows; ++n) {
       g[n] = 0, u[n] = 0;
-      if (difference && own_first + n < own.matrix.rows) u[n] = own.value(own_first, n, k, chunks);
+      if (difference && owned_first + n < owned.matrix.rows) u[n] = owned.value(owned_first, n, k, chunks);
     }
     DML_UNROLL_BY(2)
     for (int j = 0; j < count; ++j) {
       const A p = other.value(other_first, j, k, chunks);
       DML_UNROLL
-      for (int half = 0; half < own_rows / 4; ++half) {
-        const Quad<A> weights = e[j * (own_rows / 4) + half];
+      for (int half = 0; half < owned_rows / 4; ++half) {
+        const Quad<A> weights = e[j * (owned_rows / 4) + half];
         DML_UNROLL
         for (int n = 0; n < 4; ++n) g[half * 4 + n] += weights.v[n] * (difference ? u[half * 4 + n] - p : p);
       }
     }
     DML_UNROLL
-    for (int n = 0; n < own_rows; ++n) {
-      if constexpr (sum_rows<A> == own_rows)
+    for (int n = 0; n < owned_rows; ++n) {
+      if constexpr (sum_rows<A> == owned_rows)
         sums[n * stride + k] += g[n];
       else
-        add_compensated(sums[n * stride + k], sums[(own_rows + n) * stride + k], g[n]);
+        add_compensated(sums[n * stride + k], sums[(owned_rows + n) * stride + k], g[n]);
     }
   }
 }
 
 // The gradients of unit vectors taken to the rows as they came, and written; a warp a row.
 template <class A>
-__device__ void write(const Side<A>& own, std::int64_t first, Chunks chunks, const A* sums, std::int64_t stride,
+__device__ void write(const Side<A>& owned, std::int64_t first, Chunks chunks, const A* sums, std::int64_t stride,
                       Target target) {
-  const std::int64_t d = own.matrix.cols;
+  const std::int64_t d = owned.matrix.cols;
   const int lane = threadIdx.x % warp_lanes;
-  for (int n = threadIdx.x / warp_lanes; n < own_rows; n += block_threads / warp_lanes) {
-    if (first + n >= own.matrix.rows) break;
+  for (int n = threadIdx.x / warp_lanes; n < owned_rows; n += block_threads / warp_lanes) {
+    if (first + n >= owned.matrix.rows) break;
     A along = 0, norm = 1;
-    if (own.normalize) {
-      norm = own.norms[n];
-      if (!(norm == own.eps))  // else shorter than eps, where the norm is a constant
+    if (owned.normalize) {
+      norm = owned.norms[n];
+      if (!(norm == owned.eps))  // else shorter than eps, where the norm is a constant
         for (std::int64_t k = lane; k < d; k += warp_lanes)
-          along += sums[n * stride + k] * own.value(first, n, k, chunks);
+          along += sums[n * stride + k] * owned.value(first, n, k, chunks);
       along = warp_sum(along);
     }
     for (std::int64_t k = lane; k < d; k += warp_lanes) {
       A g = sums[n * stride + k];
-      if (own.normalize) g = (g - along * own.value(first, n, k, chunks)) / norm;
+      if (owned.normalize) g = (g - along * owned.value(first, n, k, chunks)) / norm;
       store(target.data, target.dtype, (first + n) * d + k, g);
     }
   }
@@ -114,69 +114,70 @@ __device__ void write(const Side<A>& own, std::int64_t first, Chunks chunks, con
 // Extra holds that, and what a block works out beforehand.
 template <class A, bool difference, class Weights>
 __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 : 4)
-    kernel(const __grid_constant__ Comparison problem, const __grid_constant__ Weights weights, const Chunks chunks,
+    kernel(const __grid_constant__ Comparison comparison, const __grid_constant__ Weights weights, const Chunks chunks,
            const Blocks blocks, A* scratch) {
   DML_DYNAMIC_SHARED(memory);
   DML_SHARED(double, warp_parts, block_threads / warp_lanes);
-  DML_SHARED(A, own_norms, own_rows);
+  DML_SHARED(A, owned_norms, owned_rows);
   DML_SHARED(A, other_norms, other_rows);
-  DML_SHARED(Quad<A>, e, other_rows * own_rows / 4);
-  const bool own_is_row = blockIdx.x < blocks.rows;
-  const std::int64_t block = own_is_row ? blockIdx.x : blockIdx.x - blocks.rows, own_first = block * own_rows;
-  const A eps = A(problem.eps);
-  A* tile = reinterpret_cast<A*>(memory);
-  Side<A> own{own_is_row ? problem.x : problem.w, tile, own_norms, own_rows, problem.normalize, eps};
-  Side<A> other{own_is_row ? problem.w : problem.x,
-                tile + own_rows * chunks.stride(),
+  DML_SHARED(Quad<A>, e, other_rows * owned_rows / 4);
+  const bool owns_rows = blockIdx.x < blocks.rows;
+  const std::int64_t block = owns_rows ? blockIdx.x : blockIdx.x - blocks.rows, owned_first = block * owned_rows;
+  const A eps = A(comparison.eps);
+  A* staged = reinterpret_cast<A*>(memory);
+  Side<A> owned{owns_rows ? comparison.x : comparison.w, staged, owned_norms, owned_rows, comparison.normalize, eps};
+  Side<A> other{owns_rows ? comparison.w : comparison.x,
+                staged + owned_rows * chunks.stride(),
                 other_norms,
                 other_rows,
-                problem.normalize,
+                comparison.normalize,
                 eps};
-  const Target target = own_is_row ? weights.targets_x() : weights.targets_w();
-  const std::int64_t d = problem.x.cols, stride = chunks.whole ? chunks.stride() : d;
-  A* sums = chunks.whole ? tile + tile_rows * chunks.stride() : scratch + std::int64_t(blockIdx.x) * sum_rows<A> * d;
+  const Target target = owns_rows ? weights.targets_x() : weights.targets_w();
+  const std::int64_t d = comparison.x.cols, stride = chunks.whole ? chunks.stride() : d;
+  A* sums =
+      chunks.whole ? staged + staged_rows * chunks.stride() : scratch + std::int64_t(blockIdx.x) * sum_rows<A> * d;
   const int tx = threadIdx.x % other_lanes, ty = threadIdx.x / other_lanes;
 
-  own.prepare(own_first, chunks);
+  owned.prepare(owned_first, chunks);
   if (target.data)
     for (std::int64_t k = threadIdx.x; k < d; k += block_threads)
       for (int n = 0; n < sum_rows<A>; ++n) sums[n * stride + k] = 0;
-  typename Weights::Extra extra(weights, problem, warp_parts);
+  typename Weights::Extra extra(weights, comparison, warp_parts);
   for (std::int64_t first = 0; first < other.matrix.rows; first += other_rows) {
     __syncthreads();  // the tile before has been read
     other.prepare(first, chunks);
     __syncthreads();
     A raw[1][other_count];
-    pair_sums<A, difference>(own, own_first, other, first, chunks, raw);
+    pair_sums<A, difference>(owned, owned_first, other, first, chunks, raw);
     DML_UNROLL
     for (int m = 0; m < other_count; ++m) {
       const int j = tx + other_lanes * m;
-      const std::int64_t mine = own_first + ty, theirs = first + j;
+      const std::int64_t owned_row = owned_first + ty, other_row = first + j;
       A ds = 0;
-      if (mine < own.matrix.rows && theirs < other.matrix.rows)
-        ds = own_is_row ? weights.pair(problem, mine, theirs, raw[0][m], extra)
-                        : weights.pair(problem, theirs, mine, raw[0][m], extra);
-      reinterpret_cast<A*>(e)[j * own_rows + ty] = difference ? -2 * ds : ds;
+      if (owned_row < owned.matrix.rows && other_row < other.matrix.rows)
+        ds = owns_rows ? weights.pair(comparison, owned_row, other_row, raw[0][m], extra)
+                       : weights.pair(comparison, other_row, owned_row, raw[0][m], extra);
+      reinterpret_cast<A*>(e)[j * owned_rows + ty] = difference ? -2 * ds : ds;
     }
     if (!target.data) continue;
     __syncthreads();
-    accumulate<A, difference>(own, own_first, other, first, chunks, e, sums, stride);
+    accumulate<A, difference>(owned, owned_first, other, first, chunks, e, sums, stride);
   }
   extra.merge();
-  if (tx == 0 && own_first + ty < own.matrix.rows) weights.write(extra, own_is_row, own_first + ty);
+  if (tx == 0 && owned_first + ty < owned.matrix.rows) weights.write(extra, owns_rows, owned_first + ty);
   __syncthreads();
-  if (target.data) write(own, own_first, chunks, sums, stride, target);
+  if (target.data) write(owned, owned_first, chunks, sums, stride, target);
 }
 
 template <class A, class Weights>
-Failure launch(const Comparison& problem, const Weights& weights, Blocks blocks, void* scratch, Stream stream) {
+Failure launch(const Comparison& comparison, const Weights& weights, Blocks blocks, void* scratch, Stream stream) {
   if (blocks.rows + blocks.columns == 0) return nullptr;
-  const Chunks chunks = chunks_for<A>(problem.x.cols);
-  const std::size_t bytes = (tile_rows + sum_rows<A>)*(chunks.size + tile_pad) * sizeof(A);
-  const auto function = problem.metric == Metric::dot ? kernel<A, false, Weights> : kernel<A, true, Weights>;
+  const Chunks chunks = chunks_for<A>(comparison.x.cols);
+  const std::size_t bytes = (staged_rows + sum_rows<A>)*(chunks.size + row_pad) * sizeof(A);
+  const auto function = comparison.metric == Metric::dot ? kernel<A, false, Weights> : kernel<A, true, Weights>;
   if (const Failure failure = allow_shared(function, bytes)) return failure;
   DML_LAUNCH(function, unsigned(blocks.rows + blocks.columns), block_threads, bytes, static_cast<cudaStream_t>(stream),
-             problem, weights, chunks, blocks, static_cast<A*>(scratch));
+             comparison, weights, chunks, blocks, static_cast<A*>(scratch));
   return launch_failure();
 }
 

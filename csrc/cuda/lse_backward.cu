@@ -17,9 +17,9 @@ struct LseWeights {
     double scale = 0, bias = 0;
     A divisor;  // of a Proxy-NCA loss
 
-    __device__ Extra(const LseWeights& weights, const Comparison& problem, double* parts)
+    __device__ Extra(const LseWeights& weights, const Comparison& comparison, double* parts)
         : divisor(weights.grads.loss.wanted
-                      ? proxy_nca_divisor<A>(weights.grads.loss, weights.labels, problem.x.rows, parts)
+                      ? proxy_nca_divisor<A>(weights.grads.loss, weights.labels, comparison.x.rows, parts)
                       : A(1)) {}
 
     __device__ void merge() {
@@ -34,7 +34,7 @@ struct LseWeights {
   __device__ Target targets_w() const { return targets.w; }
 
   // The incoming gradients of a row's log-sum-exp over one set, and of the sum of its logits.
-  __device__ void incoming(std::int64_t i, bool same, const Comparison& problem, A divisor, A& g, A& h) const {
+  __device__ void incoming(std::int64_t i, bool same, const Comparison& comparison, A divisor, A& g, A& h) const {
     if (!grads.loss.wanted) {
       g = load<A>(same ? grads.same : grads.different, i, A(0));
       h = load<A>(same ? grads.sum_same : grads.sum_different, i, A(0));
@@ -45,46 +45,46 @@ struct LseWeights {
     const A slope =
         proxy_nca_slope(loss, static_cast<const A*>(grads.lse_same)[i], static_cast<const A*>(grads.lse_different)[i]);
     g = of_row * (same ? A(loss.smoothing) - slope : slope);
-    h = -of_row * A(loss.smoothing) / A(problem.w.rows);
+    h = -of_row * A(loss.smoothing) / A(comparison.w.rows);
   }
 
-  __device__ A pair(const Comparison& problem, std::int64_t i, std::int64_t j, A raw, Extra& extra) const {
-    const RowInfo<A> row(labels, args, i, problem.x.rows);
-    const ColumnInfo<A> column(labels, args, j, problem.w.rows);
-    const A s = score(problem.metric, raw);
+  __device__ A pair(const Comparison& comparison, std::int64_t i, std::int64_t j, A raw, Extra& extra) const {
+    const RowInfo<A> row(labels, args, i, comparison.x.rows);
+    const ColumnInfo<A> column(labels, args, j, comparison.w.rows);
+    const A s = score(comparison.metric, raw);
     const PairLogit<A> logit(row, column, args, s);
     if (!logit.used) return 0;
     const A lse = static_cast<const A*>(logit.same ? grads.lse_same : grads.lse_different)[i];
     A g, h;
-    incoming(i, logit.same, problem, extra.divisor, g, h);
+    incoming(i, logit.same, comparison, extra.divisor, g, h);
     A dz = (lse == A(-INFINITY) ? A(0) : g * exp(logit.z - lse)) + h;
     extra.bias += dz;
     dz *= logit.k;
     extra.scale += dz * (s - logit.o);
     dz *= row.scale;
-    return problem.metric == Metric::euclidean ? dz * root_slope(s) : dz;
+    return comparison.metric == Metric::euclidean ? dz * root_slope(s) : dz;
   }
 
-  __device__ void write(const Extra& extra, bool own_is_row, std::int64_t at) const {
+  __device__ void write(const Extra& extra, bool owns_rows, std::int64_t at) const {
     const auto to = [at](Target target, double value) {
       if (target.data) store(target.data, target.dtype, at, A(value));
     };
-    if (own_is_row) return to(targets.scale, extra.scale);
+    if (owns_rows) return to(targets.scale, extra.scale);
     to(targets.col_bias, extra.bias);
   }
 };
 
 }  // namespace
 
-std::size_t backward_bytes(const Comparison& problem) { return gradients::scratch_bytes(problem); }
+std::size_t backward_bytes(const Comparison& comparison) { return gradients::scratch_bytes(comparison); }
 
-Failure lse_backward(const Comparison& problem, const Labels& labels, const LogitArgs& args, const LseGrads& grads,
+Failure lse_backward(const Comparison& comparison, const Labels& labels, const LogitArgs& args, const LseGrads& grads,
                      const LseTargets& targets, void* scratch, Stream stream) {
   const auto blocks =
-      gradients::blocks_of(problem, targets.x.data || targets.scale.data, targets.w.data || targets.col_bias.data);
-  return with_accumulation(problem.wide, [&](auto zero) {
+      gradients::blocks_of(comparison, targets.x.data || targets.scale.data, targets.w.data || targets.col_bias.data);
+  return with_accumulation(comparison.wide, [&](auto zero) {
     using A = decltype(zero);
-    return gradients::launch<A>(problem, LseWeights<A>{labels, args, grads, targets}, blocks, scratch, stream);
+    return gradients::launch<A>(comparison, LseWeights<A>{labels, args, grads, targets}, blocks, scratch, stream);
   });
 }
 

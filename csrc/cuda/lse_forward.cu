@@ -9,8 +9,8 @@
 namespace dml::cuda {
 namespace {
 
-constexpr int own_count = 2, other_count = 2;
-constexpr int rows_per_block = own_count * own_lanes, columns_per_tile = other_count * other_lanes;
+constexpr int owned_count = 2, other_count = 2;
+constexpr int rows_per_block = owned_count * owned_lanes, columns_per_tile = other_count * other_lanes;
 constexpr int part_values = 6;  // doubles of one row in one slice: maximum and sum of either set, sums of logits
 
 struct Plan {
@@ -118,46 +118,47 @@ __device__ void finish(const Labels& labels, const LseOut& out, std::int64_t n, 
 
 template <class A, bool difference>
 __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 : 4)
-    forward_kernel(const __grid_constant__ Comparison problem, const __grid_constant__ Labels labels,
+    forward_kernel(const __grid_constant__ Comparison comparison, const __grid_constant__ Labels labels,
                    const __grid_constant__ LogitArgs args, const __grid_constant__ LseOut out, const Chunks chunks,
                    const std::int64_t tiles, double* parts, const unsigned ticket) {
   DML_DYNAMIC_SHARED(memory);
   DML_SHARED(A, row_norms, rows_per_block);
   DML_SHARED(A, column_norms, columns_per_tile);
   DML_SHARED(bool, last, 1);
-  const A eps = A(problem.eps);
-  A* row_tile = reinterpret_cast<A*>(memory);
-  Side<A> rows{problem.x, row_tile, row_norms, rows_per_block, problem.normalize, eps};
-  Side<A> columns{
-      problem.w, row_tile + rows_per_block * chunks.stride(), column_norms, columns_per_tile, problem.normalize, eps};
+  const A eps = A(comparison.eps);
+  A* staged = reinterpret_cast<A*>(memory);
+  Side<A> rows{comparison.x, staged, row_norms, rows_per_block, comparison.normalize, eps};
+  Side<A> columns{comparison.w,         staged + rows_per_block * chunks.stride(),
+                  column_norms,         columns_per_tile,
+                  comparison.normalize, eps};
   const int tx = threadIdx.x % other_lanes, ty = threadIdx.x / other_lanes;
-  const std::int64_t n = problem.x.rows, m = problem.w.rows;
+  const std::int64_t n = comparison.x.rows, m = comparison.w.rows;
   const std::int64_t row_first = std::int64_t(blockIdx.x) * rows_per_block;
   rows.prepare(row_first, chunks);
 
-  RowState<A> states[own_count];
+  RowState<A> states[owned_count];
   const std::int64_t end = (blockIdx.y + 1) * tiles / gridDim.y;
   for (std::int64_t tile = blockIdx.y * tiles / gridDim.y; tile < end; ++tile) {
     const std::int64_t column_first = tile * columns_per_tile;
     __syncthreads();  // the tile before has been read
     columns.prepare(column_first, chunks);
     __syncthreads();
-    A sums[own_count][other_count];
+    A sums[owned_count][other_count];
     pair_sums<A, difference>(rows, row_first, columns, column_first, chunks, sums);
     DML_UNROLL
     for (int j = 0; j < other_count; ++j) {
       const ColumnInfo<A> column(labels, args, column_first + tx + other_lanes * j, m);
       DML_UNROLL
-      for (int i = 0; i < own_count; ++i) {
-        const RowInfo<A> row(labels, args, row_first + ty + own_lanes * i, n);
-        states[i].add(PairLogit<A>(row, column, args, score(problem.metric, sums[i][j])));
+      for (int i = 0; i < owned_count; ++i) {
+        const RowInfo<A> row(labels, args, row_first + ty + owned_lanes * i, n);
+        states[i].add(PairLogit<A>(row, column, args, score(comparison.metric, sums[i][j])));
       }
     }
   }
   DML_UNROLL
-  for (int i = 0; i < own_count; ++i) {
+  for (int i = 0; i < owned_count; ++i) {
     states[i].merge();
-    const std::int64_t row = row_first + ty + own_lanes * i;
+    const std::int64_t row = row_first + ty + owned_lanes * i;
     if (tx != 0 || row >= n) continue;
     if (gridDim.y == 1)
       states[i].write(out, row);
@@ -176,18 +177,18 @@ std::size_t lse_forward_bytes(std::int64_t n, std::int64_t m, std::int64_t) {
   return plan.slices > 1 ? plan.slices * n * part_values * sizeof(double) : 0;
 }
 
-Failure lse_forward(const Comparison& problem, const Labels& labels, const LogitArgs& args, const LseOut& out,
+Failure lse_forward(const Comparison& comparison, const Labels& labels, const LogitArgs& args, const LseOut& out,
                     void* scratch, Stream stream) {
-  if (problem.x.rows == 0) return "lse_forward needs at least one row";
-  return with_accumulation(problem.wide, [&](auto zero) -> Failure {
+  if (comparison.x.rows == 0) return "lse_forward needs at least one row";
+  return with_accumulation(comparison.wide, [&](auto zero) -> Failure {
     using A = decltype(zero);
-    const Plan plan = plan_of(problem.x.rows, problem.w.rows);
-    const Chunks chunks = chunks_of<A>(problem.x.cols, rows_per_block + columns_per_tile, shared_limit() - 1024);
-    const std::size_t bytes = (rows_per_block + columns_per_tile) * (chunks.size + tile_pad) * sizeof(A);
-    const auto kernel = problem.metric == Metric::dot ? forward_kernel<A, false> : forward_kernel<A, true>;
+    const Plan plan = plan_of(comparison.x.rows, comparison.w.rows);
+    const Chunks chunks = chunks_of<A>(comparison.x.cols, rows_per_block + columns_per_tile, shared_limit() - 1024);
+    const std::size_t bytes = (rows_per_block + columns_per_tile) * (chunks.size + row_pad) * sizeof(A);
+    const auto kernel = comparison.metric == Metric::dot ? forward_kernel<A, false> : forward_kernel<A, true>;
     if (const Failure failure = allow_shared(kernel, bytes)) return failure;
     DML_LAUNCH(kernel, dim3(unsigned(plan.row_blocks), unsigned(plan.slices)), block_threads, bytes,
-               static_cast<cudaStream_t>(stream), problem, labels, args, out, chunks, plan.tiles,
+               static_cast<cudaStream_t>(stream), comparison, labels, args, out, chunks, plan.tiles,
                static_cast<double*>(scratch), take_ticket(stream));
     return launch_failure();
   });

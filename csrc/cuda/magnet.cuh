@@ -25,7 +25,7 @@ __device__ inline bool counts(const MagnetArgs& args, std::int64_t cluster) {
 
 // Numbers the set flags of [0, n) in order: position[i] where flag(i), in one warp. Returns how many there are.
 template <class Flag>
-__device__ int number(int n, int* position, Flag flag) {
+__device__ int number_flagged(int n, int* position, Flag flag) {
   int total = 0;
   for (int first = 0; first < n; first += warp_lanes) {
     const int i = first + int(threadIdx.x);
@@ -54,8 +54,8 @@ __device__ inline void build(const MagnetArgs& args, Batch& batch, int* scratch,
   __syncthreads();
   if (threadIdx.x < warp_lanes) {
     const int slots =
-        given ? number(int(args.cluster_count), scratch, [&](int k) { return args.classes[k] != args.ignore; })
-              : number(n, scratch, [&](int i) { return batch.slot_of[i] == i; });
+        given ? number_flagged(int(args.cluster_count), scratch, [&](int k) { return args.classes[k] != args.ignore; })
+              : number_flagged(n, scratch, [&](int i) { return batch.slot_of[i] == i; });
     int counted = 0;
     for (int i = threadIdx.x; i < n; i += warp_lanes) counted += batch.slot_of[i] >= 0;
     counted = warp_sum(counted);
@@ -124,12 +124,13 @@ __device__ inline void count_rows(const Batch& batch, int n, int* sizes) {
 
 // The batch's scale 1 / (2 sigma^2) and its measured variance; the same in every thread and every block.
 template <class A>
-struct Spread {
+struct BatchVariance {
   double measured;
   bool floored;
   A scale;
 
-  __device__ Spread(const MagnetArgs& args, const Batch& batch, const A* distances, std::int64_t slots, double* parts) {
+  __device__ BatchVariance(const MagnetArgs& args, const Batch& batch, const A* distances, std::int64_t slots,
+                           double* parts) {
     double sum = 0;
     for (int i = threadIdx.x; i < args.x.rows; i += block_threads)
       if (batch.slot_of[i] >= 0) sum += distances[i * slots + batch.slot_of[i]];

@@ -15,15 +15,15 @@ template <class A>
 struct Slopes {
   A scale, per_distance;  // per_distance: through the variance, of every own distance
 
-  __device__ A own(A g) const { return g * scale + per_distance; }
-  __device__ A other(A g, A distance, A lse) const {
+  __device__ A same_cluster(A g) const { return g * scale + per_distance; }
+  __device__ A other_class(A g, A distance, A lse) const {
     return lse == A(-INFINITY) ? A(0) : -scale * g * exp(-scale * distance - lse);
   }
 };
 
 // What a block works on once the distances are there.
 template <class A>
-struct Problem {
+struct Context {
   const MagnetArgs& args;
   const MagnetTargets& targets;
   const Batch& batch;
@@ -41,35 +41,36 @@ struct Problem {
 
 // The hinges' gradients, and from all pairs the variance's; the same in every block.
 template <class A>
-__device__ Slopes<A> hinges(const Problem<A>& p, const Vector& grad, double* parts) {
+__device__ Slopes<A> hinges(const Context<A>& p, const Vector& grad, double* parts) {
   const MagnetArgs& args = p.args;
   const Batch& batch = p.batch;
   const int n = int(args.x.rows);
-  const Spread<A> spread(args, batch, p.distances, p.slots, parts);
+  const BatchVariance<A> variance(args, batch, p.distances, p.slots, parts);
   double grad_scale = 0;
   for (int i = threadIdx.x; i < n; i += block_threads) {
-    const int own = batch.slot_of[i];
-    const bool active = own >= 0 && !(A(args.alpha) + spread.scale * p.distance(i, own) + p.different[i] <= A(0));
+    const int row_slot = batch.slot_of[i];
+    const bool active =
+        row_slot >= 0 && !(A(args.alpha) + variance.scale * p.distance(i, row_slot) + p.different[i] <= A(0));
     p.g[i] = active ? load<A>(grad, i, A(0)) * A(weight_of(args, batch)) : A(0);
-    if (active) grad_scale += double(p.g[i]) * p.distance(i, own);
+    if (active) grad_scale += double(p.g[i]) * p.distance(i, row_slot);
   }
   __syncthreads();
   for (int pair = threadIdx.x; pair < n * batch.slots; pair += block_threads) {
-    const int i = pair / batch.slots, slot = pair % batch.slots, own = batch.slot_of[i];
-    if (own < 0 || p.g[i] == A(0) || batch.classes[slot] == batch.classes[own]) continue;
+    const int i = pair / batch.slots, slot = pair % batch.slots, row_slot = batch.slot_of[i];
+    if (row_slot < 0 || p.g[i] == A(0) || batch.classes[slot] == batch.classes[row_slot]) continue;
     const A distance = p.distance(i, slot), lse = p.different[i];
-    if (lse != A(-INFINITY)) grad_scale -= double(p.g[i]) * exp(-spread.scale * distance - lse) * distance;
+    if (lse != A(-INFINITY)) grad_scale -= double(p.g[i]) * exp(-variance.scale * distance - lse) * distance;
   }
   grad_scale = block_sum(grad_scale, parts);
-  const double grad_variance = spread.floored ? 0 : -2 * double(spread.scale) * double(spread.scale) * grad_scale;
+  const double grad_variance = variance.floored ? 0 : -2 * double(variance.scale) * double(variance.scale) * grad_scale;
   if (blockIdx.x == 0 && threadIdx.x == 0 && p.targets.variance.data)
     store(p.targets.variance.data, p.targets.variance.dtype, 0, A(grad_variance));
-  return {spread.scale, A(args.variance.data ? 0 : grad_variance / Spread<A>::degrees(batch))};
+  return {variance.scale, A(args.variance.data ? 0 : grad_variance / BatchVariance<A>::degrees(batch))};
 }
 
 // Zero gradients of the rows and given centres that take no part.
 template <class A>
-__device__ void zero_the_rest(const Problem<A>& p) {
+__device__ void zero_the_rest(const Context<A>& p) {
   const Target x = p.targets.x, centers = p.targets.centers;
   const std::int64_t d = p.args.x.cols;
   for (std::int64_t k = threadIdx.x; k < d; k += block_threads) {
@@ -82,30 +83,30 @@ __device__ void zero_the_rest(const Problem<A>& p) {
 
 // The gradient of column k of the cluster's centre; its distance of row i moves it by -2 factor (u - mu).
 template <class A>
-__device__ A center_gradient(const Problem<A>& p, int mine, std::int64_t k, A center) {
+__device__ A center_gradient(const Context<A>& p, int current, std::int64_t k, A center) {
   A total = 0;
   for (int i = 0; i < p.args.x.rows; ++i)
     if (p.batch.slot_of[i] >= 0) total -= 2 * p.factors[i] * (unit_value(p.args, p.work.r, i, k) - center);
   if (p.args.centers.data && p.targets.centers.data)
-    store(p.targets.centers.data, p.targets.centers.dtype, p.batch.source[mine] * p.args.x.cols + k, total);
+    store(p.targets.centers.data, p.targets.centers.dtype, p.batch.source[current] * p.args.x.cols + k, total);
   return total;
 }
 
-// The gradients of the unit rows of cluster `mine`, and of its centre where that is given. `staged`: all columns of the
+// The gradients of the unit rows of cluster `current`, and of its centre where that is given. `staged`: all columns of the
 // centres are in shared memory already.
 template <class A>
-__device__ void cluster_gradients(const Problem<A>& p, const Slopes<A>& slopes, int mine, bool staged) {
+__device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, int current, bool staged) {
   const MagnetArgs& args = p.args;
   const Batch& batch = p.batch;
   const int n = int(args.x.rows), stride = p.work.stride();
   const bool given = args.centers.data;
   for (int i = threadIdx.x; i < n; i += block_threads) {
-    const int own = batch.slot_of[i];
+    const int row_slot = batch.slot_of[i];
     A factor = 0;
-    if (own == mine)
-      factor = slopes.own(p.g[i]);
-    else if (own >= 0 && batch.classes[own] != batch.classes[mine])
-      factor = slopes.other(p.g[i], p.distance(i, mine), p.different[i]);
+    if (row_slot == current)
+      factor = slopes.same_cluster(p.g[i]);
+    else if (row_slot >= 0 && batch.classes[row_slot] != batch.classes[current])
+      factor = slopes.other_class(p.g[i], p.distance(i, current), p.different[i]);
     p.factors[i] = factor;
   }
   for (std::int64_t begin = 0; begin < args.x.cols; begin += p.work.columns) {
@@ -115,19 +116,19 @@ __device__ void cluster_gradients(const Problem<A>& p, const Slopes<A>& slopes, 
     A grad_mu = 0;
     __syncthreads();  // factors are there; row factors of the chunk before have been read
     if (!staged) stage_centers(args, batch, p.work, p.sizes, begin);
-    if (inside) grad_mu = center_gradient(p, mine, k, mu[mine * stride]);
+    if (inside) grad_mu = center_gradient(p, current, k, mu[current * stride]);
     for (int i = 0; p.targets.x.data && i < n; ++i) {
-      if (batch.slot_of[i] != mine) continue;
+      if (batch.slot_of[i] != current) continue;
       __syncthreads();  // the row before has been read
       for (int slot = threadIdx.x; slot < batch.slots; slot += block_threads)
-        p.row_factors[slot] = slot == mine ? p.factors[i]
-                              : batch.classes[slot] == batch.classes[mine]
+        p.row_factors[slot] = slot == current ? p.factors[i]
+                              : batch.classes[slot] == batch.classes[current]
                                   ? A(0)
-                                  : slopes.other(p.g[i], p.distance(i, slot), p.different[i]);
+                                  : slopes.other_class(p.g[i], p.distance(i, slot), p.different[i]);
       __syncthreads();
       if (!inside) continue;
       const A u = unit_value(args, p.work.r, i, k);
-      A total = given ? A(0) : grad_mu / A(p.sizes[mine]);
+      A total = given ? A(0) : grad_mu / A(p.sizes[current]);
       for (int slot = 0; slot < batch.slots; ++slot) total += 2 * p.row_factors[slot] * (u - mu[slot * stride]);
       p.grad_rows[i * args.x.cols + k] = total;
     }
@@ -136,13 +137,13 @@ __device__ void cluster_gradients(const Problem<A>& p, const Slopes<A>& slopes, 
 
 // The gradients of unit rows taken to the rows as they came, and written; a warp a row.
 template <class A>
-__device__ void write_rows(const Problem<A>& p, int mine) {
+__device__ void write_rows(const Context<A>& p, int current) {
   const MagnetArgs& args = p.args;
   const Target target = p.targets.x;
   const std::int64_t d = args.x.cols;
   const int lane = threadIdx.x % warp_lanes;
   for (int i = threadIdx.x / warp_lanes; i < args.x.rows; i += block_threads / warp_lanes) {
-    if (p.batch.slot_of[i] != mine) continue;
+    if (p.batch.slot_of[i] != current) continue;
     const A r = args.normalize ? p.work.r[i] : A(1);
     const A* grad = p.grad_rows + i * d;
     A along = 0;
@@ -180,19 +181,19 @@ __global__ void __launch_bounds__(block_threads, 4)
     for (int i = threadIdx.x; i < n; i += block_threads) work.r[i] = r[i];  // known after the barriers of hinges()
 
   A* g = work.rows(batch.slots);
-  const Problem<A> problem{args,      targets, batch,     work, sizes, distances,
+  const Context<A> context{args,      targets, batch,     work, sizes, distances,
                            different, slots,   grad_rows, g,    g + n, g + 2 * n};
-  const Slopes<A> slopes = hinges(problem, grad, parts);
+  const Slopes<A> slopes = hinges(context, grad, parts);
   const bool whole = args.x.cols <= columns;
   bool staged = whole && measures;  // by distances_of
-  for (int mine = blockIdx.x; mine < batch.slots; mine += gridDim.x) {
+  for (int current = blockIdx.x; current < batch.slots; current += gridDim.x) {
     __syncthreads();  // factors of the cluster before have been read
-    cluster_gradients(problem, slopes, mine, staged);
+    cluster_gradients(context, slopes, current, staged);
     __syncthreads();
-    if (targets.x.data) write_rows(problem, mine);
+    if (targets.x.data) write_rows(context, current);
     staged = whole;
   }
-  if (blockIdx.x + 1 == gridDim.x) zero_the_rest(problem);
+  if (blockIdx.x + 1 == gridDim.x) zero_the_rest(context);
 }
 
 }  // namespace
@@ -213,9 +214,9 @@ Failure magnet_backward(const MagnetArgs& args, const Vector& grad, const void* 
     if (const Failure failure = allow_shared(kernel, bytes)) return failure;
     const std::int64_t blocks = resident_blocks(kernel, bytes, slots > groups ? slots : groups);
     if (blocks == 0) return "the device runs no cooperative launch of this size";
-    DML_LAUNCH_TOGETHER(kernel, unsigned(blocks), block_threads, bytes, static_cast<cudaStream_t>(stream), args, grad,
-                        static_cast<const A*>(different), targets, static_cast<A*>(scratch), columns, slots,
-                        take_ticket(stream));
+    DML_LAUNCH_COOPERATIVE(kernel, unsigned(blocks), block_threads, bytes, static_cast<cudaStream_t>(stream), args,
+                           grad, static_cast<const A*>(different), targets, static_cast<A*>(scratch), columns, slots,
+                           take_ticket(stream));
     return launch_failure();
   });
 }

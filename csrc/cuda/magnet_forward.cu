@@ -12,18 +12,18 @@ using namespace magnet;
 template <class A>
 __device__ void finish(const MagnetArgs& args, const MagnetOut& out, const Batch& batch, const A* distances,
                        std::int64_t slots, double* parts) {
-  const Spread<A> spread(args, batch, distances, slots, parts);
+  const BatchVariance<A> variance(args, batch, distances, slots, parts);
   double total = 0;
   for (int i = threadIdx.x; i < args.x.rows; i += block_threads) {
     OnlineLse<A, A> different;
     A kept = 0;
-    if (const int own = batch.slot_of[i]; own >= 0) {
+    if (const int row_slot = batch.slot_of[i]; row_slot >= 0) {
       for (int slot = 0; slot < batch.slots; ++slot)
-        if (batch.classes[slot] != batch.classes[own]) {
-          const A z = -spread.scale * distances[i * slots + slot];
+        if (batch.classes[slot] != batch.classes[row_slot]) {
+          const A z = -variance.scale * distances[i * slots + slot];
           if (!(z == A(-INFINITY))) different.add(z, 1);
         }
-      const A hinge = A(args.alpha) + spread.scale * distances[i * slots + own] + different.value();
+      const A hinge = A(args.alpha) + variance.scale * distances[i * slots + row_slot] + different.value();
       kept = hinge <= A(0) ? A(0) : hinge;  // NaN stays
     }
     static_cast<A*>(out.different)[i] = different.value();
@@ -32,7 +32,7 @@ __device__ void finish(const MagnetArgs& args, const MagnetOut& out, const Batch
   }
   total = block_sum(total, parts);
   if (threadIdx.x != 0) return;
-  *static_cast<A*>(out.variance) = A(spread.measured);
+  *static_cast<A*>(out.variance) = A(variance.measured);
   if (args.reduction != Reduction::none) *static_cast<A*>(out.value) = A(total * weight_of(args, batch));
 }
 

@@ -51,7 +51,7 @@ Failure launch(const Matrix& x, const Matrix& grad, double eps, Target out, Stre
   const std::int64_t blocks = (x.rows + rows_per_block - 1) / rows_per_block;
   if (blocks > 0x7fffffff) return "normalize takes at most 8 billion rows";
   const auto fits = [&](int count) {
-    return x.together >= count && grad.together >= count && x.cols % count == 0 &&
+    return x.load_width >= count && grad.load_width >= count && x.cols % count == 0 &&
            reinterpret_cast<std::uintptr_t>(out.data) % 16 == 0;
   };
   return with_accumulation(x.dtype == Dtype::f64, [&](auto zero) {

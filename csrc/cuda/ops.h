@@ -10,12 +10,12 @@ namespace dml::cuda {
 
 enum class Dtype : std::int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// A tensor's memory as it came; data is null where it was not given. `together`: how many values of a row aligned loads
+// A tensor's memory as it came; data is null where it was not given. `load_width`: how many values of a row aligned loads
 // of 16 bytes may take at a time: 8 halves, 4 (of halves 8 bytes, of fp64 two loads), or 1 where nothing is aligned.
 struct Matrix {
   const void* data;
   Dtype dtype;
-  int together;
+  int load_width;
   std::int64_t rows, cols, row_stride, col_stride;
 };
 

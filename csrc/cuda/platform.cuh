@@ -21,8 +21,8 @@
 #define DML_SHARED(T, name, count) __shared__ T name[count]
 #define DML_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define DML_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
-#define DML_LAUNCH_TOGETHER(kernel, grid, block, shared, stream, ...) \
-  launch_together(kernel, grid, block, shared, stream, __VA_ARGS__)
+#define DML_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...) \
+  launch_cooperative(kernel, grid, block, shared, stream, __VA_ARGS__)
 #endif
 
 namespace dml::cuda {
@@ -131,7 +131,7 @@ struct alignas(2 * sizeof(A)) Pair {
   A v[2];
 };
 
-// Columns [j, j + count) of row i, all there, in aligned loads that `together` allows. 8 are for halves alone: fp32 goes
+// Columns [j, j + count) of row i, all there, in aligned loads that `load_width` allows. 8 are for halves alone: fp32 goes
 // over a warp's threads in loads of 16 bytes that lie side by side.
 template <class A, int count>
 __device__ __forceinline__ Run<A, count> load_aligned(const Matrix& m, std::int64_t i, std::int64_t j) {
@@ -165,7 +165,7 @@ __device__ __forceinline__ Run<A, count> load_aligned(const Matrix& m, std::int6
 // Columns [j, j + count) of row i however they lie, count 4 or 8; columns from `cols` on are 0.
 template <class A, int count>
 __device__ __forceinline__ Run<A, count> load_run(const Matrix& m, std::int64_t i, std::int64_t j) {
-  if (m.together >= count && j + count <= m.cols) return load_aligned<A, count>(m, i, j);
+  if (m.load_width >= count && j + count <= m.cols) return load_aligned<A, count>(m, i, j);
   Run<A, count> out;
   DML_UNROLL
   for (int k = 0; k < count; ++k) out.v[k] = j + k < m.cols ? load<A>(m, i, j + k) : A(0);
@@ -177,7 +177,7 @@ template <class A, class Function>
 __device__ __forceinline__ void over_row(const Matrix& m, std::int64_t i, Function function) {
   const int lane = threadIdx.x % warp_lanes;
   if constexpr (std::is_same_v<A, float>) {
-    if (m.together == 8) {
+    if (m.load_width == 8) {
       for (std::int64_t k = lane * 8; k < m.cols; k += warp_lanes * 8) function(load_run<A, 8>(m, i, k));
       return;
     }
@@ -296,8 +296,8 @@ std::int64_t resident_blocks(Kernel kernel, std::size_t bytes, std::int64_t want
 }
 
 template <class... Parameters>
-void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream,
-                     std::type_identity_t<Parameters>... arguments) {
+void launch_cooperative(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream,
+                        std::type_identity_t<Parameters>... arguments) {
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;

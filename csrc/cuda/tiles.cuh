@@ -8,22 +8,22 @@
 
 namespace dml::cuda {
 
-constexpr int other_lanes = 16, own_lanes = block_threads / other_lanes;
+constexpr int other_lanes = 16, owned_lanes = block_threads / other_lanes;
 constexpr int run_length = 16;  // products summed one after the other; then the sums of runs: rounding stays small
-constexpr int tile_pad = 4;     // so that rows of a tile begin in different banks
+constexpr int row_pad = 4;      // so that rows of a tile begin in different banks
 
 // D in chunks of shared memory: `whole` where one holds all of it, so that tiles are read once and scaled in place.
 struct Chunks {
   int size;  // a multiple of 8
   bool whole;
 
-  __device__ int stride() const { return size + tile_pad; }
+  __device__ int stride() const { return size + row_pad; }
 };
 
 // `rows`: of all tiles together.
 template <class A>
 Chunks chunks_of(std::int64_t d, int rows, std::int64_t bytes) {
-  const std::int64_t most = (bytes / std::int64_t(rows * sizeof(A)) - tile_pad) / 8 * 8, all = (d + 7) / 8 * 8;
+  const std::int64_t most = (bytes / std::int64_t(rows * sizeof(A)) - row_pad) / 8 * 8, all = (d + 7) / 8 * 8;
   return {int(all < most ? all : most), all <= most};
 }
 
@@ -51,7 +51,7 @@ template <class A>
 __device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks, const A* norms,
                       A* tile) {
   if constexpr (std::is_same_v<A, float>)
-    if (m.together == 8) return stage_runs<A, 8>(m, first, rows, k, chunks, norms, tile);
+    if (m.load_width == 8) return stage_runs<A, 8>(m, first, rows, k, chunks, norms, tile);
   stage_runs<A, 4>(m, first, rows, k, chunks, norms, tile);
 }
 
@@ -60,7 +60,7 @@ __device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_
 template <class A>
 struct Side {
   const Matrix& matrix;
-  A *tile, *norms;
+  A *staged, *norms;
   int rows;
   bool normalize;
   A eps;
@@ -68,13 +68,13 @@ struct Side {
   // Makes rows [first, first + rows) ready: staged whole and scaled, or with their norms known. Barriers around it are
   // the caller's.
   __device__ void prepare(std::int64_t first, Chunks chunks) {
-    if (chunks.whole) stage<A>(matrix, first, rows, 0, chunks, nullptr, tile);
+    if (chunks.whole) stage<A>(matrix, first, rows, 0, chunks, nullptr, staged);
     if (!normalize) return;
     if (chunks.whole) __syncthreads();
     const int lane = threadIdx.x % warp_lanes;
     for (int row = threadIdx.x / warp_lanes; row < rows; row += block_threads / warp_lanes) {
       A sum = 0;
-      A* values = tile + row * chunks.stride();
+      A* values = staged + row * chunks.stride();
       if (chunks.whole) {
         for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4)
           sum += square(*reinterpret_cast<const Quad<A>*>(values + k));
@@ -96,43 +96,44 @@ struct Side {
 
   // Value k of tile row `row`, scaled, wherever it lies.
   __device__ A value(std::int64_t first, int row, std::int64_t k, Chunks chunks) const {
-    if (chunks.whole) return tile[row * chunks.stride() + k];
+    if (chunks.whole) return staged[row * chunks.stride() + k];
     const A raw = load<A>(matrix, first + row, k);
     return normalize ? raw / norms[row] : raw;
   }
 };
 
 // sums[n][m] = u.p, or |u - p|^2, of own row ty + 8 n and other row tx + 16 m. Both sides are loaded, a barrier since.
-template <class A, bool difference, int own_count, int other_count>
-__device__ void pair_sums(const Side<A>& own, std::int64_t own_first, const Side<A>& other, std::int64_t other_first,
-                          Chunks chunks, A (&sums)[own_count][other_count]) {
+template <class A, bool difference, int owned_count, int other_count>
+__device__ void pair_sums(const Side<A>& owned, std::int64_t owned_first, const Side<A>& other,
+                          std::int64_t other_first, Chunks chunks, A (&sums)[owned_count][other_count]) {
   const int tx = threadIdx.x % other_lanes, ty = threadIdx.x / other_lanes;
   DML_UNROLL
-  for (int n = 0; n < own_count; ++n) {
+  for (int n = 0; n < owned_count; ++n) {
     DML_UNROLL
     for (int m = 0; m < other_count; ++m) sums[n][m] = 0;
   }
-  for (std::int64_t first = 0; first < own.matrix.cols; first += chunks.size) {
+  for (std::int64_t first = 0; first < owned.matrix.cols; first += chunks.size) {
     if (!chunks.whole) {
       __syncthreads();  // the tiles of the chunk before have been read
-      stage<A>(own.matrix, own_first, own.rows, first, chunks, own.normalize ? own.norms : nullptr, own.tile);
+      stage<A>(owned.matrix, owned_first, owned.rows, first, chunks, owned.normalize ? owned.norms : nullptr,
+               owned.staged);
       stage<A>(other.matrix, other_first, other.rows, first, chunks, other.normalize ? other.norms : nullptr,
-               other.tile);
+               other.staged);
       __syncthreads();
     }
     for (int begin = 0; begin < chunks.size; begin += run_length) {
       const int end = begin + run_length < chunks.size ? begin + run_length : chunks.size;
-      A part[own_count][other_count] = {};
+      A part[owned_count][other_count] = {};
       for (int k = begin; k < end; k += 4) {
-        Quad<A> u[own_count], p[other_count];
+        Quad<A> u[owned_count], p[other_count];
         DML_UNROLL
-        for (int n = 0; n < own_count; ++n)
-          u[n] = *reinterpret_cast<const Quad<A>*>(own.tile + (ty + own_lanes * n) * chunks.stride() + k);
+        for (int n = 0; n < owned_count; ++n)
+          u[n] = *reinterpret_cast<const Quad<A>*>(owned.staged + (ty + owned_lanes * n) * chunks.stride() + k);
         DML_UNROLL
         for (int m = 0; m < other_count; ++m)
-          p[m] = *reinterpret_cast<const Quad<A>*>(other.tile + (tx + other_lanes * m) * chunks.stride() + k);
+          p[m] = *reinterpret_cast<const Quad<A>*>(other.staged + (tx + other_lanes * m) * chunks.stride() + k);
         DML_UNROLL
-        for (int n = 0; n < own_count; ++n) {
+        for (int n = 0; n < owned_count; ++n) {
           DML_UNROLL
           for (int m = 0; m < other_count; ++m) {
             DML_UNROLL
@@ -144,7 +145,7 @@ __device__ void pair_sums(const Side<A>& own, std::int64_t own_first, const Side
         }
       }
       DML_UNROLL
-      for (int n = 0; n < own_count; ++n) {
+      for (int n = 0; n < owned_count; ++n) {
         DML_UNROLL
         for (int m = 0; m < other_count; ++m) sums[n][m] += part[n][m];
       }

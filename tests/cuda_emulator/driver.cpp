@@ -58,11 +58,11 @@ Matrix matrix(Kind kind, std::int64_t rows, std::int64_t cols) {
 
 [[maybe_unused]] Target target(Kind kind, std::int64_t n) { return {allocate(n * kind.size()), kind.dtype}; }
 
-[[maybe_unused]] void* sums(Kind kind, std::int64_t n) { return allocate(n * kind.sum_size()); }
+[[maybe_unused]] void* accumulated(Kind kind, std::int64_t n) { return allocate(n * kind.sum_size()); }
 
 [[maybe_unused]] Vector vector(Kind kind, std::int64_t n) {
   const Kind sum{kind.wide ? Dtype::f64 : Dtype::f32, kind.wide};
-  void* data = sums(kind, n);
+  void* data = accumulated(kind, n);
   fill(data, sum, n);
   return {data, sum.dtype, 1};
 }
@@ -85,18 +85,18 @@ Failure drive(const std::string& what, Kind kind) {
                                                   : kind.size() == 2         ? 40
                                                                              : 36;
   [[maybe_unused]] const bool dot = what.find("dot") != std::string::npos;
-  [[maybe_unused]] const Comparison problem{
+  [[maybe_unused]] const Comparison comparison{
       matrix(kind, n, d), matrix(kind, m, d), dot ? Metric::dot : Metric::euclidean, true, kind.wide, 1e-12};
 #if defined(DRIVE_lse_forward) || defined(DRIVE_lse_backward)
   const bool proxy_nca = what.find("proxy_nca") != std::string::npos;
   const Labels labels{integers(n, m), nullptr, integers(n, m), -100};
   const LogitArgs args{1, 0, 1, 0, vector(kind, n), vector(kind, m)};
-  const ProxyNca loss{proxy_nca, false, 0.1, vector(kind, n), Reduction::mean, sums(kind, 1)};
+  const ProxyNca loss{proxy_nca, false, 0.1, vector(kind, n), Reduction::mean, accumulated(kind, 1)};
 #endif
 #if defined(DRIVE_lse_forward)
   void* scratch = allocate(lse_forward_bytes(n, m, d));
-  const LseOut out{sums(kind, n), sums(kind, n), sums(kind, n), sums(kind, n), loss};
-  return lse_forward(problem, labels, args, out, scratch, nullptr);
+  const LseOut out{accumulated(kind, n), accumulated(kind, n), accumulated(kind, n), accumulated(kind, n), loss};
+  return lse_forward(comparison, labels, args, out, scratch, nullptr);
 #elif defined(DRIVE_lse_backward)
   const LseGrads grads{vector(kind, n),
                        vector(kind, n),
@@ -106,17 +106,17 @@ Failure drive(const std::string& what, Kind kind) {
                        vector(kind, n).data,
                        loss};
   const LseTargets targets{target(kind, n * d), target(kind, m * d), target(kind, n), target(kind, m)};
-  return lse_backward(problem, labels, args, grads, targets, allocate(backward_bytes(problem)), nullptr);
+  return lse_backward(comparison, labels, args, grads, targets, allocate(backward_bytes(comparison)), nullptr);
 #elif defined(DRIVE_distance)
-  if (what.find("backward") == std::string::npos) return distance_forward(problem, target(kind, n * m), nullptr);
-  return distance_backward(problem, matrix(kind, n, m), target(kind, n * d), target(kind, m * d), nullptr, nullptr);
+  if (what.find("backward") == std::string::npos) return distance_forward(comparison, target(kind, n * m), nullptr);
+  return distance_backward(comparison, matrix(kind, n, m), target(kind, n * d), target(kind, m * d), nullptr, nullptr);
 #elif defined(DRIVE_normalize)
   if (what.find("backward") == std::string::npos)
-    return normalize_forward(problem.x, 1e-12, target(kind, n * d), nullptr);
-  return normalize_backward(matrix(kind, n, d), problem.x, 1e-12, target(kind, n * d), nullptr);
+    return normalize_forward(comparison.x, 1e-12, target(kind, n * d), nullptr);
+  return normalize_backward(matrix(kind, n, d), comparison.x, 1e-12, target(kind, n * d), nullptr);
 #elif defined(DRIVE_magnet_forward) || defined(DRIVE_magnet_backward)
   const bool given = what.find("given") != std::string::npos;
-  MagnetArgs args{problem.x,
+  MagnetArgs args{comparison.x,
                   given ? matrix(kind, 9, d) : Matrix{},
                   integers(n, 9),
                   integers(9, 4),
@@ -130,7 +130,7 @@ Failure drive(const std::string& what, Kind kind) {
                   kind.wide,
                   Reduction::mean};
 #if defined(DRIVE_magnet_forward)
-  const MagnetOut out{sums(kind, 1), sums(kind, n), sums(kind, 1)};
+  const MagnetOut out{accumulated(kind, 1), accumulated(kind, n), accumulated(kind, 1)};
   return magnet_forward(args, out, allocate(magnet_forward_bytes(args)), nullptr);
 #else
   return magnet_backward(args, vector(kind, n), vector(kind, n).data,

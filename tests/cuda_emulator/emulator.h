@@ -132,5 +132,5 @@ EMULATOR_PLAIN inline unsigned atomicInc(unsigned* p, unsigned last) {
 #define DML_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(emulator::dynamic_shared())
 #define DML_LAUNCH(kernel, grid, block, shared, stream, ...) \
   emulator::launch(grid, block, shared, false, [=] { kernel(__VA_ARGS__); })
-#define DML_LAUNCH_TOGETHER(kernel, grid, block, shared, stream, ...) \
+#define DML_LAUNCH_COOPERATIVE(kernel, grid, block, shared, stream, ...) \
   emulator::launch(grid, block, shared, true, [=] { kernel(__VA_ARGS__); })

@@ -140,7 +140,7 @@ inline void end([[maybe_unused]] Block& block) {
 }
 
 // All blocks in turn until all are done.
-inline void run_together(std::deque<Block>& blocks) {
+inline void run_cooperative(std::deque<Block>& blocks) {
   Machine& m = machine();
   std::vector<Block*> left;
   for (Block& block : blocks) left.push_back(&block);
@@ -155,7 +155,7 @@ inline void run_together(std::deque<Block>& blocks) {
 }
 
 template <class Body>
-void launch(dim3 grid, dim3 block, std::size_t dynamic, bool together, Body&& body) {
+void launch(dim3 grid, dim3 block, std::size_t dynamic, bool cooperative, Body&& body) {
   Machine& m = machine();
   const unsigned threads = block.x * block.y * block.z;
   if (threads > 1024 || grid.y > 65535 || grid.z > 65535 || dynamic > most_shared) throw Error("launch configuration");
@@ -171,11 +171,11 @@ void launch(dim3 grid, dim3 block, std::size_t dynamic, bool together, Body&& bo
   std::deque<Block> blocks;
   for (const unsigned number : numbers) {
     begin(blocks.emplace_back(), number, dynamic);
-    if (together) continue;
+    if (cooperative) continue;
     if (!run(blocks.back())) throw Error("a block waits for another, and the launch is not cooperative");
     if (!EMULATOR_TSAN) end(blocks.back()), blocks.pop_back();
   }
-  if (together) run_together(blocks);
+  if (cooperative) run_cooperative(blocks);
   EMULATOR_ACQUIRE(&m.launch_sync);
   for (Block& each : blocks) end(each);
 }

@@ -52,9 +52,9 @@ BUGS = {
         "magnet_backward.cu", "grid_barrier(ticket, gridDim.x);", "if (blockIdx.x) grid_barrier(ticket, gridDim.x);",
         "address", "none arrives"),
     "a barrier of all blocks in a launch that is not cooperative": (
-        "magnet_backward.cu", "DML_LAUNCH_TOGETHER", "DML_LAUNCH", "address", "not cooperative"),
+        "magnet_backward.cu", "DML_LAUNCH_COOPERATIVE", "DML_LAUNCH", "address", "not cooperative"),
     "a barrier for some threads only": (
-        "lse_forward.cu", "RowState<A> states[own_count];", "RowState<A> states[own_count];\n  "
+        "lse_forward.cu", "RowState<A> states[owned_count];", "RowState<A> states[owned_count];\n  "
         "if (threadIdx.x < 7) __syncthreads();", "address", "__syncthreads"),
 }  # fmt: skip
 
