@@ -1,7 +1,7 @@
-"""The compiled extension ``dml_kernels._C``: loaded once, and when it is not there, the reason in words.
+"""Loads the compiled extension ``dml_kernels._C`` once, or says in words why it cannot be loaded.
 
-Everything that wants the compiled ops asks :func:`load`. A failed load is a message, not a silence and not a
-crash: the ``torch`` backend needs nothing compiled.
+All code that needs the compiled ops calls :func:`load`. A failed load gives a message, neither silence nor a crash: the
+``torch`` backend needs nothing compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  its libraries must be in the process before the extension's
+import torch  # noqa: F401  its libraries must be loaded before those of the extension
 
 NAME = "dml_kernels._C"
 BUILD = "pip install -r requirements/build.txt && pip install -e . --no-build-isolation, in the repository"
@@ -23,12 +23,12 @@ BUILD = "pip install -r requirements/build.txt && pip install -e . --no-build-is
 
 @dataclass(frozen=True)
 class Extension:
-    """What became of loading the extension.
+    """The outcome of loading the extension; true where it is loaded.
 
     Attributes:
         module: the extension module, or None.
         reason: one line: what was loaded, or why nothing was and what to do about it.
-        built: whether a file for this Python is there, loaded or not.
+        built: whether a file for this Python exists, loaded or not.
         info: ``module.build_info()`` (compiler, flags, instruction sets, CUDA, sanitizers, torch), or {}.
     """
 
@@ -51,14 +51,14 @@ def _not_built() -> str:
 
 @functools.cache
 def load() -> Extension:
-    """Import the extension, which registers its ops, and say what happened. The same object on every call."""
+    """Import the extension, which registers its ops. Every call returns the same object."""
     spec = importlib.util.find_spec(NAME)
     if spec is None:
         return Extension(None, _not_built(), built=False)
     try:
         module = importlib.import_module(NAME)
         info = module.build_info()
-    except Exception as error:  # a library that cannot be loaded, or is of another version
+    except Exception as error:  # a library that cannot be loaded, or has another version
         what = f"{type(error).__name__}: {error}"
         return Extension(None, f"{spec.origin} cannot be loaded ({what}); rebuild: {BUILD}", built=True)
     built = f"compiled by {info['compiler']} for torch {info['torch_version']}"

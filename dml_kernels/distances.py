@@ -1,7 +1,8 @@
-"""Distances by the names people use: each names a metric of the ops, and says which way it runs.
+"""Distances, under pytorch-metric-learning's names: each selects a metric of the ops.
 
-The ops compare by a score s that is larger for closer points (u.p, -|u - p|, -|u - p|^2). A loss written on scores
-serves every distance; what a user states as a distance or a similarity, a margin say, ``threshold`` turns into a score.
+The ops compare by a score s that is larger for closer points (u.p, -|u - p|, -|u - p|^2), so a loss written on scores
+works with every distance. ``Distance.threshold`` turns a value that a user states as a distance or a similarity, such
+as a margin, into a score.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ from .records import Recorded
 SETTINGS = ("normalize_embeddings", "p", "power", "is_inverted")
 
 
-# How many elements of unit vectors are made at a time: 16 MB in fp32.
+# The most elements of unit vectors that are held at a time: 16 MB in fp32.
 UNIT_ELEMENTS = 1 << 22
 
 
 def cosines(x: Tensor, w: Tensor) -> Tensor:
-    """All N x M cosines as ``torch.nn.functional.normalize`` and a matrix product give them: normalise, then multiply.
+    """All N x M cosines, as ``torch.nn.functional.normalize`` and a matrix product give them: normalise, then multiply.
 
     :func:`functional.normalized_distance` multiplies first, which rounds differently: a cosine near 0 then differs in
     the last digits from ``F.normalize(x) @ F.normalize(w).T``. Without gradient the copies of ``w`` stay within a few
     tiles of 16 MB.
+
+    Args:
+        x: (N, D) floating point.
+        w: (M, D) floating point.
+
+    Returns:
+        (N, M), in the dtype of the product.
     """
     check_pair(x, w, ("embeddings", "ref_emb"))
     dtype = product_dtype(x, w)
@@ -47,22 +55,25 @@ def cosines(x: Tensor, w: Tensor) -> Tensor:
 
 
 class Distance(Recorded):
-    """One metric of the ops: ``distance(x, w)`` is the (N, M) matrix, a loss takes only ``metric`` and ``normalize``.
+    """One metric of the ops. ``distance(x, w)`` returns the (N, M) matrix; losses only read the metric and settings.
 
-    The methods are those of distances in pytorch-metric-learning, whose losses, miners and trainers therefore accept
-    it.
+    It has the methods of a distance in pytorch-metric-learning, so the losses, miners and trainers of that package
+    accept it.
 
     Args:
-        normalize_embeddings, p, power: the attributes below.
+        normalize_embeddings: as the attribute below; None: the default of the class.
+        p: as the attribute below.
+        power: as the attribute below.
         collect_stats: accepted as in pytorch-metric-learning; nothing of a step is recorded, because norms would take a
             pass over the embeddings.
 
     Attributes:
         metric: ``cosine``, ``dot``, ``euclidean`` or ``sqeuclidean``, as in :func:`functional.normalized_distance`. It
             follows from the settings below, which may be assigned.
-        normalize_embeddings: unit vectors are compared.
-        p: of the norm, 2. power: of the value.
-        is_inverted: larger values are closer points, as for similarities.
+        normalize_embeddings: whether unit vectors are compared.
+        p: the order of the norm; only 2 is computed.
+        power: the exponent of the distance.
+        is_inverted: whether larger values mean closer points, as with similarities.
 
     Raises:
         ValueError: a setting, given or assigned, that no kernel here streams.
@@ -88,32 +99,47 @@ class Distance(Recorded):
         super().__setattr__(name, value)
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
-        """The metric of these settings; an error if there is none."""
+        """The metric of these settings; a ValueError if no metric has them."""
         return self.metric
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
-        """The matrix of all N x M values; no loss of this package builds it."""
+        """The matrix of all values, which no loss of this package builds.
+
+        Args:
+            query_emb: (N, D) floating point.
+            ref_emb: (M, D) floating point; None: ``query_emb``.
+
+        Returns:
+            (N, M), the distance or similarity of each pair of rows.
+        """
         ref_emb = query_emb if ref_emb is None else ref_emb
         if self.metric == "cosine":
             return cosines(query_emb, ref_emb)
         return functional.normalized_distance(query_emb, ref_emb, self.metric, normalize=self.normalize_embeddings)
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
-        """(N,) values of corresponding rows; as in pytorch-metric-learning without normalisation, to the power 1."""
+        """The values of corresponding rows, (N,).
+
+        As in pytorch-metric-learning, the vectors are not normalised, and the power is not applied.
+
+        Args:
+            query_emb: (N, D) floating point.
+            ref_emb: (N, D) floating point.
+        """
         if self.is_inverted:
             return torch.linalg.vecdot(query_emb, ref_emb)
         return torch.nn.functional.pairwise_distance(query_emb, ref_emb, p=self.p)
 
     def smallest_dist(self, *args: Any, **kwargs: Any) -> Any:
-        """``torch.min`` of distances, ``torch.max`` of similarities: the closest."""
+        """The closest: ``torch.min`` of distances, ``torch.max`` of similarities."""
         return (torch.max if self.is_inverted else torch.min)(*args, **kwargs)
 
     def largest_dist(self, *args: Any, **kwargs: Any) -> Any:
-        """``torch.max`` of distances, ``torch.min`` of similarities: the furthest."""
+        """The furthest: ``torch.max`` of distances, ``torch.min`` of similarities."""
         return (torch.min if self.is_inverted else torch.max)(*args, **kwargs)
 
     def margin(self, x: Any, y: Any) -> Any:
-        """How much further x is than y: x - y, for a similarity y - x."""
+        """How much further x is than y: x - y for distances, y - x for similarities."""
         return y - x if self.is_inverted else x - y
 
     def normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
@@ -121,7 +147,7 @@ class Distance(Recorded):
         return torch.nn.functional.normalize(embeddings, p=self.p, dim=dim, **kwargs)
 
     def maybe_normalize(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
-        """Unit vectors if this distance compares those, else the vectors."""
+        """Unit vectors along ``dim`` if this distance compares unit vectors, else the vectors as they are."""
         return self.normalize(embeddings, dim, **kwargs) if self.normalize_embeddings else embeddings
 
     def get_norm(self, embeddings: Tensor, dim: int = 1, **kwargs: Any) -> Tensor:
@@ -129,7 +155,7 @@ class Distance(Recorded):
         return torch.linalg.vector_norm(embeddings, ord=self.p, dim=dim, **kwargs)
 
     def threshold(self, value: float) -> float:
-        """The score at which this distance, or similarity, has the value."""
+        """The score of a pair at this distance, or with this similarity: -value, or value."""
         value = check_number("a margin", value)
         return value if self.is_inverted else -value
 
@@ -139,8 +165,9 @@ class Distance(Recorded):
 
 
 class LpDistance(Distance):
-    """Euclidean distance |u - p| of unit vectors, or its square with ``power=2``; of the given vectors with
-    ``normalize_embeddings=False``.
+    """Euclidean distance |u - p| of unit vectors, or its square with ``power=2``.
+
+    With ``normalize_embeddings=False`` it compares the vectors as they are.
 
     Raises:
         ValueError: p other than 2, or power other than 1 or 2, which no kernel here streams.
@@ -149,7 +176,7 @@ class LpDistance(Distance):
     metric = "euclidean"
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
-        """By the power."""
+        """``euclidean`` for power 1, ``sqeuclidean`` for power 2."""
         if p != 2 or power not in (1, 2) or is_inverted:
             raise ValueError(f"LpDistance streams p=2 with power 1 or 2, is_inverted=False; got p={p}, power={power}, "
                              f"is_inverted={is_inverted}")  # fmt: skip
@@ -157,7 +184,9 @@ class LpDistance(Distance):
 
 
 class DotProductSimilarity(Distance):
-    """x.w of unit vectors, as in pytorch-metric-learning; of the given vectors with ``normalize_embeddings=False``.
+    """Dot product x.w of unit vectors, as in pytorch-metric-learning.
+
+    With ``normalize_embeddings=False`` it compares the vectors as they are.
 
     Raises:
         ValueError: power other than 1, or p other than 2.
@@ -167,7 +196,7 @@ class DotProductSimilarity(Distance):
     is_inverted = True
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
-        """By whether vectors are normalised."""
+        """``cosine`` where vectors are normalised, else ``dot``."""
         if (p, power, is_inverted) != (2, 1, True):
             raise ValueError(f"{type(self).__name__} streams p=2, power=1, is_inverted=True; got p={p}, power={power}, "
                              f"is_inverted={is_inverted}")  # fmt: skip
@@ -175,14 +204,14 @@ class DotProductSimilarity(Distance):
 
 
 class CosineSimilarity(DotProductSimilarity):
-    """u.p of unit vectors.
+    """Dot product u.p of unit vectors.
 
     Raises:
         ValueError: ``normalize_embeddings=False``, which is DotProductSimilarity; power other than 1.
     """
 
     def metric_of(self, normalize_embeddings: bool, p: float, power: float, is_inverted: bool) -> str:
-        """Cosine."""
+        """Always ``cosine``."""
         if not normalize_embeddings:
             raise ValueError("CosineSimilarity compares unit vectors; use "
                              "DotProductSimilarity(normalize_embeddings=False)")  # fmt: skip
@@ -192,15 +221,18 @@ class CosineSimilarity(DotProductSimilarity):
 def accept(
     distance: Any, default: Distance, only: tuple[type[Distance], ...] = (Distance,), user: str = ""
 ) -> Distance:
-    """A distance for a loss or miner: one of ours, or one of pytorch-metric-learning converted to ours.
+    """A distance for a loss or miner: one of this module, or one of pytorch-metric-learning converted to it.
 
     Args:
-        distance: what the caller was given; None for ``default``.
-        only: the kinds that the caller supports. user: the caller, for the message.
+        distance: what the caller was given; None: ``default``.
+        default: the distance of the caller where none is given.
+        only: the classes that the caller supports.
+        user: the name of the caller, for the message.
 
     Raises:
-        ValueError, TypeError: a kind that no kernel streams, any other class, or one that the caller does not support;
-            the message names those that it does.
+        ValueError: settings that no kernel streams, or a class that the caller does not support.
+        TypeError: an object of any other class, or one that defines its own ``forward``. The message names what is
+            accepted.
     """
     if distance is None:
         return default

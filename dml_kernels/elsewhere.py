@@ -1,7 +1,7 @@
-"""Names of pytorch-metric-learning 2.9 that are not here: asking for one says what to use instead.
+"""Names of pytorch-metric-learning 2.9 that are not here: the error for one says what to use instead.
 
-``ABSENT`` has every public name that is missing, by module, ``MODULES`` whole modules. docs/switching.md shows both,
-and a test holds them against the installed package.
+``ABSENT`` lists every public name that is missing, by module; ``MODULES`` lists whole modules. docs/switching.md shows
+both, and a test compares them with the installed package.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ MODULES: dict[str, str] = {
 
 
 def _importing() -> bool:
-    """Whether two calls up a ``from module import name`` is running, which drops an AttributeError and its message."""
+    """Whether the caller's caller is a ``from module import name``, which would drop an AttributeError's message."""
     caller = sys._getframe(2)
     return caller.f_code.co_name == "_handle_fromlist" or (
         dis.opname[caller.f_code.co_code[max(caller.f_lasti, 0)]] == "IMPORT_FROM"
@@ -81,7 +81,10 @@ def _importing() -> bool:
 def explain(module: str) -> None:
     """Give a module of this package a ``__getattr__`` that says what to use instead of a name that is missing here.
 
-    It is set here, and not defined in the module, so that type checkers keep refusing unknown names.
+    The function is set from here, not defined in the module, so that type checkers still refuse unknown names.
+
+    Args:
+        module: the full name of the module.
     """
     absent = MODULES if module == "dml_kernels" else ABSENT[module.removeprefix("dml_kernels.")]
 

@@ -1,4 +1,4 @@
-"""Labels in any common container, read by position: tensors, arrays, lists, pandas columns."""
+"""Reads labels by position from any common container: tensors, arrays, lists, pandas columns."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ NUMBER_THEM = "number them first, as torch.from_numpy(numpy.unique(names, return
 
 
 def integers_by_position(name: str, values: Any, *, names: bool = False, booleans: bool = False) -> Tensor:
-    """Labels (or indices) as int64, in their order; the index of a pandas column does not matter.
+    """Convert labels or indices to int64, in their order; the index of a pandas column does not matter.
 
     Args:
-        name: of the argument, for messages.
+        name: the name of the argument, for messages.
         values: a tensor (kept on its device), a numpy array, a list or tuple, a pandas Series, Index or Categorical, or
             anything else with ``to_numpy()`` or ``__array__()``; of any integer dtype, or Python integers.
-        names: whether strings are accepted, where only equality matters. They are numbered from 0 in sorted order.
+        names: whether strings are accepted, for callers that only compare labels. They are numbered from 0 in sorted
+            order.
         booleans: whether False and True are accepted, as 0 and 1.
 
+    Returns:
+        An int64 tensor of the same shape, on the device of a tensor, else on the CPU.
+
     Raises:
-        TypeError: no such container, or values that are not integers.
+        TypeError: another container, or values that are not integers.
         ValueError: missing values, strings where they are not accepted, or integers beyond int64. The message names the
             argument and the fix.
     """
@@ -98,7 +102,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _of_objects(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """An array of Python objects as one of integers or of strings."""
+    """Convert an array of Python objects to one of integers or of strings."""
     for kind, dtype in ((numbers.Integral, np.int64), (str, np.str_), (bytes, np.bytes_)):
         if all(isinstance(value, kind) and not isinstance(value, bool) for value in array.flat):
             try:

@@ -8,7 +8,7 @@ from torch.nn.functional import softplus
 
 
 def log1pexp(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), to the last bits of x's dtype; 0 with a zero gradient at -inf.
+    """log(1 + exp(x)), exact to the last bits of x's dtype; 0 with a zero gradient at -inf.
 
     ``log1pexp(b - a)`` is ``logaddexp(a, b) - a``, the cross-entropy of a positive a against the rest b. Mask x, not
     the result: ``torch.logaddexp(-inf, -inf)`` and -inf - -inf have NaN gradients even behind a ``torch.where``.
@@ -17,10 +17,10 @@ def log1pexp(x: Tensor) -> Tensor:
 
 
 def logaddexp(u: Tensor, v: Tensor, empty: float) -> Tensor:
-    """log(exp(u) + exp(v)), broadcast, and ``empty`` where both are -inf; right to the second derivative.
+    """log(exp(u) + exp(v)), broadcast, and ``empty`` where both are -inf. First and second derivatives are exact.
 
-    ``torch.logaddexp`` has NaN second derivatives where one operand is -inf. Autograd through a maximum would give 0
-    where both are equal; here the maximum is a constant.
+    ``torch.logaddexp`` has NaN second derivatives where one operand is -inf. The maximum that is factored out is a
+    constant here, because autograd through it would give 0 where u and v are equal.
     """
     peak = torch.maximum(u, v).detach()
     none = peak == -torch.inf

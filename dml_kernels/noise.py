@@ -1,7 +1,8 @@
-"""Counter-based noise: a number for (seed, row, column), the same on any tiling, thread count and backend.
+"""Counter-based noise: a number for (seed, row, column), the same for any tiling, thread count and backend.
 
-The hash is splitmix64: a row's stream starts at mix(mix(seed) + row gamma) and its element is mix(start + (column + 1)
-gamma), all modulo 2^64. csrc/core/noise.h is the same in C++, and a test compares the bits of both.
+The hash is splitmix64: the stream of a row starts at mix(mix(seed) + row gamma), and its element in a column is
+mix(start + (column + 1) gamma), all modulo 2^64. csrc/core/noise.h computes the same in C++, and a test compares the
+bits of both.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
 
 
 def _shifted(h: Tensor, by: int) -> Tensor:
-    """Logical shift right; that of PyTorch repeats the sign."""
+    """Logical shift right; PyTorch's own shift repeats the sign bit."""
     return (h >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
@@ -30,22 +31,38 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def bits(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """64 bits as int64 for each (row, column) of the int64 tensors ``rows`` (N,) and ``columns`` (C,): (N, C)."""
+    """64 random bits for each (row, column).
+
+    Args:
+        seed: any integer; only its value modulo 2^64 counts.
+        rows: (N,) int64.
+        columns: (C,) int64.
+
+    Returns:
+        (N, C) int64.
+    """
     start = _mix(_mix(rows.new_tensor(_signed(seed % (1 << 64)))) + rows * GAMMA)
     return _mix(start[:, None] + (columns + 1) * GAMMA)
 
 
 def gumbel(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Standard Gumbel noise in fp64, (N, C): -log(-log(1 - t)), t the upper 53 bits as a number within (0, 1)."""
+    """Standard Gumbel noise -log(-log(1 - t)), (N, C) fp64; t is the upper 53 of the ``bits`` as a number in (0, 1)."""
     t = _shifted(bits(seed, rows, columns), 11).double().add_(0.5).mul_(2.0**-53)
     return t.neg_().log1p_().neg_().log_().neg_()
 
 
 def distance_log_weight(d2: Tensor, d: int, cutoff: float, nonzero_loss_cutoff: float) -> Tensor:
-    """log 1/q of "Sampling Matters" (Wu et al. 2017) from squared distances of unit vectors in ``d`` dimensions.
+    """The logarithm of the weight 1/q of a distance between unit vectors (Wu et al. 2017, "Sampling Matters")::
 
-    q(t) = t^(d - 2) (1 - t^2 / 4)^((d - 3) / 2) with t = max(distance, cutoff); -inf, so never drawn, from
-    ``nonzero_loss_cutoff`` on and where that is not finite.
+        q(t) = t^(d - 2) (1 - t^2 / 4)^((d - 3) / 2),  t = max(distance, cutoff)
+
+    It is -inf, so that the entry is never drawn, where t is ``nonzero_loss_cutoff`` or more, or the weight not finite.
+
+    Args:
+        d2: squared distances, of any shape.
+        d: the number of dimensions of the vectors.
+        cutoff: the floor under the distance.
+        nonzero_loss_cutoff: the distance from which entries are not drawn.
     """
     d2 = d2.clamp_min(cutoff * cutoff)
     weight = torch.log(d2) * (0.5 * (2 - d)) - torch.log1p(-0.25 * d2) * (0.5 * (d - 3))

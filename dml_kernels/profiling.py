@@ -1,8 +1,8 @@
-"""Time and memory of a step, measured so that every allocator is seen and the drift of the machine cancels.
+"""Time and memory of a step, measured so that every allocator counts and the drift of the machine cancels.
 
-Memory is the count of resident pages by the kernel, not by PyTorch, so it includes buffers of a C++ extension, of the
-BLAS and of the allocator. Time is taken in interleaved rounds, so that a change of the clock rate or the load of other
-processes affects every variant equally.
+Memory is what the operating system counts as resident, not what PyTorch counts, so it includes the buffers of a C++
+extension, of the BLAS and of the allocator. Time is measured in interleaved rounds, so that a change of the clock rate
+or of the load of other processes affects every variant equally.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ STATUS = Path("/proc/self/status")
 
 
 def peak_extra_bytes(fn: Callable[[], object], warmup: Callable[[], object] | None = None) -> int:
-    """Peak resident memory during fn() minus the resident memory just before it, in bytes.
+    """Measure the peak resident memory during fn(), less the resident memory just before it.
 
-    It counts everything that fn makes the process touch, by any allocator, including gradients, results, and what a
-    BLAS or an allocator keeps afterwards. It does not count what is resident before, such as inputs, nor pages that are
-    allocated but never written. Run it in a fresh process (``run_in_child``) for each variant, because memory that an
-    earlier call left in a pool is reused and would not be seen.
+    The result counts all memory that fn makes the process touch, by any allocator, including gradients, results, and
+    what a BLAS or an allocator keeps afterwards. It does not count what is resident before, such as inputs, or pages
+    that are allocated but never written. Run it in a fresh process (``run_in_child``) for each variant, because memory
+    that an earlier call left in a pool is reused and does not count.
 
-    Accurate to about 1 MB: the kernel counts pages in batches for each core. The peak is reset through
-    /proc/self/clear_refs. Where that is refused, the peak of the whole life of the process is used (ru_maxrss).
+    It is accurate to about 1 MB, because the operating system counts pages in batches for each core. The peak is reset
+    through /proc/self/clear_refs. Where that is refused, the peak of the whole life of the process is used.
 
     Args:
-        fn: what is measured.
-        warmup: runs first. Give the same code on a tiny problem: it loads code pages, starts threads and fills caches
+        fn: the step to measure.
+        warmup: called first. Give the same code on a tiny problem: it loads code pages, starts threads and fills caches
             whose size is the same for every problem, so that fn is charged only with what grows with the problem.
+
+    Returns:
+        Bytes.
 
     Raises:
         RuntimeError: the peak could not be reset and an earlier one was higher, so the number would be too small.
@@ -72,10 +75,18 @@ def peak_extra_bytes(fn: Callable[[], object], warmup: Callable[[], object] | No
 
 
 def run_in_child(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run ``python -m module arguments...`` in a fresh interpreter and return its standard output.
+    """Run ``python -m module arguments...`` in a fresh interpreter.
+
+    Args:
+        module: the name of the module.
+        arguments: its command line.
+        environment: variables in addition to those of this process.
+
+    Returns:
+        The standard output of the run.
 
     Raises:
-        RuntimeError: it failed; the message has the end of its error output.
+        RuntimeError: the run failed; the message has the end of its error output.
     """
     # The parent's import path, so that a checkout that is not installed is found from any directory.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -102,18 +113,24 @@ def interleaved_times(
     synchronize: Callable[[], object] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, name -> one entry per round; every round runs every variant once.
+    """Time all variants in rounds; every round runs every variant once.
 
     The order rotates by one place per round, so that no variant always follows the same one. The garbage collector is
     off while a call runs.
 
     Args:
-        variants: what is timed, by name.
+        variants: the steps to time, by name.
         rounds: how many rounds are timed.
-        warmup: how many rounds run before them.
-        clock: gives seconds; time.thread_time leaves out what other processes do on the core.
+        warmup: how many rounds run before those.
+        clock: returns seconds; time.thread_time leaves out what other processes do on the core.
         synchronize: called before each clock reading, such as torch.cuda.synchronize.
         progress: called after each call, including those of the warm-up.
+
+    Returns:
+        name -> the seconds of each round.
+
+    Raises:
+        ValueError: no round or no variant.
     """
     if rounds < 1 or not variants:
         raise ValueError(f"need at least one round and one variant; got {rounds} and {len(variants)}")
@@ -140,13 +157,13 @@ def interleaved_times(
 def interleaved_medians(
     variants: Mapping[str, Callable[[], object]], rounds: int = 3, **options: Any
 ) -> dict[str, float]:
-    """Median seconds of each variant over ``interleaved_times`` (same options)."""
+    """The median seconds of each variant. Arguments are those of :func:`interleaved_times`."""
     times = interleaved_times(variants, rounds, **options)
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
 def cpu_model() -> str:
-    """The name of the processor, as the system reports it."""
+    """The name of the processor, as the operating system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -155,7 +172,7 @@ def cpu_model() -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -201,7 +218,7 @@ def _reset_peak() -> bool:
 
 
 def _release_free_memory() -> None:
-    """Give freed heap back to the system, so that reusing it counts."""
+    """Give freed heap memory back to the system, so that its reuse counts."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""How long jobs report progress: a function of the caller, or a bar."""
+"""How long jobs report progress: to a function of the caller, or on a bar."""
 
 from __future__ import annotations
 
@@ -9,14 +9,24 @@ from .optional import import_optional
 
 __all__ = ["Progress", "reporter"]
 
-# Called with the number of units just finished (queries, examples, ...); True shows a tqdm bar; None or False shows
-# nothing.
+# A function is called with the number of units just finished (queries, examples, ...); True shows a tqdm bar; None or
+# False shows nothing.
 Progress = Callable[[int], object] | bool | None
 
 
 @contextlib.contextmanager
 def reporter(progress: Progress, total: int, what: str, unit: str) -> Iterator[Callable[[int], object]]:
-    """The function that a job calls with the number of units just finished."""
+    """Yield the function that a job calls with the number of units just finished.
+
+    Args:
+        progress: as the caller of the job gave it.
+        total: the number of units of the job.
+        what: the text on the bar.
+        unit: the name of a unit.
+
+    Raises:
+        ImportError: ``progress=True``, and tqdm is missing.
+    """
     if callable(progress):
         yield progress
     elif progress:

@@ -13,16 +13,16 @@ __all__ = ["Recorded"]
 
 
 class Recorded(torch.nn.Module):
-    """A module whose settings, and statistics of the last call, are attributes that a record keeper finds.
+    """A module whose settings, and the statistics of its last call, are attributes that record keepers find.
 
     Args:
         collect_stats: whether record keepers see the ``statistics`` too.
 
     Attributes:
         collect_stats: bool.
-        statistics: names of the numbers that a call leaves on the module: 0 before the first one.
-        fixed: names of settings from which the module is built; they cannot be assigned afterwards.
-        unused: names of attributes that the module in pytorch-metric-learning computes with, and this one does not.
+        statistics: names of the numbers that a call sets on the module; they are 0 before the first call.
+        fixed: names of settings that the module is built from; they cannot be assigned afterwards.
+        unused: names of attributes with which the module in pytorch-metric-learning computes, and this one does not.
 
     Raises:
         ValueError: an assignment that would have no effect, or a different effect than in pytorch-metric-learning.
@@ -50,7 +50,10 @@ class Recorded(torch.nn.Module):
 
     @property
     def _record_these(self) -> list[str]:
-        """The settings that are numbers. Record keepers of pytorch-metric-learning look for this name and the next."""
+        """The names of the settings that are numbers.
+
+        Record keepers of pytorch-metric-learning look for this property and the next by their names.
+        """
         names = inspect.signature(type(self).__init__).parameters
         return [name for name in names if type(getattr(self, name, None)) in (int, float)]
 

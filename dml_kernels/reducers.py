@@ -1,10 +1,10 @@
-"""Reducers, under pytorch-metric-learning's names: from the sums that a loss streams for each anchor to one number.
+"""Reducers, under pytorch-metric-learning's names: they turn a loss's sums for each anchor into one number.
 
-A loss passes on sums, never its terms: the N x M pairs or N x M x K triplets of a batch are not listed. So a reducer
-can be anything that follows from the sum, the number and the number of non-zero terms of each anchor. A reducer that
-needs the terms themselves is refused, with an error that names the nearest one.
+A loss passes on sums, never its terms: it does not list the N x M pairs or N x M x K triplets of a batch. So a reducer
+can compute whatever follows from three numbers of each anchor: the sum of its terms, how many there are, and how many
+are not zero. A reducer that needs the terms themselves is refused, with an error that names the nearest one.
 
-The losses of pytorch-metric-learning list their terms, and call ``reducer(loss_dict, embeddings, labels)``: these
+The losses of pytorch-metric-learning list their terms, and call ``reducer(loss_dict, embeddings, labels)``. These
 reducers accept that call too, and then see every term.
 """
 
@@ -26,7 +26,7 @@ ELEMENT, PAIR, TRIPLET, REDUCED = "element", "pair", "triplet", "reduced"
 
 
 def nonzero(values: Tensor) -> Tensor:
-    """1 for a term over 0, else 0, in the dtype of the values. NaN counts as over 0, so that a mean over it is NaN."""
+    """1 for a term over 0, else 0, in the dtype of the values. NaN counts as over 0, so that a mean with it is NaN."""
     values = values.detach()
     return (~(values <= 0)).to(values)
 
@@ -36,10 +36,11 @@ class Terms(NamedTuple):
 
     Args:
         total: (N,) sum of the anchor's terms; () for ``kind="reduced"``, a final value.
-        number, active: (N,) how many terms there are, and how many are over 0 or NaN; in the dtype of total, without
-            gradient.
+        number: (N,) how many terms there are, in the dtype of total, without gradient.
+        active: (N,) how many of them are over 0 or NaN, in the dtype of total, without gradient.
         kind: ``element`` (one term for each anchor), ``pair``, ``triplet`` or ``reduced``.
-        labels: (N,) labels of the anchors, for class weights. divisor: () what DivisorReducer divides by.
+        labels: (N,) labels of the anchors, for class weights.
+        divisor: () what DivisorReducer divides by.
     """
 
     total: Tensor
@@ -53,7 +54,14 @@ class Terms(NamedTuple):
     def elements(
         values: Tensor, labels: Tensor | None, keep: Tensor | None = None, divisor: Tensor | None = None
     ) -> Terms:
-        """One term for each anchor; those outside ``keep`` (N,) bool do not count."""
+        """One term for each anchor.
+
+        Args:
+            values: (N,) the terms.
+            labels: (N,) or None, as in :class:`Terms`.
+            keep: (N,) bool: which anchors count; None: all.
+            divisor: () or None, as in :class:`Terms`.
+        """
         keep = torch.ones_like(values, dtype=torch.bool) if keep is None else keep
         values = torch.where(keep, values, 0)
         return Terms(values, keep.to(values), nonzero(values), ELEMENT, labels, divisor)
@@ -66,7 +74,9 @@ class Terms(NamedTuple):
 
 
 class Reducer(Recorded):
-    """Adds up the parts of a loss: each Terms as a number, final values as they are.
+    """Reduces each part of a loss to a number and adds them up; final values stay as they are.
+
+    A subclass defines ``reduce``.
 
     Args:
         collect_stats: accepted as in pytorch-metric-learning; nothing of a step is recorded, because the terms are not
@@ -86,12 +96,17 @@ class Reducer(Recorded):
     def forward(
         self, parts: Mapping[str, Any], embeddings: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss, a scalar connected to the graph.
+        """Reduce the parts of a loss to the loss.
 
         Args:
-            parts: :class:`Terms` by name, from a loss of this package; or from a loss of pytorch-metric-learning a dict
-                of ``losses``, ``indices``, ``reduction_type`` and, for some, ``divisor``.
-            embeddings, labels: needed with such a dict.
+            parts: :class:`Terms` by name, from a loss of this package; or by name, from a loss of
+                pytorch-metric-learning, a dict of ``losses``, ``indices``, ``reduction_type`` and, for some losses,
+                ``divisor``.
+            embeddings: (N, D), needed with such a dict.
+            labels: (N,), needed with such a dict by reducers that weight classes.
+
+        Returns:
+            The loss, a scalar connected to the graph.
         """
         values = []
         for name, part in parts.items():
@@ -102,16 +117,21 @@ class Reducer(Recorded):
         return torch.stack(values).sum() if len(values) > 1 else values[0]
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """The number for one part; ``name`` is for messages."""
+        """The number for one part.
+
+        Args:
+            name: of the part, for messages.
+            part: its sums.
+        """
         raise NotImplementedError
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
-        """The number for one part of a loss of pytorch-metric-learning: each term that it lists is an element."""
+        """The number for one part of a loss of pytorch-metric-learning, with each listed term as an element."""
         if not isinstance(part, Mapping) or embeddings is None:
             raise TypeError(f"{name} must be Terms, or come from the loss_dict of pytorch-metric-learning, given with "
                             f"embeddings; got {type(part).__name__}")  # fmt: skip
         values, indices = part["losses"], part["indices"]
-        if not isinstance(values, Tensor):  # 0, as there was nothing to compare
+        if not isinstance(values, Tensor):  # the number 0: there was nothing to compare
             return (embeddings * 0).sum() + values
         values = values.to(accumulate_dtype(values.dtype))
         if part["reduction_type"] == "already_reduced":
@@ -131,7 +151,7 @@ class MeanReducer(Reducer):
     """The mean over all terms, zeros included."""
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Sum over number."""
+        """The sum divided by the number of terms."""
         return _ratio(part.total.sum(), part.number.sum())
 
 
@@ -139,15 +159,21 @@ class SumReducer(Reducer):
     """The sum over all terms."""
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Sum."""
+        """The sum."""
         return part.total.sum()
 
 
 class ThresholdReducer(Reducer):
-    """The mean over the terms above ``low`` and below ``high``. A term that is NaN passes.
+    """The mean over the terms above ``low`` and below ``high``. A term that is NaN counts.
+
+    Args:
+        low: the lower bound, or None.
+        high: the upper bound, or None; at least one of the two is needed.
+        options: of :class:`Reducer`.
 
     Raises:
-        ValueError: when called by a loss of pairs or triplets, thresholds other than ``low=0`` (AvgNonZeroReducer).
+        ValueError: neither bound; or, at a call by a loss of pairs or triplets, bounds other than ``low=0`` alone
+            (AvgNonZeroReducer).
     """
 
     def __init__(self, low: float | None = None, high: float | None = None, **options: Any):
@@ -158,7 +184,7 @@ class ThresholdReducer(Reducer):
         self.high = None if high is None else check_number("high", high)
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Sum over number, of the terms that pass."""
+        """The sum of the terms within the bounds, divided by their number."""
         if part.kind != ELEMENT:
             if (self.low, self.high) != (0, None):
                 raise ValueError(
@@ -182,17 +208,22 @@ class AvgNonZeroReducer(ThresholdReducer):
 
 
 class DivisorReducer(Reducer):
-    """The sum over the divisor that the loss states: for ProxyAnchorLoss and MarginLoss, whose default it is."""
+    """The sum divided by the divisor that the loss states. It is the default of ProxyAnchorLoss and MarginLoss."""
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Sum over divisor, 0 where that is 0."""
+        """The sum divided by the divisor, 0 where that is 0."""
         if part.divisor is None:
             raise ValueError(f"{name} states no divisor; use MeanReducer, SumReducer or AvgNonZeroReducer")
         return _ratio(part.total.sum(), part.divisor.to(part.total))
 
 
 class PerAnchorReducer(Reducer):
-    """First the mean over the pairs of each anchor (0 without any), then ``reducer`` over anchors (default: mean)."""
+    """Takes the mean over the pairs of each anchor (0 without any), then applies a reducer over the anchors.
+
+    Args:
+        reducer: the reducer over the anchors; None: the mean.
+        options: of :class:`Reducer`.
+    """
 
     unused = ("aggregation_func",)
     reducer: Any
@@ -202,7 +233,7 @@ class PerAnchorReducer(Reducer):
         self.reducer = reducer
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
-        """Add up listed pairs by anchor first."""
+        """As in :class:`Reducer`, with the listed pairs added up by anchor first."""
         kind = part["reduction_type"] if isinstance(part, Mapping) and isinstance(part["losses"], Tensor) else ""
         if not kind.endswith(PAIR) and kind != TRIPLET:
             return self.reducer.reduce_listed(name, part, embeddings, labels)
@@ -230,9 +261,11 @@ class ClassWeightedReducer(Reducer):
 
     Args:
         weights: (number of classes,), a weight for each label.
+        options: of :class:`Reducer`.
 
     Raises:
-        ValueError: at the call, a label that has no weight (on the CPU; elsewhere the loss is NaN).
+        ValueError: weights that are complex, empty or not a vector; at a call on the CPU, a label that has no weight
+            (on a GPU the loss is then NaN).
     """
 
     weights: Tensor
@@ -248,7 +281,7 @@ class ClassWeightedReducer(Reducer):
         self.register_buffer("weights", values, persistent=False)
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Weighted sum over number."""
+        """The weighted sum divided by the number of terms."""
         if part.labels is None:
             raise ValueError(f"{name} has no labels to weight by; call the loss with labels")
         labels, classes = part.labels, self.weights.numel()
@@ -257,21 +290,27 @@ class ClassWeightedReducer(Reducer):
             raise ValueError(f"labels must be in [0, {classes}): ClassWeightedReducer has {classes} weights; got "
                              f"{labels[beyond][0].item()}")  # fmt: skip
         weight = self.weights.to(part.total)[labels.clamp(0, classes - 1)]
-        # Where the values are not read, a label without a weight gives NaN, not the weight of the last class.
+        # Where the labels cannot be read, one without a weight gives NaN, not the weight of the last class.
         weight = torch.where(beyond, torch.nan, weight)
         return _ratio((part.total * weight).sum(), part.number.sum())
 
 
 class DoNothingReducer(Reducer):
-    """Returns the parts as they are; for a loss of this package a dict of :class:`Terms`."""
+    """Returns the parts as they are: for a loss of this package a dict of :class:`Terms`."""
 
     def forward(self, parts: Mapping[str, Any], *_: Any) -> Mapping[str, Any]:  # type: ignore[override]
-        """The parts."""
+        """The parts, unchanged."""
         return parts
 
 
 class MultipleReducers(Reducer):
-    """A reducer for each part of a loss, by its name; ``default_reducer`` (default: the mean) for the others."""
+    """Applies a reducer of its own to each part of a loss.
+
+    Args:
+        reducers: name of a part -> its reducer.
+        default_reducer: the reducer of the other parts; None: the mean.
+        options: of :class:`Reducer`.
+    """
 
     def __init__(self, reducers: Mapping[str, Any], default_reducer: Any = None, **options: Any):
         super().__init__(**options)
@@ -279,11 +318,11 @@ class MultipleReducers(Reducer):
         self.default_reducer = default_reducer
 
     def reduce(self, name: str, part: Terms) -> Tensor:
-        """Delegate to the reducer of the part."""
+        """The result of the reducer of the part."""
         return self._of(name).reduce(name, part)
 
     def reduce_listed(self, name: str, part: Any, embeddings: Tensor | None, labels: Tensor | None) -> Tensor:
-        """Delegate to the reducer of the part."""
+        """The result of the reducer of the part."""
         return self._of(name).reduce_listed(name, part, embeddings, labels)
 
     def _of(self, name: str) -> Reducer:
@@ -296,10 +335,15 @@ _PLAIN = {kind.__name__: kind for kind in (MeanReducer, SumReducer, DivisorReduc
 
 
 def accept(reducer: Any, default: Reducer) -> Reducer:
-    """A reducer for a loss: one of ours, or one of pytorch-metric-learning converted to ours; None: ``default``.
+    """A reducer for a loss: one of this module, or one of pytorch-metric-learning converted to it.
+
+    Args:
+        reducer: what the loss was given; None: ``default``.
+        default: the reducer of the loss where none is given.
 
     Raises:
-        TypeError, ValueError: a reducer that needs every term, or any other class; the message names the possible ones.
+        ValueError: a reducer that needs every term.
+        TypeError: an object of any other class; the message names the classes that are accepted.
     """
     if reducer is None:
         return default

@@ -1,7 +1,7 @@
 """Regularisers of embeddings or of a learned bank, under pytorch-metric-learning's names; none builds an M x M matrix.
 
-Each is called on rows (M, D) and returns a scalar in fp32 (fp64 for fp64), which a loss adds, multiplied by a weight. A
-reducer of :mod:`dml_kernels.reducers` may say how the rows' values become one; the mean by default.
+Each is called on rows (M, D) and returns a scalar in fp32 (fp64 for fp64), which a loss multiplies by a weight and
+adds. A reducer of :mod:`dml_kernels.reducers` combines the values of the rows; by default it is the mean.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .reducers import Terms
 
 
 class Regularizer(Recorded):
-    """A function of the rows of a matrix; a subclass states its ``terms``.
+    """A function of the rows of a matrix; a subclass defines its ``terms``.
 
     Args:
         reducer: one of :mod:`dml_kernels.reducers`, or of pytorch-metric-learning; None: the default of the
@@ -42,18 +42,22 @@ class Regularizer(Recorded):
         super().__setattr__(name, value)
 
     def default_reducer(self) -> reducers.Reducer:
-        """The mean."""
+        """The reducer that is used if none is given: the mean."""
         return reducers.MeanReducer()
 
     def terms(self, weights: Tensor) -> Terms:
-        """The values of the rows, as Terms for a reducer."""
+        """The values of the rows (M, D), as Terms for a reducer."""
         raise NotImplementedError
 
     def forward(self, weights: Tensor) -> Tensor:
-        """The value for rows (M, D), a scalar.
+        """The value of the regulariser, a scalar.
+
+        Args:
+            weights: (M, D) floating point.
 
         Raises:
-            ValueError, TypeError: not a floating matrix.
+            ValueError: not a matrix.
+            TypeError: not a floating point tensor.
         """
         check_matrix("weights", weights)
         return self.reducer({"loss": self.terms(weights.to(accumulate_dtype(weights.dtype)))})
@@ -63,7 +67,9 @@ class LpRegularizer(Regularizer):
     """The mean of |w_j|_p^power; the gradient of a row of zeros is 0.
 
     Args:
-        p: of the norm. power: of its value.
+        p: the order of the norm.
+        power: the exponent of the norm.
+        options: of :class:`Regularizer`.
     """
 
     def __init__(self, p: float = 2, power: float = 1, **options: Any):
@@ -71,7 +77,7 @@ class LpRegularizer(Regularizer):
         self.p, self.power = check_number("p", p), check_number("power", power)
 
     def terms(self, weights: Tensor) -> Terms:
-        """Norms."""
+        """The norms of the rows, to the power."""
         norms = torch.linalg.vector_norm(weights, ord=self.p, dim=1)
         return Terms.elements(norms if self.power == 1 else norms**self.power, None)
 
@@ -80,30 +86,31 @@ class ZeroMeanRegularizer(Regularizer):
     """The mean of |sum_d w_jd|, which pulls the sum of each row's components to 0."""
 
     def terms(self, weights: Tensor) -> Terms:
-        """Absolute sums."""
+        """The absolute sums of the rows."""
         return Terms.elements(weights.sum(1).abs(), None)
 
 
 class CenterInvariantRegularizer(Regularizer):
-    """The mean of (|w_j|^2 - mean_k |w_k|^2)^2 / 4, which pulls rows to one length (Wu et al., Deep Face Recognition
-    with Center Invariant Loss, 2017).
+    """The mean of (|w_j|^2 - mean_k |w_k|^2)^2 / 4, which pulls all rows to one length.
+
+    Wu et al., "Deep Face Recognition with Center Invariant Loss", 2017.
     """
 
     def terms(self, weights: Tensor) -> Terms:
-        """Squared deviations."""
+        """A quarter of the squared deviation of each row."""
         squared = torch.linalg.vecdot(weights, weights)
         return Terms.elements((squared - squared.mean()).square() / 4, None)
 
 
 class RegularFaceRegularizer(Regularizer):
-    """The mean over rows of the cosine to the nearest other row (Zhao et al., RegularFace, CVPR 2019).
+    """The mean over rows of the cosine to the nearest other row, which pushes classes apart.
 
-    It pushes classes apart. The nearest row is found by streaming, and is a constant in the derivative, as in
-    pytorch-metric-learning. A bank of one row gives 0.
+    Zhao et al., "RegularFace", CVPR 2019. The nearest row is found by streaming, and is a constant in the derivative,
+    as in pytorch-metric-learning. A bank of one row gives 0.
     """
 
     def terms(self, weights: Tensor) -> Terms:
-        """Cosines."""
+        """The cosine of each row with its nearest other row."""
         own = torch.arange(weights.size(0), device=weights.device)
         found = functional.masked_argmax(weights.detach(), weights.detach(), own, metric="cosine", which="different")
         assert found.different is not None
@@ -122,10 +129,12 @@ class SparseCentersRegularizer(Regularizer):
     merged up to rounding has distance 0 and no gradient.
 
     Args:
-        num_classes: C. centers_per_class: K, at least 2.
+        num_classes: C.
+        centers_per_class: K, at least 2.
+        options: of :class:`Regularizer`.
 
     Raises:
-        ValueError: sizes that are too small, or a number of rows other than C K.
+        ValueError: sizes that are too small; at a call, a number of rows other than C K.
     """
 
     fixed = ("num_classes", "centers_per_class")
@@ -142,11 +151,11 @@ class SparseCentersRegularizer(Regularizer):
         self.num_classes, self.centers_per_class = num_classes, centers_per_class
 
     def default_reducer(self) -> reducers.Reducer:
-        """The reducer that divides by twice the number of pairs, as in the paper."""
+        """The reducer that divides by the stated divisor: twice the number of pairs, as in the paper."""
         return reducers.DivisorReducer()
 
     def terms(self, weights: Tensor) -> Terms:
-        """The distances within each class."""
+        """The sum of the distances within each class."""
         c, k = self.num_classes, self.centers_per_class
         if weights.size(0) != c * k:
             raise ValueError(f"weights must have {c} x {k} rows, the centres class by class; got {weights.size(0)}")
@@ -160,7 +169,7 @@ class SparseCentersRegularizer(Regularizer):
 
 
 def _sparse_centers(original: Any) -> SparseCentersRegularizer:
-    """pytorch-metric-learning keeps the sizes only in a mask, where a class has K (K - 1) / 2 pairs."""
+    """Convert a regulariser of pytorch-metric-learning, which keeps C and K only in a mask of K (K - 1) / 2 a class."""
     mask = original.same_class_mask
     k = 2 * int(mask.sum()) // mask.size(0) + 1
     return SparseCentersRegularizer(mask.size(0) // k, k, reducer=original.reducer)
@@ -182,7 +191,10 @@ _DISTANCE: dict[str, type[distances.Distance]] = {
 
 
 def accept(regularizer: Any) -> Any:
-    """A regulariser for a loss: one of ours, one of pytorch-metric-learning converted to ours, or any callable.
+    """A regulariser for a loss: one of this module, one of pytorch-metric-learning converted to it, or any callable.
+
+    Args:
+        regularizer: what the loss was given; None stays None.
 
     Raises:
         TypeError: an object that cannot be called.

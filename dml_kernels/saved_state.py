@@ -1,4 +1,4 @@
-"""Checks of saved states before they are loaded: built like the state of the loading object, all numbers finite."""
+"""Checks of a saved state before it is loaded: its structure is that of the loading object, its numbers are finite."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ __all__ = ["check_count", "check_keys", "check_like"]
 
 
 def check_like(what: str, found: Any, like: Any) -> None:
-    """Raise ValueError, naming the place and the difference, unless ``found`` is built like ``like``.
+    """Check that a value has the structure of another one.
 
     Dicts must have the same keys, at every depth; tensors the same shape and dtype; everything else the same type.
-    Floating point numbers, also in tensors, must be finite. The contents of lists are not checked.
+    Floating point numbers must be finite, in tensors too. The contents of lists are not checked.
+
+    Args:
+        what: the name of the value, for messages.
+        found: the value.
+        like: a value with the required structure.
+
+    Raises:
+        ValueError: the structures differ, or a number is not finite; the message names the place.
     """
     if isinstance(like, dict):
         check_keys(what, found, like)
@@ -30,7 +38,7 @@ def check_like(what: str, found: Any, like: Any) -> None:
 
 
 def check_keys(what: str, found: Any, keys: Collection[Any] | None = None) -> None:
-    """Raise ValueError unless ``found`` is a dict, with exactly these keys if any are given."""
+    """Raise ValueError unless ``found`` is a dict that has exactly these keys; None: any keys."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} is of type {type(found).__name__}, expected dict")
     if keys is not None and found.keys() != set(keys):
@@ -40,7 +48,7 @@ def check_keys(what: str, found: Any, keys: Collection[Any] | None = None) -> No
 
 
 def check_count(what: str, found: Any, least: int, most: int) -> int:
-    """Return ``found`` if it is an integer in [least, most]; else raise ValueError."""
+    """Return ``found`` if it is an int in [least, most]; else raise ValueError."""
     if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= most:
         raise ValueError(f"{what} must be an integer from {least} to {most}; got {found!r}")
     return found

@@ -12,8 +12,8 @@ from time to time. ``ClusterIndex`` holds them:
     share = (index.seconds - seconds_before) / seconds_of_the_epoch
 
 Cluster ids are fixed at construction: class by class in ascending order of the labels, id = first id of the class +
-number within the class. A refresh starts from the previous clusters: from the means of their examples in the new
-embeddings, so that it does not matter how far the space has moved or turned in between. So an id keeps its meaning.
+number within the class. A refresh starts from the means of the previous clusters' examples in the new embeddings, so it
+does not matter how far the space has moved or turned in between, and an id keeps its meaning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,62 +32,38 @@ from ..ops.checks import check_flag, check_integer, check_positive
 from ..progress import Progress, reporter
 from ..saved_state import check_count, check_like
 from .kmeans import load_faiss
-from .reclustering import Embeddings, Reclustering, Source
+from .reclustering import Embeddings, Reclustering, RefreshReport, Source
 
-__all__ = ["ClusterIndex", "RefreshReport"]
+__all__ = ["ClusterIndex"]
 
 STATE_FORMAT = 1
 
 
-@dataclass(frozen=True)
-class RefreshReport:
-    """What a refresh did.
-
-    Attributes:
-        seconds: in all.
-        embed_seconds, kmeans_seconds: the seconds of these spent on getting the embeddings, and in faiss and calling
-        it.
-        examples, classes: how many it clustered.
-        moved: the share of these examples whose cluster changed; 1 the first time.
-        filled: clusters that became empty and were given the example farthest from its centre.
-        empty: clusters of the whole index without examples.
-        variance: ``ClusterIndex.variance`` after the refresh.
-    """
-
-    seconds: float
-    embed_seconds: float
-    kmeans_seconds: float
-    examples: int
-    classes: int
-    moved: float
-    filled: int
-    empty: int
-    variance: float
-
-
 class ClusterIndex:
-    """Clusters of each class, by k-means++ of the embeddings of its examples (faiss; Arthur and Vassilvitskii 2007).
+    """The clusters of each class, by k-means of the embeddings of its examples.
 
-    An empty cluster is given the example of its class that is farthest from its own centre. It stays empty only where
-    the class has fewer different vectors than clusters (or in a class above block_examples), and is left out wherever
-    clusters are drawn.
+    faiss computes them, from k-means++ (Arthur and Vassilvitskii 2007) the first time. An empty cluster is given the
+    example of its class that is farthest from its own centre. A cluster stays empty only where the class has fewer
+    different vectors than clusters (or more than ``block_examples`` examples), and is left out wherever clusters are
+    drawn.
 
-    Memory in addition to the attributes: about 50 bytes an example and three fp32 blocks of block_examples x D.
+    Memory in addition to the attributes: about 50 bytes an example, and three fp32 blocks of block_examples x D.
 
     Args:
         labels: (n,) integers, any values in any order, in a tensor, array, list or pandas column (read by position).
             Names (strings) are numbered from 0 in sorted order.
-        clusters_per_class: K, or as many as the class has examples where that is fewer.
-        examples_per_cluster: replaces K: a class of c examples has ceil(c / examples_per_cluster) clusters.
+        clusters_per_class: the number of clusters of a class; a class with fewer examples has as many as examples.
+        examples_per_cluster: replaces ``clusters_per_class``: a class of c examples has ceil(c / examples_per_cluster)
+            clusters.
         normalize: cluster unit vectors r / |r|. The centres are means of unit vectors, not unit vectors themselves; a
             zero vector stays 0.
         iterations: the most Lloyd iterations of a refresh; k-means++ runs only where there are no clusters yet.
         every: steps (or epochs: the caller chooses the unit) between refreshes, see :meth:`due`; None: only the first.
-        slices: a refresh covers 1/slices of the examples (whole classes), the next one the next share, so that it holds
-            training up for 1/slices of the time. The first refresh covers all.
-        block_examples: how many embeddings are held at a time. A larger class is clustered on a sample of so many of
-            its examples (seeded, the same each time); then all are assigned, block by block, and centres, sizes and
-            variance are those of all.
+        slices: a refresh covers 1/slices of the examples (whole classes), and the next one the next share, so that it
+            interrupts training for 1/slices of the time. The first refresh covers all.
+        block_examples: how many embeddings are held at a time. A larger class is clustered on a sample of that many of
+            its examples (seeded, the same each time). Then all its examples are assigned, block by block, and the
+            centres, sizes and variance are those of all.
         ignore_index: examples with this label are in no cluster.
         seed: of k-means++ and of the samples. The same seed and embeddings give the same bits, at any number of
             threads.
@@ -97,15 +72,17 @@ class ClusterIndex:
         clusters: (n,) int64, the cluster of each example; -1 before the first refresh and for ignored examples.
         cluster_classes: (K,) int64, the label of the class of each cluster; fixed.
         centers: (K, D) fp32, the mean of the examples of each cluster, the mean of the class for an empty cluster.
-        sizes: (K,) int64.
+        sizes: (K,) int64, the number of examples of each cluster.
         variance: a float, sum |r - mu_own|^2 / max(n - 1, 1) over the n clustered examples.
-        seconds: spent in refreshes so far.
+        seconds: how long all refreshes took so far.
+        refreshes: how many refreshes are finished; code that caches what it derives from the clusters compares it.
 
     The tensors are on the CPU; a refresh replaces them, and never changes them in place.
 
     Raises:
-        ValueError, TypeError: labels that are not a vector of integers or names, no labels to cluster, settings that
-            are not positive integers, a class with more clusters than block_examples.
+        ValueError: labels that are not a vector, no labels to cluster, settings that are not positive integers, or a
+            class with more clusters than block_examples.
+        TypeError: labels that are neither integers nor names.
         ImportError: faiss is missing.
     """
 
@@ -130,7 +107,7 @@ class ClusterIndex:
             examples_per_cluster = check_integer("examples_per_cluster", examples_per_cluster, 1)
         every = None if every is None else check_positive("every", every, "a number of steps or None")
         seed, ignore_index = check_integer("seed", seed, 0), check_integer("ignore_index", ignore_index)
-        load_faiss()  # if it is missing, the error comes now and not an epoch later
+        load_faiss()  # if it is missing, the error comes now, not an epoch later
         labels = _check_labels(labels)
         kept = (labels != ignore_index).nonzero().squeeze(1)
         if not len(kept):
@@ -157,7 +134,7 @@ class ClusterIndex:
         self.every, self.seed = every, seed
         self.block_examples = block_examples
         self.seconds = 0.0
-        self.refreshes = 0  # finished ones; code that caches something derived from the clusters compares it
+        self.refreshes = 0
         self._slices = self._cut(slices)
         self._next_slice = 0
         self._centers: Tensor | None = None
@@ -192,7 +169,10 @@ class ClusterIndex:
     def due(self, step: float) -> bool:
         """Whether a refresh is due at this step: there was none yet, or the last was ``every`` steps ago or more.
 
-        A refresh counts from the step of the last call of this method, so call it before each refresh.
+        A refresh is dated by the last call of this method, so call it before each refresh.
+
+        Args:
+            step: the current step or epoch, in the unit of ``every``.
         """
         self._asked_at = step
         if self._centers is None:
@@ -202,7 +182,7 @@ class ClusterIndex:
     def refresh(self, embeddings: Embeddings, *, whole: bool = False, progress: Progress = None) -> RefreshReport:
         """Cluster the next slice of the classes again, or all of them (the first time, or with ``whole``).
 
-        On any error the index stays as it was.
+        After an error the index is as it was.
 
         Args:
             embeddings: (n, D) of a floating dtype, on the CPU (may be memory-mapped) or CUDA, read in blocks and
@@ -212,6 +192,9 @@ class ClusterIndex:
                 is in eval mode.
             whole: cluster all classes.
             progress: called with the number of examples just finished; True: a tqdm bar.
+
+        Returns:
+            What the refresh did.
 
         Raises:
             TypeError: not a floating point tensor.
@@ -227,7 +210,7 @@ class ClusterIndex:
         with torch.no_grad(), reporter(progress, len(mine), "clusters", "examples") as advance:
             for group in self._groups(first, last):
                 work.cluster(*group, advance)
-        # Nothing has changed so far; from here on nothing can fail.
+        # The index has not changed so far; from here on nothing can fail.
         moved = float((work.clusters[mine] != self.clusters[mine]).double().mean())
         self.clusters, self._centers, self.sizes, self._scatter = work.clusters, work.centers, work.sizes, work.scatter
         self._next_slice = 0 if whole else (self._next_slice + 1) % len(self._slices)
@@ -249,7 +232,7 @@ class ClusterIndex:
         )
 
     def members(self, cluster: int) -> Tensor:
-        """Indices of the examples of a cluster, ascending, (sizes[cluster],) int64."""
+        """The indices of the examples of a cluster, ascending, (sizes[cluster],) int64."""
         rows, starts = self.grouped()
         cluster = self._check_id(cluster)
         return rows[starts[cluster] : starts[cluster + 1]]
@@ -257,7 +240,7 @@ class ClusterIndex:
     def grouped(self) -> tuple[Tensor, Tensor]:
         """All clustered examples by cluster, (n,) int64, and where those of each cluster begin, (K + 1,) int64.
 
-        Sorted on the first call after a refresh, then kept.
+        They are sorted at the first call after a refresh, and kept.
         """
         if self._grouped is None or self._grouped[0] is not self.clusters:
             _ = self.centers  # refreshed?
@@ -266,11 +249,18 @@ class ClusterIndex:
         return self._grouped[1:]
 
     def nearest_impostors(self, cluster: int, count: int) -> Tensor:
-        """The non-empty clusters of other classes with the nearest centres, nearest first, (<= count,) int64.
+        """Find the non-empty clusters of other classes with the nearest centres.
 
-        Fewer than ``count`` where there are not so many; equal distances in the order of the ids. Distances come from
-        differences, not from products, so that equal centres are equally far. One pass over the centres: O(K D) time,
-        O(K) memory.
+        Distances come from differences, not from products, so that equal centres are equally far. One pass over the
+        centres takes O(K D) time and O(K) memory.
+
+        Args:
+            cluster: the id of a cluster.
+            count: how many clusters to find.
+
+        Returns:
+            (<= count,) int64, nearest first, equal distances in the order of the ids; fewer than ``count`` where there
+            are not as many.
         """
         cluster, count = self._check_id(cluster), check_integer("count", count, 0)
         here = self.centers[cluster : cluster + 1]
@@ -284,7 +274,7 @@ class ClusterIndex:
         return near[torch.argsort(distance[near], stable=True)[:count]]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a refresh changes, and what identifies the index it belongs to: tensors, numbers and strings."""
+        """All that a refresh changes, and what identifies the index, as tensors, numbers and strings."""
         return {
             "format": STATE_FORMAT,
             "labels": self._labels_digest,
@@ -303,7 +293,10 @@ class ClusterIndex:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the ``state_dict`` of an index with the same labels and settings; an error leaves the index as it was.
+        """Load the state of an index with the same labels and settings. After an error the index is as it was.
+
+        Args:
+            state: what ``state_dict`` returned.
 
         Raises:
             ValueError: the state does not fit, or is damaged.
@@ -333,7 +326,10 @@ class ClusterIndex:
         self.refreshes, self.seconds = state["refreshes"], state["seconds"]
 
     def _check_state(self, state: dict[str, Any], own: dict[str, Any]) -> None:
-        """Raise ValueError unless each example is in a cluster of its class, or all are in none, and all agrees."""
+        """Raise ValueError unless the parts of a state fit together.
+
+        Either each example is in a cluster of its class, or none is in a cluster.
+        """
         count, clusters, centers = len(self), state["clusters"], state["centers"]
         times = {name: state[name] for name in ("asked_at", "refreshed_at")}
         if isinstance(centers, Tensor) and centers.dim() == 2:
@@ -374,7 +370,7 @@ class ClusterIndex:
         return list(zip([0, *ends], ends))
 
     def _groups(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Runs [first, last) of whole classes with at most block_examples in all; a larger class alone."""
+        """Runs [first, last) of whole classes of at most ``block_examples`` examples together; a larger class alone."""
         while first < last:
             limit = self._first_example[first] + self.block_examples
             end = int(torch.searchsorted(self._first_example, limit, right=True)) - 1
@@ -384,7 +380,7 @@ class ClusterIndex:
 
 
 def _offsets(counts: Tensor) -> Tensor:
-    """Where each run begins, and the end: (len + 1,)."""
+    """Where each run begins, and where the last one ends: (len + 1,)."""
     return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
 

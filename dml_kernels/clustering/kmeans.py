@@ -1,11 +1,11 @@
-"""k-means within many small sets at once: faiss, one class after another, on one thread.
+"""k-means within many small sets: faiss clusters one set after another, on one thread.
 
 faiss does the clustering (k-means++ and Lloyd's iterations). This file adds what faiss leaves to its caller:
 coordinates for which single precision is enough, a start from an earlier partition, a treatment of empty clusters, and
 no warnings.
 
-Sets of a few dozen vectors are far too small for the threads of faiss, which cost more than they save (and spin where a
-machine is busy). Each set uses one thread, so the result has the same bits at any number of threads.
+Sets of a few dozen vectors are far too small for the threads of faiss, which cost more than they save (and spin on a
+busy machine). Each set uses one thread, so the result has the same bits at any number of threads.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ..optional import import_optional
 
 __all__ = ["KMeans", "far_apart", "load_faiss", "segment_sums"]
 
-# Distances under this fraction of the size of the coordinates are rounding errors: the vectors are equal.
+# Distances under this fraction of the size of the coordinates are rounding errors; such vectors count as equal.
 ROUNDING = 1e-6
 # How many rows are copied in double precision at a time.
 ROWS = 2048
-# The number of distances up to which k-means++ is greedy; they take some minutes.
+# The number of distances up to which k-means++ is greedy; that many take some minutes.
 GREEDY = 1 << 27
 
 
 def load_faiss() -> Any:
-    """The faiss module, imported when it is first needed; ImportError tells how to install it."""
+    """Import faiss when it is first needed; the ImportError says how to install it."""
     return import_optional("faiss", "clustering")
 
 
 def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Sums of the rows of values (n, D) by owner (n,) int64 in [0, count): (count, D) fp64."""
+    """Add up the rows of values (n, D) by owner (n,) int64 in [0, count): (count, D) fp64."""
     sums = torch.zeros(count, values.shape[1], dtype=torch.float64)
     for start in range(0, len(values), ROWS):
         part = slice(start, start + ROWS)
@@ -47,13 +47,20 @@ def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
 
 
 def far_apart(x: Tensor, count: int, seed: int) -> Tensor:
-    """Rows of x (n, D) fp32 to start k-means from, (count,) int64, by greedy k-means++; count <= n.
+    """Choose rows to start k-means from, by greedy k-means++ (Arthur and Vassilvitskii 2007).
 
-    Each row is drawn with probability proportional to its squared distance from the rows chosen so far (k-means++,
-    Arthur and Vassilvitskii 2007). Of several draws the best counts, the one that leaves the smallest sum of distances:
-    a single draw misses some of many groups even where they are far apart, because the examples near the groups already
-    found outnumber the others. Where several draws would take many minutes, one is made. O(n D count log count) time,
-    O(n log count) memory.
+    Each row is drawn with probability proportional to its squared distance from the rows chosen so far. Of several
+    draws the one that leaves the smallest sum of distances counts: a single draw misses some of many groups even where
+    they are far apart, because the examples near the groups already found outnumber the others. Where several draws
+    would take many minutes, there is one. O(n D count log count) time, O(n log count) memory.
+
+    Args:
+        x: (n, D) fp32.
+        count: how many rows, at most n.
+        seed: of the draws.
+
+    Returns:
+        (count,) int64 indices of rows.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = 4 + int(math.log(count)) if len(x) * count <= GREEDY else 1
@@ -75,7 +82,12 @@ def far_apart(x: Tensor, count: int, seed: int) -> Tensor:
 
 
 class KMeans:
-    """k-means of sets of D-dimensional vectors, at most ``iterations`` of Lloyd (Arthur and Vassilvitskii 2007)."""
+    """k-means of sets of D-dimensional vectors: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's iterations.
+
+    Args:
+        dimensions: D.
+        iterations: the most iterations of Lloyd's algorithm.
+    """
 
     def __init__(self, dimensions: int, iterations: int) -> None:
         self._faiss = faiss = load_faiss()
@@ -84,14 +96,14 @@ class KMeans:
         self._settings = settings = faiss.ClusteringParameters()
         settings.niter = iterations
         settings.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
-        # No warning about few examples per cluster, and no subsampling: the sets are small, and all of each counts.
+        # The sets are small: no warning about few examples per cluster, and no subsampling.
         settings.min_points_per_centroid = 1
         settings.max_points_per_centroid = 1 << 30
-        settings.check_input_data_for_NaNs = False  # checked where embeddings come in
+        settings.check_input_data_for_NaNs = False  # embeddings are checked where they come in
 
     @contextlib.contextmanager
     def on_one_thread(self) -> Iterator[None]:
-        """Calls of faiss from this thread use only this thread; the setting is restored afterwards."""
+        """Make calls of faiss from this thread use only this thread; restore the setting afterwards."""
         threads = self._faiss.omp_get_max_threads()
         self._faiss.omp_set_num_threads(1)
         try:
@@ -102,13 +114,14 @@ class KMeans:
     def train(
         self, x: Tensor, sizes: list[int], counts: list[int], seeds: list[int], initial: Tensor | None, reach: Tensor
     ) -> tuple[Tensor, Tensor, int]:
-        """Clusters of consecutive sets of rows, each set on its own.
+        """Cluster consecutive sets of rows, each set on its own.
 
         Args:
             x: (n, D) fp32, contiguous, with the mean of each set subtracted.
-            sizes, counts: rows and clusters of each set; from one cluster to as many as rows.
+            sizes: the number of rows of each set.
+            counts: the number of clusters of each set, from 1 to its number of rows.
             seeds: of k-means++, one for each set.
-            initial: (sum of counts, D) fp32 centroids to start from instead, or None.
+            initial: (sum of counts, D) fp32 centroids to start from; None: k-means++.
             reach: (sets,) the largest coordinate of the mean of each set.
 
         Returns:
@@ -141,7 +154,7 @@ class KMeans:
         return torch.from_numpy(centroids), torch.from_numpy(nearest), filled
 
     def assign(self, x: Tensor, centroids: Tensor) -> Tensor:
-        """The nearest centroid of each row, (n,) int64; the lowest of equals."""
+        """The nearest centroid of each row, (n,) int64; the lowest index among equals."""
         vectors, nearest = x.numpy(), np.empty(len(x), dtype=np.int64)
         self._index.reset()
         self._index.add(centroids.numpy())
@@ -157,7 +170,7 @@ class KMeans:
         nearest: np.ndarray[Any, Any],
         distance: np.ndarray[Any, Any],
     ) -> None:
-        """One set: writes centroids and nearest (counted from 0)."""
+        """Cluster one set; write into centroids, nearest (counted from 0) and distance."""
         faiss = self._faiss
         self._settings.seed = seed
         clustering = faiss.Clustering(self._dimensions, len(centroids), self._settings)
@@ -174,20 +187,22 @@ class KMeans:
 
 
 def _spans(lengths: list[int]) -> list[slice]:
-    """Consecutive runs of these lengths."""
+    """Slices of consecutive runs with these lengths."""
     ends = list(itertools.accumulate(lengths))
     return [slice(first, end) for first, end in zip([0, *ends], ends)]
 
 
 def _fill(x: np.ndarray[Any, Any], centroids: np.ndarray[Any, Any], nearest: np.ndarray[Any, Any], noise: float) -> int:
-    """Give each empty cluster the example farthest from the mean of its cluster, in place; returns how many were
-    filled.
+    """Give each empty cluster the example farthest from the mean of its cluster, in place.
 
     The only example of a cluster is its mean, so it is never taken, and no cluster is emptied in turn. A cluster stays
-    empty where the examples of every other cluster are equal up to ``noise``: the set has fewer different vectors than
-    clusters.
+    empty where the examples within every other cluster are equal up to ``noise``: the set then has fewer different
+    vectors than clusters.
 
     The means are computed here, because faiss may have moved its centroids off equal vectors to split them.
+
+    Returns:
+        How many clusters were filled.
     """
     members, filled = np.bincount(nearest, minlength=len(centroids)), 0
     sums = segment_sums(torch.from_numpy(x), torch.from_numpy(nearest), len(centroids)).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,20 +16,60 @@ from .kmeans import KMeans, segment_sums
 if TYPE_CHECKING:
     from .index import ClusterIndex
 
-__all__ = ["Embeddings", "Reclustering", "Source"]
+__all__ = ["Embeddings", "Reclustering", "RefreshReport", "Source"]
 
 Embeddings = Tensor | Callable[[Tensor], Tensor]
 # The largest coordinate of an embedding: squared distances stay well inside the range of fp32.
 LARGEST = 1e15
 
 
+@dataclass(frozen=True)
+class RefreshReport:
+    """What a refresh did.
+
+    Attributes:
+        seconds: how long the refresh took.
+        embed_seconds: how long of that it took to get the embeddings.
+        kmeans_seconds: how long of that k-means took.
+        examples: how many examples were clustered.
+        classes: how many classes were clustered.
+        moved: the share of these examples whose cluster changed; 1 the first time.
+        filled: how many clusters became empty and were given the example farthest from its centre.
+        empty: how many clusters of the whole index have no example.
+        variance: ``ClusterIndex.variance`` after the refresh.
+    """
+
+    seconds: float
+    embed_seconds: float
+    kmeans_seconds: float
+    examples: int
+    classes: int
+    moved: float
+    filled: int
+    empty: int
+    variance: float
+
+
 class Reclustering:
-    """One refresh: fills new tensors, which the index takes over at the end."""
+    """One refresh: it fills new tensors, which the index takes over at the end.
+
+    Args:
+        index: the index to refresh.
+        source: the embeddings.
+        centers: (K, D) the centres before a partial refresh; None where all classes are clustered.
+
+    Attributes:
+        clusters: (n,) int64, as in ``ClusterIndex``.
+        sizes: (K,) int64.
+        scatter: (K,) fp64, the sum of squared distances to the mean of each cluster.
+        kmeans_seconds: the seconds spent in faiss.
+        filled: how many empty clusters were given an example.
+    """
 
     def __init__(self, index: ClusterIndex, source: Source, centers: Tensor | None) -> None:
         self.index, self.source = index, source
         self.clusters, self.sizes, self.scatter = index.clusters.clone(), index.sizes.clone(), index._scatter.clone()
-        # In a partial refresh the centres of the other slices stay, and determine D.
+        # In a partial refresh the centres of the other slices stay and determine D.
         self._known = None if centers is None else centers.clone()
         if self._known is not None:
             source.dimensions = self._known.shape[1]
@@ -37,14 +78,20 @@ class Reclustering:
 
     @property
     def centers(self) -> Tensor:
-        """(K, D) fp32, the new centres as far as they are known."""
+        """(K, D) fp32, the new centres as far as they are computed."""
         if self._known is None:
             assert self.source.dimensions is not None, "no block was read yet"
             self._known = torch.zeros(len(self.index), self.source.dimensions)
         return self._known
 
     def cluster(self, first: int, last: int, advance: Callable[[int], object]) -> None:
-        """Cluster the classes [first, last), which fit a block together, or one class of any size."""
+        """Cluster the classes [first, last): several that fit a block together, or one class of any size.
+
+        Args:
+            first: the first class, by its place.
+            last: the place after the last class.
+            advance: called with the number of examples just finished.
+        """
         index = self.index
         start, end = int(index._first_example[first]), int(index._first_example[last])
         rows, block = index._order[start:end], index.block_examples
@@ -76,23 +123,23 @@ class Reclustering:
         self.centers[places] = (shift.repeat_interleave(counts, dim=0).double() + means).float()
 
     def _sample(self, rows: Tensor, place: int) -> Tensor:
-        """block_examples of the examples of a large class, in order; the same ones at every refresh."""
+        """Choose ``block_examples`` examples of a large class, in order; the same ones at every refresh."""
         generator = torch.Generator().manual_seed(self._seed(place))
         chosen = torch.randperm(len(rows), generator=generator)[: self.index.block_examples]
         return rows[chosen.sort().values]
 
     def _seed(self, place: int) -> int:
-        """The seed of a class, from its place: it does not depend on what else is in the block or the slice."""
+        """The seed of a class, from its place: it does not depend on the other classes of the block or slice."""
         return int((self.index.seed * 1_000_003 + place) % (1 << 31))
 
     def _train(
         self, x: Tensor, rows: Tensor, sizes: Tensor, counts: Tensor, first: int, shift: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """k-means of a block: centroids relative to the means of the classes, and the nearest of each row."""
+        """Run k-means on a block: centroids relative to the means of the classes, and the nearest one of each row."""
         index, total = self.index, int(counts.sum())
         initial = None
         if index.refreshes:
-            # The previous clusters, where their examples are now. An empty one starts at the mean of its class, 0.
+            # Start from the means of the previous clusters' examples. An empty one starts at the mean of its class, 0.
             before = index.clusters[rows] - index._first_cluster[first]
             members = torch.bincount(before, minlength=total).clamp(min=1)
             initial = (segment_sums(x, before, total) / members[:, None]).float()
@@ -115,7 +162,21 @@ class Reclustering:
 
 
 class Source:
-    """Blocks of embeddings: checked fp32 copies on the CPU, of unit length on request; counts the seconds."""
+    """Gives blocks of embeddings as checked fp32 copies on the CPU.
+
+    Args:
+        embeddings: (n, D), or a function that returns the embeddings of given indices.
+        count: n.
+        normalize: whether vectors are divided by their norm.
+
+    Attributes:
+        dimensions: D; None before the first block.
+        seconds: the seconds spent on getting the embeddings.
+
+    Raises:
+        TypeError: neither a floating point tensor nor a function.
+        ValueError: wrong shapes; at a call, NaN, infinite or too large values.
+    """
 
     def __init__(self, embeddings: Embeddings, count: int, normalize: bool) -> None:
         if isinstance(embeddings, Tensor):
@@ -131,7 +192,7 @@ class Source:
         self.seconds = 0.0
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(len(rows), D) fp32, contiguous, a copy that the caller may change."""
+        """The embeddings of some rows, (len(rows), D) fp32, contiguous: a copy that the caller may change."""
         started = time.perf_counter()
         if isinstance(self._embeddings, Tensor):
             given = self._embeddings.detach()[rows.to(self._embeddings.device)]
@@ -160,7 +221,11 @@ class Source:
 
 
 class Moments:
-    """Count, sum and sum of squares of the rows of each centroid, relative to the centroid, so that nothing cancels."""
+    """Count, sum and sum of squares of the rows of each centroid, relative to the centroid so that nothing cancels.
+
+    Args:
+        centroids: (K, D) fp32.
+    """
 
     def __init__(self, centroids: Tensor) -> None:
         self._centroids = centroids
@@ -169,17 +234,25 @@ class Moments:
         self._squares = torch.zeros(len(centroids), dtype=torch.float64)
 
     def add(self, x: Tensor, nearest: Tensor) -> None:
-        """Add rows x (n, D), which are overwritten; nearest (n,) is the centroid of each row."""
+        """Add rows.
+
+        Args:
+            x: (n, D) fp32, overwritten.
+            nearest: (n,) int64, the centroid of each row.
+        """
         apart, total = x.sub_(self._centroids[nearest]), len(self._centroids)
         self._count += torch.bincount(nearest, minlength=total)
         self._sum += segment_sums(apart, nearest, total)
         self._squares += segment_sums(torch.linalg.vecdot(apart, apart)[:, None], nearest, total)[:, 0]
 
     def result(self, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sizes (K,), sums of squared distances to the means (K,) fp64, means (K, D) fp64.
+        """The moments of each cluster. The mean of an empty cluster is the mean of all rows of its class.
 
-        ``clusters`` (classes,): how many of the K each class has. The mean of an empty cluster is that of all rows of
-        its class.
+        Args:
+            clusters: (classes,) int64, how many of the K clusters each class has.
+
+        Returns:
+            Sizes (K,) int64, sums of squared distances to the means (K,) fp64, means (K, D) fp64.
         """
         members = self._count.clamp(min=1)
         scatter = self._squares - self._sum.square().sum(1) / members
@@ -191,9 +264,16 @@ class Moments:
 
 
 def center(x: Tensor, sizes: Tensor) -> Tensor:
-    """Subtract from each run of rows its mean, in place; returns the means (runs, D) fp32.
+    """Subtract from each run of rows its mean, in place.
 
     Far from the origin, small distances would be lost to rounding in the products of faiss.
+
+    Args:
+        x: (n, D) fp32.
+        sizes: (runs,) int64, the number of rows of each run.
+
+    Returns:
+        The means, (runs, D) fp32.
     """
     owner = torch.arange(len(sizes)).repeat_interleave(sizes)
     means = (segment_sums(x, owner, len(sizes)) / sizes[:, None]).float()

@@ -1,4 +1,4 @@
-"""The rows of all ranks as one tensor, rank after rank, and the adjoint: each of the two is the other's derivative."""
+"""Two collectives: gather the rows of all ranks, and scatter their sum. Each is the derivative of the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Group = Any  # torch.distributed.ProcessGroup, which a PyTorch without torch.dis
 
 
 def world_size(group: Group = None) -> int:
-    """The number of ranks; 1 without a process group.
+    """The number of ranks of a group (None: all ranks); 1 without a process group.
 
     Raises:
         ValueError: this rank is not in the group.
@@ -27,7 +27,7 @@ def world_size(group: Group = None) -> int:
 
 
 def _all_gather(whole: Tensor, mine: Tensor, group: Group) -> None:
-    # PyTorch 2.13 renamed it.
+    # PyTorch 2.13 renamed this function and the next.
     call = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     call(whole, mine, group=group)
 
@@ -37,9 +37,9 @@ def _reduce_scatter(mine: Tensor, whole: Tensor, group: Group) -> None:
     call(mine, whole, group=group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the numbers are needed at once
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the caller needs the numbers at once
 def exchange(numbers: Sequence[int], device: torch.device, group: Group) -> list[list[int]]:
-    """The numbers of all ranks, by rank; every rank gives the same count."""
+    """Exchange numbers: every rank gives the same count, and receives those of all ranks, by rank."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     all_ranks = mine.new_empty(world_size(group) * len(numbers))
     _all_gather(all_ranks, mine, group)
@@ -47,7 +47,13 @@ def exchange(numbers: Sequence[int], device: torch.device, group: Group) -> list
 
 
 class Rows(NamedTuple):
-    """How many rows each rank holds of a tensor whose parts are spread over the ranks."""
+    """How the rows of a tensor are spread over the ranks.
+
+    Args:
+        sizes: the number of rows N_r of each rank.
+        rank: this rank.
+        group: the process group.
+    """
 
     sizes: tuple[int, ...]
     rank: int
@@ -64,7 +70,7 @@ class Rows(NamedTuple):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced collectives are left unwaited for
     def gather(self, t: Tensor) -> Tensor:
-        """(N_r, ...) to (sum of N_r, ...); its gradient is this rank's part of the sum of all ranks' gradients."""
+        """From (N_r, ...) to (sum of N_r, ...); the gradient is this rank's part of the sum of all ranks' gradients."""
         return _Gather.apply(t, self)
 
 
@@ -89,7 +95,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """From (sum of N_r, ...) on each rank to this rank's rows of the sum over the ranks, added in fp32 or fp64."""
+    """From (sum of N_r, ...) on each rank to this rank's rows of the sum over the ranks, computed in fp32 or fp64."""
 
     @staticmethod
     def forward(whole: Tensor, rows: Rows) -> Tensor:
@@ -112,6 +118,6 @@ class _Scatter(torch.autograd.Function):
 
 
 def _padded(t: Tensor, rows: int) -> Tensor:
-    """``t`` filled up to so many rows with 0, contiguous as collectives require."""
+    """``t`` filled up with zeros to ``rows`` rows, contiguous as collectives require."""
     short = rows - t.size(0)
     return torch.cat([t, t.new_zeros(short, *t.shape[1:])]) if short else t.contiguous()

@@ -1,4 +1,4 @@
-"""The arguments of a call of a loss, from all ranks."""
+"""Gathers the arguments of a call of a loss from all ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GRADIENTS = ("mean", "sum")
 class GlobalTuple(tuple[Tensor, ...]):
     """Pairs or triplets that DistributedMinerWrapper found: rows of the whole batch, the same list on every rank.
 
-    With ``efficient`` they are those of this rank only: anchors are its own rows, positives and negatives rows of the
-    whole batch.
+    With ``efficient`` it holds only those of this rank: anchors are rows of the rank's own batch, positives and
+    negatives rows of the whole batch.
     """
 
     efficient: bool
 
     def __new__(cls, tensors: Iterable[Tensor], efficient: bool = False) -> GlobalTuple:
-        """The tensors, marked."""
+        """Make a tuple of the tensors, marked by its type."""
         self = super().__new__(cls, tensors)
         self.efficient = efficient
         return self
@@ -46,16 +46,20 @@ def gather(
     embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None, ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None, *, group: Group = None, gradient: str = "mean",
 ) -> Gathered:  # fmt: skip
-    """The batches of all ranks as one, on every rank; :mod:`dml_kernels.distributed` explains the gradient.
+    """Join the batches of all ranks to one batch, on every rank; :mod:`dml_kernels.distributed` explains the gradient.
 
     Args:
-        embeddings: (N_r, D); N_r may differ between ranks and may be 0.
+        embeddings: (N_r, D) floating point; N_r may differ between ranks and may be 0.
         labels: (N_r,) or (N_r, K) integers, or None.
         indices_tuple: a miner's pairs or triplets of the rank's own rows; they become rows of the whole batch.
-        ref_emb, ref_labels: (M_r, D) and (M_r,); where ``ref_emb`` is ``embeddings``, the result is the batch itself.
+        ref_emb: (M_r, D) floating point, or None; where it is ``embeddings``, the result is the batch itself.
+        ref_labels: (M_r,) integers, or None.
         group: a process group; None: all ranks.
         gradient: how gradients are combined over the ranks afterwards: ``mean``, as in DistributedDataParallel, or
             ``sum``.
+
+    Returns:
+        The arguments of a call of a loss: ``loss(*gather(...))``. On one rank they are those given.
 
     Raises:
         ValueError: an index outside the rank's rows; arguments that differ in more than length between the ranks.
@@ -76,7 +80,7 @@ def gather(
 
 
 def divide_gradient(t: Any, ranks: int) -> Any:
-    """``t`` as a tensor whose gradient is divided by ``ranks``; None for None."""
+    """A view of ``t`` whose gradient is divided by ``ranks``; None for None."""
     if t is None or not t.requires_grad:
         return t
     t = t.view_as(t)
@@ -88,8 +92,13 @@ class Parts:
     """The checked arguments of this rank, and the numbers of rows on all ranks, from one exchange of numbers.
 
     Args:
+        embeddings, labels, ref_emb, ref_labels, group: as in :func:`gather`.
         indices_tuple: a GlobalTuple, or a tuple of the rank's own rows.
+        enqueue_mask: (N_r,) bool, for a CrossBatchMemory.
         places: where positives and negatives are indices into something that all ranks share (a memory), its size.
+
+    Raises:
+        ValueError: as :func:`gather`.
     """
 
     def __init__(
@@ -154,7 +163,7 @@ class Parts:
         return Gathered(x, y, None, w, self.ref_rows.gather(self.ref_labels))
 
     def _shift(self) -> int:
-        """What is added to indices of the rank's own positives and negatives for those of the whole batch."""
+        """What turns indices of the rank's own positives and negatives into those of the whole batch, by addition."""
         if self.places is not None:
             return 0
         return self.rows.start if self.ref_emb is None or self.same_emb else self.ref_rows.start
@@ -166,7 +175,7 @@ class Parts:
         return tuple(t + by for t, by in zip(self.tuples, _by_kind(self.tuples, 0, self._shift()), strict=True))
 
     def whole_tuples(self) -> tuple[Tensor, ...] | None:
-        """The tuples of all ranks as one, as rows of the whole batch."""
+        """The tuples of all ranks as one tuple, as rows of the whole batch."""
         if self.tuples is None or self.marked:
             return self.tuples
         shifts = _by_kind(self.tuples, self.rows.start, self._shift())
@@ -175,14 +184,14 @@ class Parts:
         return tuple(column for listed in whole for column in listed.unbind(1))
 
     def references(self, found: Gathered) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the rank's rows are compared with, the labels of that, and the place of each row's own copy, if any."""
+        """What the rank's rows are compared with, its labels, and the place of each row's own copy in it, if any."""
         if self.ref_emb is None:
             return found.embeddings, found.labels, self.rows.own(self.embeddings.device)
         assert found.ref_emb is not None
         return found.ref_emb, found.ref_labels, self.rows.own(self.embeddings.device) if self.same_emb else None
 
     def whole_mask(self) -> Tensor | None:
-        """The masks of all ranks as one."""
+        """The masks of all ranks as one mask."""
         if self.mask is None:
             return None
         return self.rows.gather(self.mask.to(self.embeddings.device, torch.int64)).bool()
@@ -218,7 +227,12 @@ def _signature(name: str, x: Tensor | None, y: Tensor | None) -> dict[str, int]:
 
 
 def check_alike(known: dict[str, int], by_rank: list[list[int]]) -> None:
-    """Refuses, on every rank, what differs between the ranks; otherwise they would wait for each other."""
+    """Raise ValueError, on every rank, for facts that differ between ranks; the ranks would wait for each other.
+
+    Args:
+        known: name of a fact -> its value on this rank.
+        by_rank: the values on each rank, in the same order.
+    """
     for i, name in enumerate(known):
         values = [numbers[i] for numbers in by_rank]
         if len(set(values)) > 1:

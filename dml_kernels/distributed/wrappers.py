@@ -1,4 +1,4 @@
-"""A loss and its miner over the batches of all ranks, under the names of pytorch-metric-learning."""
+"""Wrappers of a loss and a miner for the batches of all ranks, under the names of pytorch-metric-learning."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .gathering import GRADIENTS, Gathered, GlobalTuple, Parts, divide_gradient
 
 
 class DistributedLossWrapper(torch.nn.Module):
-    """A loss of the batches of all ranks; values and gradients are those of one process with all of them.
+    """The loss of the batches of all ranks; value and gradients are those of one process that has all batches.
 
-    The value is the loss, the same on every rank. :mod:`dml_kernels.distributed` explains the gradients. On one rank,
-    or without a process group, the loss is called unchanged.
+    The value is the same on every rank. :mod:`dml_kernels.distributed` explains the gradients. On one rank, or without
+    a process group, the loss is called unchanged.
 
     Args:
         loss: a loss of this package or of pytorch-metric-learning. With a CrossBatchMemory the memory of each rank
             holds the same rows, those of all ranks. For MagnetLoss use ``loss(*gather(embeddings, clusters)[:2],
             classes)``.
         efficient: compare the rank's own rows with those of all ranks, instead of all with all: 1/R of the work and of
-            the memory. The value is that of the rank, and the gradient that of the mean over the ranks. It is that of
-            one process if the loss is a mean over anchors and the batches have one length, and close to it otherwise.
-            Only for losses that take ``ref_emb``. (In pytorch-metric-learning the rows of other ranks then get no
-            gradient; here they do.)
+            the memory. The value is the loss of the rank's rows, and the gradient is that of the mean over the ranks.
+            It equals the gradient of one process if the loss is a mean over anchors and all batches have the same
+            length, and is close to it otherwise. Only losses that take ``ref_emb`` support it. (In
+            pytorch-metric-learning the rows of other ranks then get no gradient; here they do.)
         group: a process group; None: all ranks.
         gradient: how gradients of the network and of the loss are combined over the ranks afterwards: ``mean``, as in
             DistributedDataParallel, or ``sum``.
@@ -68,12 +68,18 @@ class DistributedLossWrapper(torch.nn.Module):
         self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple: Any = None,
         ref_emb: Tensor | None = None, ref_labels: Tensor | None = None, enqueue_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The loss of the batches of all ranks.
+        """Compute the loss of the batches of all ranks.
 
         Args:
-            embeddings, labels, ref_emb, ref_labels: those of this rank.
+            embeddings: (N_r, D) floating point: this rank's batch.
+            labels: (N_r,) integers, or None.
             indices_tuple: what a DistributedMinerWrapper returned, or another miner's tuple of the rank's own rows.
-            enqueue_mask: for a CrossBatchMemory, that of this rank.
+            ref_emb: (M_r, D) floating point: this rank's references, or None.
+            ref_labels: (M_r,) integers, or None.
+            enqueue_mask: (N_r,) bool, for a CrossBatchMemory: which of this rank's rows it stores.
+
+        Returns:
+            The loss, as the wrapped loss returns it.
 
         Raises:
             ValueError: arguments that do not fit together, or differ in more than length between the ranks.
@@ -97,7 +103,7 @@ class DistributedLossWrapper(torch.nn.Module):
         else:
             rest = (parts.whole_mask(),) if self.has_memory else (found.ref_emb, found.ref_labels)
             value = self.loss(found.embeddings, found.labels, parts.whole_tuples(), *rest)
-        for t in (found.embeddings, found.ref_emb):  # so that the backward reaches every collective on every rank
+        for t in (found.embeddings, found.ref_emb):  # the backward must reach every collective on every rank
             if t is not None:
                 value = value + t[:0].sum().to(value.dtype)
         return divide_gradient(value, ranks) if self.gradient == "sum" else value
@@ -117,7 +123,7 @@ class DistributedLossWrapper(torch.nn.Module):
 
 
 class DistributedMinerWrapper(torch.nn.Module):
-    """A miner over the batches of all ranks, for a DistributedLossWrapper with the same ``efficient``.
+    """A miner for the batches of all ranks, for a DistributedLossWrapper with the same ``efficient``.
 
     A miner that draws at random draws separately on each rank; the gradient is then that of the mean over the ranks.
 
@@ -125,6 +131,9 @@ class DistributedMinerWrapper(torch.nn.Module):
         miner: a miner of this package or of pytorch-metric-learning.
         efficient: mine only for the rank's own rows, among the rows of all ranks.
         group: a process group; None: all ranks.
+
+    Raises:
+        TypeError: an object that is not called like a miner, or DistributedDataParallel.
     """
 
     def __init__(self, miner: torch.nn.Module, efficient: bool = False, *, group: Group = None):
@@ -136,7 +145,17 @@ class DistributedMinerWrapper(torch.nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """A GlobalTuple; on one rank the tuple of the miner."""
+        """Mine the batches of all ranks.
+
+        Args:
+            embeddings: (N_r, D) floating point: this rank's batch.
+            labels: (N_r,) integers.
+            ref_emb: (M_r, D) floating point: this rank's references, or None.
+            ref_labels: (M_r,) integers, or None.
+
+        Returns:
+            A GlobalTuple; on one rank the tuple of the miner.
+        """
         if world_size(self.group) == 1:
             return self.miner(embeddings, labels, ref_emb, ref_labels)
         parts = Parts(embeddings, labels, ref_emb, ref_labels, self.group)

@@ -1,9 +1,9 @@
-"""Miners, under pytorch-metric-learning's names: which pairs or triplets of a batch a loss should see.
+"""Miners, under pytorch-metric-learning's names: they choose the pairs or triplets of a batch that a loss sees.
 
 ``miner(embeddings, labels, ref_emb=None, ref_labels=None)`` returns an index tuple: triplets (a, p, n) or pairs
-(a1, p, a2, n) of int64 indices, p and n into the references where those are given. The losses of this package and of
-pytorch-metric-learning accept the tuples. Miners compute the scores tile by tile: in addition to the tuples, memory
-stays within a few tiles of 16 MB.
+(a1, p, a2, n) of int64 indices, where p and n are rows of the references if those are given. The losses of this package
+and of pytorch-metric-learning accept the tuples. Miners compute the scores tile by tile: the memory in addition to the
+tuples stays within a few tiles of 16 MB.
 """
 
 from ..elsewhere import explain

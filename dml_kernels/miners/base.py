@@ -1,4 +1,4 @@
-"""What every miner shares: the call, and the listing of a set tile by tile."""
+"""What every miner shares: the call, and the listing of pairs tile by tile."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Miner(Recorded):
             would take a pass over the matrix.
 
     Attributes:
-        num_pos_pairs, num_neg_pairs, num_triplets: the lengths of the lists that the last call returned; 0 for a kind
-            that it did not return.
+        num_pos_pairs: the number of positive pairs that the last call returned; 0 if it returned triplets.
+        num_neg_pairs: the number of negative pairs that the last call returned; 0 if it returned triplets.
+        num_triplets: the number of triplets that the last call returned; 0 if it returned pairs.
     """
 
     statistics = ("num_pos_pairs", "num_neg_pairs", "num_triplets")
@@ -45,21 +46,26 @@ class Miner(Recorded):
         return distances.LpDistance()
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The index tuple of a checked batch."""
+        """Choose the index tuple of a checked batch."""
         raise NotImplementedError
 
     @torch.no_grad()
     def forward(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """The index tuple of a batch, compared with itself or with references.
+        """Choose pairs or triplets of a batch, compared with itself or with references.
 
-        Where ``ref_emb`` is ``embeddings``, the same tensor, the references are the batch itself, and no row is
+        Where ``ref_emb`` and ``embeddings`` are the same tensor, the references are the batch itself, and no row is
         compared with its own copy.
 
         Args:
-            embeddings: (N, D). labels: (N,) integers.
-            ref_emb: (M, D) or None. ref_labels: (M,) integers or None.
+            embeddings: (N, D) floating point.
+            labels: (N,) integers.
+            ref_emb: (M, D) floating point: what the embeddings are compared with; None: the batch itself.
+            ref_labels: (M,) integers: the labels of ``ref_emb``.
+
+        Returns:
+            Triplets (a, p, n) or pairs (a1, p, a2, n) of int64 indices.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.
@@ -67,7 +73,7 @@ class Miner(Recorded):
         if labels is None:
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
         batch = make_batch(embeddings, labels, None, ref_emb, ref_labels)
-        if batch.w.size(0) == 0:  # a batch of no rows: compared with one reference that is in no pair
+        if batch.w.size(0) == 0:  # a batch without rows is compared with one reference that is in no pair
             nobody = torch.full((1,), IGNORE_INDEX, device=batch.x.device)
             batch = batch._replace(w=batch.x.new_zeros(1, batch.x.size(1)), c=nobody, exclude=None)
         found = self.mine(batch)
@@ -77,7 +83,7 @@ class Miner(Recorded):
         return found
 
     def listed(self, batch: Batch, *choices: Callable[[Tile], Tensor]) -> tuple[Tensor, ...]:
-        """(rows, columns) of the entries that each choice selects by a mask over a tile; rows ascending."""
+        """List the entries that each choice selects by a mask over a tile: (rows, columns, ...), rows ascending."""
         found: list[list[Tensor]] = [[] for _ in choices]
         for tile in tiles(batch, self.distance):
             for places, choice in zip(found, choices, strict=True):
@@ -90,5 +96,5 @@ class Miner(Recorded):
 
 
 def pieces(places: Tensor, width: int, elements: int) -> Iterator[Tensor]:
-    """A list of places in parts, so that a part times ``width`` has at most so many elements (one place at least)."""
+    """Split a list of places so that a part times ``width`` has at most ``elements`` entries, or is a single place."""
     return iter(places.split(max(1, elements // max(width, 1)))) if places.numel() else iter(())

@@ -1,4 +1,4 @@
-"""One positive and one negative for each anchor: the hardest, the easiest, or the hardest beyond the other one."""
+"""Miners of one positive and one negative an anchor: the hardest, the easiest, or the hardest beyond the other."""
 
 from __future__ import annotations
 
@@ -17,23 +17,29 @@ from .base import Miner
 
 
 class BatchEasyHardMiner(Miner):
-    """For each anchor a positive and a negative, by strategy (Xuan et al. 2020, arXiv 1904.04370): (a1, p, a2, n).
+    """Chooses a positive and a negative for each anchor by a strategy: (a1, p, a2, n).
+
+    Xuan et al., "Improved Embeddings with Easy Positive Triplet Mining", 2020, arXiv 1904.04370. The strategies:
 
     - ``hard``: the furthest positive, the closest negative.
     - ``easy``: the closest positive, the furthest negative.
     - ``semihard``: the closest negative that is further than the chosen positive; the furthest positive that is closer
       than the chosen negative.
-    - ``all``: every one.
+    - ``all``: all positives, all negatives.
 
     Anchors for which the positive or the negative is missing are left out.
 
     Args:
-        pos_strategy, neg_strategy: the strategies; not ``semihard`` for both, nor ``semihard`` with ``all``.
-        allowed_pos_range, allowed_neg_range: (low, high): only pairs with a distance (or similarity) from low to high,
-            both included, are considered.
+        pos_strategy: the strategy for positives.
+        neg_strategy: the strategy for negatives. The two must not both be ``semihard``, nor ``semihard`` and ``all``.
+        allowed_pos_range: (low, high): only positive pairs with a distance (or similarity) from low to high, both
+            included, are considered; None: all.
+        allowed_neg_range: the same for negative pairs.
+        options: of :class:`Miner`.
 
     Raises:
-        ValueError: an unknown strategy, or two strategies that do not fit together.
+        ValueError: an unknown strategy, two strategies that do not fit together, or a range with low over high.
+        TypeError: a range that is not a pair of numbers.
     """
 
     HARD, SEMIHARD, EASY, ALL = "hard", "semihard", "easy", "all"
@@ -59,7 +65,7 @@ class BatchEasyHardMiner(Miner):
         self.allowed_neg_range = _check_range("allowed_neg_range", allowed_neg_range)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """One streamed search for each set; a semi-hard search comes after that of the other set."""
+        """Search each set once; a semi-hard search comes after the search of the other set."""
         chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for kind in ("same", "different") if self.pos_strategy != self.SEMIHARD else ("different", "same"):
             if self._strategy(kind) != self.ALL:
@@ -80,14 +86,14 @@ class BatchEasyHardMiner(Miner):
         return self.pos_strategy if kind == "same" else self.neg_strategy
 
     def _search(self, batch: Batch, kind: str, other: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(index, score) of the choice from one set; ``other`` is the score of the choice from the other set."""
+        """The (index, score) of the choice from one set; ``other`` is the score of the choice from the other set."""
         strategy = self._strategy(kind)
         # A hard negative is the closest, a hard positive the furthest; semi-hard is the hardest within the bounds.
         largest = (strategy != self.EASY) == (kind == "different")
         low, high = self._range(batch, kind)
         if strategy == self.SEMIHARD:
             assert other is not None
-            # Beyond the other choice; for an anchor without one nothing, because no number lies beyond NaN.
+            # An anchor without the other choice finds nothing, because no number lies beyond NaN.
             other = torch.where(other.isfinite(), other, torch.nan)
             if kind == "different":
                 high = other if high is None else torch.minimum(high, other)
@@ -115,7 +121,7 @@ class BatchEasyHardMiner(Miner):
 
 
 def _check_range(name: str, ends: tuple[float, float] | None) -> tuple[float, float] | None:
-    """(low, high), in order, or None."""
+    """Check a range (low, high), or None."""
     if ends is None:
         return None
     if not isinstance(ends, Sequence) or len(ends) != 2:
@@ -127,12 +133,15 @@ def _check_range(name: str, ends: tuple[float, float] | None) -> tuple[float, fl
 
 
 class BatchHardMiner(BatchEasyHardMiner):
-    """The furthest positive and closest negative of each anchor (Hermans et al. 2017, arXiv 1703.07737): (a, p, n)."""
+    """Chooses the furthest positive and the closest negative of each anchor: (a, p, n).
+
+    Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017, arXiv 1703.07737.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(pos_strategy=self.HARD, neg_strategy=self.HARD, **options)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """One triplet for each anchor that has both."""
+        """Choose one triplet for each anchor that has both a positive and a negative."""
         a, p, _, n = super().mine(batch)
         return a, p, n

@@ -1,4 +1,4 @@
-"""Pairs that violate a margin, or are hard compared with the hardest of the other kind."""
+"""Miners of pairs that violate a margin, or that are hard compared with the hardest pair of the other kind."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from .base import Miner
 
 
 class PairMarginMiner(Miner):
-    """Positive pairs further apart than ``pos_margin``, negative pairs closer than ``neg_margin``: (a1, p, a2, n).
+    """Chooses positive pairs further apart than ``pos_margin`` and negative pairs closer than ``neg_margin``.
 
-    With a similarity: positives below ``pos_margin`` and negatives above ``neg_margin``.
+    With a similarity it chooses positives below ``pos_margin`` and negatives above ``neg_margin``. Returns
+    (a1, p, a2, n).
 
     Args:
-        pos_margin, neg_margin: in the units of the distance.
+        pos_margin: the margin of positive pairs, in the units of the distance.
+        neg_margin: the margin of negative pairs, in the units of the distance.
         options: of :class:`Miner`.
     """
 
@@ -29,13 +31,13 @@ class PairMarginMiner(Miner):
         self.neg_margin = check_number("neg_margin", neg_margin)
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Pairs beyond the margins."""
+        """List the pairs beyond the margins."""
         low, high = self.distance.threshold(self.pos_margin), self.distance.threshold(self.neg_margin)
         return self.listed(batch, lambda t: t.same & (t.scores < low), lambda t: t.different & (t.scores > high))
 
 
 class MultiSimilarityMiner(Miner):
-    """Pairs that are hard compared with the hardest pair of the other kind (Wang et al. 2019, arXiv 1904.06627).
+    """Chooses pairs that are hard compared with the hardest of the other kind (Wang et al. 2019, arXiv 1904.06627).
 
     A positive is kept if its score minus ``epsilon`` is below the score of the anchor's closest negative; a negative is
     kept if its score plus ``epsilon`` is above the score of the anchor's furthest positive. An anchor without positives
@@ -55,7 +57,7 @@ class MultiSimilarityMiner(Miner):
         return distances.CosineSimilarity()
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Pairs by the two rules, from one pass over the scores."""
+        """List the pairs by the two rules, in one pass over the scores."""
 
         def positives(t: Tile) -> Tensor:
             closest = torch.where(t.different, t.scores, -torch.inf).amax(1, keepdim=True)

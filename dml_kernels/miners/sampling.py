@@ -1,4 +1,4 @@
-"""Triplets with a negative drawn at random: uniformly, or by the inverse density of its distance."""
+"""Miners of random triplets: negatives are drawn uniformly, or by the inverse density of their distance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from .base import Miner
 
 
 class UniformMiner(Miner):
-    """Random triplets: the positive and the negative of each anchor are drawn uniformly, with replacement.
+    """Draws the positive and the negative of each anchor uniformly, with replacement: (a, p, n).
 
-    The draws follow ``torch.manual_seed``, and are the same on any device.
+    ``torch.manual_seed`` determines the draws, which are the same on any device.
 
     Args:
-        triplets_per_anchor: how many; None: as many as the anchor's class has entries.
+        triplets_per_anchor: how many triplets each anchor has; None: as many as its class has entries.
         options: of :class:`Miner`.
+
+    Raises:
+        ValueError: ``triplets_per_anchor`` is not a positive integer.
     """
 
     def __init__(self, triplets_per_anchor: int | None = None, **options: Any):
@@ -31,22 +34,29 @@ class UniformMiner(Miner):
         self.triplets_per_anchor = triplets_per_anchor
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Draw places in the list sorted by label."""
+        """Draw places in the list that is sorted by label."""
         return random_triplets(batch, self.triplets_per_anchor)
 
 
 class DistanceWeightedMiner(UniformMiner):
-    """Triplets whose negative is drawn in inverse proportion to how common its distance is.
+    """Draws the negative of a triplet in inverse proportion to how common its distance is: (a, p, n).
 
-    On the unit sphere in D dimensions distances concentrate around sqrt(2), and uniform draws give little else. The
-    weight is 1 / q(d) with q(d) = d^(D-2) (1 - d^2/4)^((D-3)/2) (Wu et al. 2017, "Sampling Matters in Deep Embedding
-    Learning", arXiv 1706.07567, section 4), where d is at least ``cutoff``; from ``nonzero_loss_cutoff`` on the weight
-    is 0. An anchor whose negatives all lie beyond it gives no triplet.
+    On the unit sphere in D dimensions most distances lie near sqrt(2), so uniform draws rarely give others. The weight
+    of a negative at distance d is::
+
+        1 / q(d),  q(d) = d^(D-2) (1 - d^2/4)^((D-3)/2)
+
+    (Wu et al. 2017, "Sampling Matters in Deep Embedding Learning", arXiv 1706.07567, section 4), where d is raised to
+    ``cutoff`` at least; from ``nonzero_loss_cutoff`` on the weight is 0. An anchor whose negatives all have weight 0
+    gives no triplet.
 
     Args:
         cutoff: the floor under d.
         nonzero_loss_cutoff: the distance from which negatives are not drawn.
         options: of :class:`UniformMiner`.
+
+    Raises:
+        ValueError: a distance other than the Euclidean distance of unit vectors, or a cutoff that is not positive.
     """
 
     def __init__(self, cutoff: float = 0.5, nonzero_loss_cutoff: float = 1.4, **options: Any):
@@ -60,7 +70,7 @@ class DistanceWeightedMiner(UniformMiner):
             raise ValueError("DistanceWeightedMiner weighs Euclidean distances of unit vectors: use LpDistance()")
 
     def default_distance(self) -> distances.Distance:
-        """Euclidean, of unit vectors."""
+        """The Euclidean distance of unit vectors."""
         return distances.LpDistance()
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:

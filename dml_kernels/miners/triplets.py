@@ -1,4 +1,4 @@
-"""Triplets by how far they violate a margin."""
+"""Miners of triplets: by how far they violate a margin, or by their position in the batch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ TYPES = ("all", "hard", "semihard", "easy")
 
 
 class TripletMarginMiner(Miner):
-    """Every triplet (a, p, n) of one kind, by d_an - d_ap (for a similarity, s_ap - s_an).
+    """Lists every triplet (a, p, n) of one kind, by its slack d_an - d_ap (for a similarity, s_ap - s_an).
 
-    ``all``: at most ``margin``. ``hard``: of those, at most 0. ``semihard``: of those, over 0. ``easy``: over the
-    margin.
+    - ``all``: the slack is at most ``margin``.
+    - ``hard``: it is at most ``margin`` and at most 0.
+    - ``semihard``: it is at most ``margin`` and over 0.
+    - ``easy``: it is over ``margin``.
 
-    Time O(N M K) for K positives per anchor, and memory for the whole list. TripletMarginLoss without a miner sums
-    ``all`` exactly in O(N M log M), and lists nothing.
+    It takes O(N M K) time for K positives per anchor, and memory for the whole list. TripletMarginLoss without a miner
+    sums the triplets of ``all`` exactly in O(N M log M) and lists nothing.
 
     Args:
         margin: in the units of the distance.
@@ -29,7 +31,7 @@ class TripletMarginMiner(Miner):
         options: of :class:`Miner`.
 
     Raises:
-        ValueError: an unknown type.
+        ValueError: an unknown kind.
     """
 
     def __init__(self, margin: float = 0.2, type_of_triplets: str = "all", **options: Any):
@@ -46,7 +48,7 @@ class TripletMarginMiner(Miner):
         return wanted & (slack > 0) if self.type_of_triplets == "semihard" else wanted
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """The positives of a tile, a piece at a time, each compared with all entries of its row."""
+        """Compare the positives of a tile, a piece at a time, with all entries of their rows."""
         found = [batch.x.new_empty((0, 3), dtype=torch.int64)]
         for tile in tiles(batch, self.distance):
             for pairs in pieces(tile.same.nonzero(), batch.w.size(0), TILE_ELEMENTS // 4):
@@ -59,14 +61,14 @@ class TripletMarginMiner(Miner):
 
 
 class EmbeddingsAlreadyPackagedAsTriplets(Miner):
-    """Rows 3k, 3k + 1 and 3k + 2 as the triplet (a, p, n), whatever the labels say.
+    """Takes rows 3k, 3k + 1 and 3k + 2 as the triplet (a, p, n), whatever the labels say.
 
     Raises:
-        ValueError: the number of rows is not a multiple of 3.
+        ValueError: at a call, the number of rows is not a multiple of 3.
     """
 
     def mine(self, batch: Batch) -> tuple[Tensor, ...]:
-        """All rows, in order."""
+        """List all rows, in order."""
         n = batch.x.size(0)
         if n % 3:
             raise ValueError(f"embeddings must be triplets, row by row: a multiple of 3; got {n} rows")

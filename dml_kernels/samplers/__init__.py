@@ -1,4 +1,4 @@
-"""Which examples form a batch."""
+"""Samplers: they choose the examples that form a batch."""
 
 from ..elsewhere import explain
 from .balanced import MPerClassSampler, NPairsSampler

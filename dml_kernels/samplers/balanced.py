@@ -1,4 +1,4 @@
-"""Class-balanced batches: some classes, with the same number of examples of each."""
+"""Samplers of class-balanced batches: some classes, and the same number of examples of each."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from ..ops.checks import check_integer
 
 
 class MPerClassSampler(Sampler[int]):
-    """``m`` examples of each class in turn, for ``DataLoader(dataset, batch_size=B, sampler=...)``.
+    """Draws ``m`` examples of each class in turn, for ``DataLoader(dataset, batch_size=B, sampler=...)``.
 
-    Without ``batch_size`` a pass visits all classes in a new order; with it every run of ``batch_size`` indices holds
-    ``batch_size / m`` different classes, drawn again for each run. A class of fewer than ``m`` examples gives all that
-    it has, and repeats some of them.
+    Without ``batch_size`` a pass visits all classes in a new order. With it every run of ``batch_size`` indices holds
+    ``batch_size / m`` different classes, drawn again for each run. A class of fewer than ``m`` examples gives all of
+    them, and repeats some.
 
     Args:
-        labels: (n,) of the data, integers or names (strings); a tensor, array, list or pandas column, read by position.
+        labels: (n,) labels of the data, integers or names (strings), in a tensor, array, list or pandas column, read by
+            position.
         m: examples per class.
-        batch_size: that of the DataLoader; a multiple of m, at most m times the number of classes.
-        length_before_new_iter: indices of an epoch, rounded down to whole batches (or passes).
-        seed: of the draws; None: a new one from torch's generator in each epoch, so ``torch.manual_seed`` determines
-            them. With a seed, call :meth:`set_epoch` before each epoch, as with ``DistributedSampler``: the draws
-            depend only on epoch and seed, so a run that continues from a checkpoint makes the same draws.
+        batch_size: the batch size of the DataLoader, a multiple of m, at most m times the number of classes; None:
+            passes over all classes.
+        length_before_new_iter: the number of indices of an epoch, rounded down to whole batches (or passes).
+        seed: of the draws. None: each epoch takes a new seed from torch's generator, so ``torch.manual_seed``
+            determines the draws. With a seed, call :meth:`set_epoch` before each epoch, as with ``DistributedSampler``:
+            the draws depend only on epoch and seed, so a run that continues from a checkpoint makes the same draws.
         ignore_index: the label of examples that are never drawn.
 
     Raises:
-        ValueError, TypeError: no labels, labels that are neither integers nor names, sizes that do not fit; the message
-            names the numbers.
+        ValueError: no labels, or sizes that do not fit; the message names the numbers.
+        TypeError: labels that are neither integers nor names.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class MPerClassSampler(Sampler[int]):
         return np.unique(sorted_labels, return_index=True, return_counts=True)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the number of the next epoch; each epoch has its own draws. Use it with ``seed``."""
+        """Set the number of the next epoch, for use with ``seed``: each epoch has its own draws."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -104,9 +106,15 @@ class MPerClassSampler(Sampler[int]):
 
 
 class NPairsSampler(MPerClassSampler):
-    """Two examples of each of ``batch_size / 2`` classes: the batches of the N-pairs loss (Sohn 2016, NIPS).
+    """Draws two examples of each of ``batch_size / 2`` classes, for the N-pairs loss (Sohn 2016, NIPS).
 
-    Classes with a single example make no pair and are left out. The arguments are those of :class:`MPerClassSampler`.
+    Classes with a single example make no pair and are left out.
+
+    Args:
+        labels: as in :class:`MPerClassSampler`.
+        batch_size: as in :class:`MPerClassSampler`, with m = 2.
+        length_before_new_iter: as in :class:`MPerClassSampler`.
+        options: ``seed`` and ``ignore_index`` of :class:`MPerClassSampler`.
     """
 
     def __init__(self, labels: Any, batch_size: int, length_before_new_iter: int = 100000, **options: Any):

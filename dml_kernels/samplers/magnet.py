@@ -1,4 +1,4 @@
-"""Batches for Magnet: a cluster with a high loss, the clusters of other classes around it, some examples of each.
+"""The sampler for Magnet: a cluster with a high loss, the clusters of other classes around it, some examples of each.
 
 Rippel, Paluri, Dollar, Bourdev, "Metric Learning with Adaptive Density Discrimination", ICLR 2016, arXiv 1511.05939,
 section 3: draw a seed cluster with probability proportional to its loss, take its M-1 nearest impostor clusters, and D
@@ -27,18 +27,18 @@ STATE_FORMAT = 1
 
 
 class MagnetBatchSampler(Sampler[list[int]]):
-    """Batches of M clusters x D examples, for ``DataLoader(dataset, batch_sampler=...)`` with any number of workers.
+    """Draws batches of M clusters x D examples, for ``DataLoader(dataset, batch_sampler=...)`` with any workers.
 
     **A batch** is a seed cluster, drawn with probability proportional to its tracked loss; its M-1 nearest clusters of
     other classes (``ClusterIndex.nearest_impostors``); and D examples of each without replacement, those of the seed
-    cluster first. A cluster of fewer than D examples gives all that it has, and then repeats some, drawn with
-    replacement: every batch has M D indices. It has fewer only where there are fewer than M-1 clusters of other
-    classes; with a single class it is the seed cluster alone. Empty clusters and ignored examples are never drawn.
+    cluster first. A cluster of fewer than D examples gives all of them, and then repeats some, drawn with replacement:
+    every batch has M D indices. It has fewer only where there are fewer than M-1 clusters of other classes; with a
+    single class it is the seed cluster alone. Empty clusters and ignored examples are never drawn.
 
     **Tracked losses** come from :meth:`update`, called after each step. A cluster that has no loss yet is drawn as if
-    it had the mean loss of those that have one; while none has a loss, or where all are 0, draws are uniform. A cluster
-    of loss 0 is no seed while others have a loss; it still comes as an impostor, which updates its loss. Cluster ids
-    keep their meaning when the index is refreshed, and so do the losses.
+    it had the mean loss of the clusters that have one. While no cluster has a loss, or where all losses are 0, draws
+    are uniform. A cluster of loss 0 is no seed while others have a loss; it can still be drawn as an impostor, which
+    updates its loss. Cluster ids keep their meaning when the index is refreshed, and so do the losses.
 
     Each iteration is a new epoch, with new draws; the first one after ``load_state_dict`` continues where the state was
     saved. ``update`` affects later draws only: a DataLoader with workers draws num_workers x prefetch_factor batches
@@ -49,17 +49,20 @@ class MagnetBatchSampler(Sampler[list[int]]):
             batch uses the new clusters.
         clusters_per_batch: M (12 in the paper).
         examples_per_cluster: D (4 in the paper).
-        batches: of an epoch, len(sampler); None: clustered examples / (M D), rounded up.
-        momentum: weight of the newest loss in the running mean of a cluster, in (0, 1]; the first loss counts fully.
-            None: the plain mean of the losses of all its examples so far.
+        batches: the number of batches of an epoch, len(sampler); None: clustered examples / (M D), rounded up.
+        momentum: the weight of the newest loss in the running mean of a cluster, in (0, 1]; the first loss counts
+            fully. None: the plain mean of the losses of all its examples so far.
         seed: of the draws.
+
+    Attributes:
+        losses: (K,) fp64, the tracked mean loss of each cluster, NaN for a cluster that has no loss yet.
 
     Raises:
         ValueError, TypeError: wrong arguments.
-        RuntimeError: iterating before the first refresh of the index.
+        RuntimeError: the iteration begins before the first refresh of the index.
     """
 
-    # How many batches are kept, so that a state can begin before them: more than a DataLoader is ever ahead.
+    # How many batches are kept, so that a state can begin before them: more than a DataLoader ever draws ahead.
     HISTORY = 1024
 
     def __init__(
@@ -83,13 +86,13 @@ class MagnetBatchSampler(Sampler[list[int]]):
         self._losses = torch.zeros(len(index), dtype=torch.float64)
         self._counts = torch.zeros(len(index), dtype=torch.int64)  # how many losses each cluster has had
         self._generator = np.random.default_rng(check_integer("seed", seed, 0))
-        self._position = 0  # batches handed out in this epoch
-        self._history: deque[list[int]] = deque(maxlen=self.HISTORY)  # the last of them
-        self._replay: deque[list[int]] = deque()  # handed out before the state was saved, but not trained on
+        self._position = 0  # how many batches were handed out in this epoch
+        self._history: deque[list[int]] = deque(maxlen=self.HISTORY)  # the last batches that were handed out
+        self._replay: deque[list[int]] = deque()  # batches handed out before the state was saved, but not trained on
         self._resumed = False
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         return self._batches
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -112,15 +115,15 @@ class MagnetBatchSampler(Sampler[list[int]]):
         return torch.where(self._counts > 0, self._losses, torch.nan)
 
     def update(self, clusters: Tensor, losses: Tensor) -> None:
-        """Track the losses of a step. An error changes nothing.
+        """Track the losses of a step. After an error nothing has changed.
 
         Args:
-            clusters: (N,) integers: the cluster of each example, on any device; -1 is left out.
+            clusters: (N,) integers: the cluster of each example, on any device; examples with -1 are left out.
             losses: (N,) floating point: the loss of each example.
 
         Raises:
-            TypeError, ValueError: wrong shapes or dtypes, ids outside the index, or losses that are NaN, infinite or
-                negative.
+            TypeError: wrong dtypes.
+            ValueError: wrong shapes, ids outside the index, or losses that are NaN, infinite or negative.
         """
         if not isinstance(clusters, Tensor) or clusters.is_floating_point() or clusters.dtype == torch.bool:
             raise TypeError(f"clusters must be an integer tensor; got {getattr(clusters, 'dtype', type(clusters))}")
@@ -157,22 +160,25 @@ class MagnetBatchSampler(Sampler[list[int]]):
         if largest == 0:
             weights = present.double()
         else:
-            # Division first: sums of huge losses would overflow.
+            # The division comes first, because sums of huge losses would overflow.
             weights = self._losses / largest
             weights = torch.where(seen, weights, weights[seen].mean()).masked_fill(~present, 0.0)
         return weights / weights.sum()
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """The generator, the tracked losses and the position: tensors, numbers and strings.
+        """The generator, the tracked losses and the position, as tensors, numbers and strings.
 
         Save the state of the index too.
 
         Args:
             consumed: how many batches of the current epoch were trained on. None: all that were handed out, which is
-                right without workers. With workers a DataLoader is ahead of the training loop: the batches in between
-                are kept in the state and handed out again first. A DataLoader with the same number of workers then
-                draws every later batch after the same updates as the first would have, so the run continues with the
-                same batches.
+                right without workers. With workers a DataLoader is ahead of the training loop: the state keeps the
+                batches in between, and they are handed out again first. A DataLoader with the same number of workers
+                then draws every later batch after the same updates as in an uninterrupted run, so the run continues
+                with the same batches.
+
+        Raises:
+            ValueError: ``consumed`` is out of range.
         """
         known = [*self._history, *self._replay]
         oldest = self._position - len(self._history)
@@ -192,10 +198,12 @@ class MagnetBatchSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a ``state_dict``: the next iteration continues its epoch, or begins one where that was
-        complete.
+        """Continue from a state: the next iteration continues its epoch, or begins a new one where it was complete.
 
-        An error changes nothing.
+        After an error nothing has changed.
+
+        Args:
+            state: what ``state_dict`` returned.
 
         Raises:
             ValueError: the state has a different M, D, epoch length or number of clusters, or no sampler can have saved
@@ -236,11 +244,11 @@ class MagnetBatchSampler(Sampler[list[int]]):
                 check_count("an index in a batch of the state", row, 0, len(self.index.clusters) - 1)
 
     def _draw(self) -> list[int]:
-        """One batch, from the current clusters and losses."""
+        """Draw one batch from the current clusters and losses."""
         if self.index.refreshes == 0:
             raise RuntimeError("the index has no clusters yet: call index.refresh(embeddings) before the first batch")
         cumulative = self.probabilities().cumsum(0).numpy()
-        # The first place whose sum exceeds the draw: never one of weight 0, not even at the end through rounding.
+        # The first place whose sum exceeds the draw never has weight 0; the bound keeps rounding from passing the end.
         drawn = self._generator.random() * cumulative[-1]
         seed = int(np.searchsorted(cumulative, min(drawn, np.nextafter(cumulative[-1], 0)), side="right"))
         impostors = self.index.nearest_impostors(seed, self.clusters_per_batch - 1)
@@ -254,9 +262,9 @@ class MagnetBatchSampler(Sampler[list[int]]):
 def _places(generator: np.random.Generator, sizes: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
     """Draw ``count`` different places in [0, size) for each of the sizes (M,): (M, count), all sets equally likely.
 
-    Where size < count: all places, then repeats drawn at random. The algorithm is that of R. W. Floyd, for all sizes at
-    once: step i draws from the first size - count + i + 1 places; a place that is taken is replaced by the last of
-    these.
+    Where size < count, all places come first, and then repeats drawn at random. The algorithm is R. W. Floyd's, for all
+    sizes at once: step i draws from the first size - count + i + 1 places, and replaces a place that is taken by the
+    last of these.
     """
     places = np.empty((len(sizes), count), dtype=np.int64)
     small = sizes < count
