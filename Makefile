@@ -35,11 +35,11 @@ test: $(VENV)/.stamp-build $(VENV)/.stamp-test ## the tests, without the slow on
 
 test-all: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## the tests, with the slow ones and Triton's; then again on PyTorch's CUDA build (several GB)
 	DML_FUZZ=10 $(PYTEST) $(TEST_ARGS)
-	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile tests/triton_backend $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile tests/backends/triton $(TEST_ARGS)
 	.ci/cuda-stack --all $(TEST_ARGS)
 
 test-triton: $(VENV)/.stamp-build $(VENV)/.stamp-test $(VENV)/.stamp-triton ## the Triton kernels, interpreted and compiled ahead of time
-	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile -m "not slow" tests/triton_backend $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) --dist loadfile -m "not slow" tests/backends/triton $(TEST_ARGS)
 
 kernel-report: $(VENV)/.stamp-build $(VENV)/.stamp-triton ## registers, shared memory, instructions, predicted times of the Triton kernels
 	$(PY) -m dml_kernels.backends.triton.tools.report $(REPORT_ARGS)

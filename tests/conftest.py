@@ -7,18 +7,17 @@ import os
 # Threads sleep at once when their share is done. Spinning, as is the default, starves the tests on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import helpers
 import pytest
 import torch
-from helpers import require
 
 from dml_kernels import build_info
+from tests.support.backends import missing, require
 
 
 @pytest.fixture(autouse=True)
 def _extension_is_there(request):
     if request.node.get_closest_marker("cpp") and not (extension := build_info.load()):
-        helpers.missing(f"the extension is {extension.reason}")
+        missing(f"the extension is {extension.reason}")
 
 
 @pytest.fixture(autouse=True)

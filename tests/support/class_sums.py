@@ -1,0 +1,73 @@
+"""Shared by the tests of positive_pair_sum and triplet_sum: labelled problems, and value with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dml_kernels import reference
+from tests.support.dtypes import FP32, FP64, Dtype
+from tests.support.problems import randint, randn
+from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, worst
+
+
+class Labelled(NamedTuple):
+    """x (N, D), y; w (M, D), c: the batch itself, or references. Fractions of the rows' own copies are left out."""
+
+    x: Tensor
+    w: Tensor | None
+    y: Tensor
+    c: Tensor
+    exclude: Tensor | None
+
+    @staticmethod
+    def random(n: int = 23, m: int = 0, d: int = 7, classes: int = 5, seed: int = 0) -> Labelled:
+        """Classes of several sizes, a row ignored; with references also an entry ignored, labels nobody else has."""
+        y = randint(0, classes, n, seed=seed + 1)
+        y[: n // 8] = -100
+        x = randn(n, d, seed=seed) / math.sqrt(d)
+        if not m:
+            return Labelled(x, None, y, y, torch.arange(n))
+        c = randint(-1, classes + 1, m, seed=seed + 2)
+        c[: m // 8] = -100
+        return Labelled(x, randn(m, d, seed=seed + 3) / math.sqrt(d), y, c, randint(-1, m, n, seed=seed + 4))
+
+    def leaves(self, dtype: Dtype) -> list[Tensor]:
+        return [self.x.to(dtype.x).requires_grad_()] + ([] if self.w is None else [self.w.to(dtype.w).requires_grad_()])
+
+    def rounded(self, dtype: Dtype) -> Labelled:
+        """The same with vectors that the dtype holds exactly."""
+        return self._replace(**{k: t.to(dtype.x).double() for k, t in (("x", self.x), ("w", self.w)) if t is not None})
+
+
+def with_gradients(out: Any, leaves: list[Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """The outputs, and the gradients of <grad, total>."""
+    found = torch.autograd.grad(out.total, leaves, grad.to(out.total))
+    named = {f"grad {'xwuv'[i]}": g for i, g in enumerate(found)}
+    return {"total": out.total.detach(), "number": out.number, "active": out.active, **named}
+
+
+def sticks(run: Callable[[Dtype, str], dict[str, Tensor]], truth: dict[str, Tensor], metric: str, dtype: Dtype):
+    """Yardsticks of run(dtype, backend) on the reference, whose scores may be taken in several ways."""
+    if dtype == FP64:
+        return {k: s.in_fp64(truth[k]) for k, s in sticks(run, truth, metric, FP32).items()}
+    found = []
+    for form in dense_forms(metric):
+        with mock.patch.object(reference, "scores", form):
+            dense = run(dtype, "reference")
+        found.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
+    return worst(found)
+
+
+def assert_counts_and_all_accurate(out: dict[str, Tensor], limits: dict[str, Yardstick]) -> None:
+    """The counts exactly, all else by the tolerance rule."""
+    for key in ("number", "active"):
+        count = out.pop(key)
+        assert count.dtype == torch.int64
+        assert torch.equal(count, limits.pop(key).truth), key
+    assert_all_accurate(out, limits)
