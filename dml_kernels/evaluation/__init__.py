@@ -1,14 +1,14 @@
-"""Evaluating embeddings, streamed.
+"""Evaluation of embeddings, streamed.
 
 - ``retrieval``: Recall@K, precision@1, R-precision, MAP@R, MRR.
 - ``clustering``: NMI and AMI of a k-means partition (faiss, scikit-learn).
 - ``classification``: soft k nearest clusters, k nearest neighbours.
-- ``verification``: 1:1; ROC-AUC, TAR at a FAR, EER, best threshold, accuracy by folds. ``pairs`` draws pairs and scores
+- ``verification``, 1:1: ROC-AUC, TAR at a FAR, EER, best threshold, accuracy by folds. ``pairs`` draws pairs and scores
   them.
-- ``identification``: 1:K; CMC, and for the open set DIR at a false alarm rate, and rejection.
-- ``few_shot``: N-way K-shot by the nearest class mean.
+- ``identification``, 1:K: CMC; for the open set DIR at a false alarm rate, and rejection.
+- ``few_shot``: N-way K-shot classification by the nearest class mean.
 
-Nothing of size N x M is built, and the result does not depend on the sizes of the tiles. Embeddings may be on the CPU
+Nothing of size N x M is built, and the results do not depend on the sizes of the tiles. Embeddings may be on the CPU
 or on CUDA. Labels may be a tensor, an array, a list or a pandas column, and are read by position. Every value is a
 class, including -100 (except in the cluster classes of ``k_nearest_clusters``), so leave out rows without a label.
 """

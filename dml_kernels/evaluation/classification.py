@@ -1,4 +1,4 @@
-"""Classification by what lies nearest, streamed: soft k nearest clusters (kNC) and k nearest neighbours (kNN).
+"""Classification by the nearest vectors, streamed: soft k nearest clusters (kNC) and k nearest neighbours (kNN).
 
 kNC is Magnet's own rule (Rippel et al. 2016, arXiv 1511.05939, eq. 8). With mu_1 ... mu_k the k cluster centres nearest
 to an embedding r and sigma^2 the variance of the embeddings about their centres,
@@ -7,8 +7,8 @@ to an embedding r and sigma^2 the variance of the embeddings about their centres
 
 kNN is the majority vote: p(c | r) is the share of the k references nearest to r that are of class c.
 
-Both find the k nearest as retrieval does (``streaming``). The weights of kNC stay in log space, and their distances are
-computed again in fp64 from differences, so that an embedding far from every centre, where each exponential is 0, still
+Both find the k nearest as retrieval does (``streaming``). kNC keeps its weights in log space and computes their
+distances again in fp64 from differences, so that an embedding far from every centre, where each exponential is 0, still
 has a class and finite log-probabilities.
 """
 
@@ -28,7 +28,7 @@ from .streaming import Problem
 __all__ = ["Classification", "k_nearest_clusters", "k_nearest_neighbours"]
 
 NO_CLASS = -100  # fills `classes` where fewer classes than requested are among the k nearest
-LARGEST = 1e35  # far beyond it distances overflow fp32, the dtype in which they are ranked
+LARGEST = 1e35  # far beyond it distances overflow fp32, in which they are ranked
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Classification:
         return self.classes[:, 0]
 
     def error(self, labels: Tensor, top: int = 1) -> float:
-        """Fraction of the embeddings whose label is not among their ``top`` most probable classes.
+        """The fraction of the embeddings whose label is not among their ``top`` most probable classes.
 
         Args:
             labels: (N,) integers.
@@ -85,27 +85,29 @@ def k_nearest_clusters(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> Classification:
-    """Soft k-nearest-cluster classification (kNC; formula at the top of the module).
+    """Classify by the soft vote of the k nearest clusters (kNC; formula at the top of the module).
 
-    Extra memory: O(N + K D), and about 28 bytes per entry of a tile (100 where k is larger than the tile is wide).
+    Extra memory: O(N + K D), and about 28 bytes per entry of a tile (100 where k exceeds the width of the tile).
 
     Args:
         embeddings: (N, D) floating point, CPU or CUDA.
-        centers: (K, D) cluster centres, on the same device; that of an empty cluster may hold anything, NaN included.
+        centers: (K, D) cluster centres, on the same device; the centre of an empty cluster may hold anything, including
+            NaN.
         center_classes: (K,) integers: the class of each cluster.
-        variance: sigma^2 > 0, a number or a tensor of one: sum |r - mu_own|^2 / (n - 1) over the training set, summed
-            over all dimensions.
-        k: how many clusters vote; all of them where fewer are there. At the k-th place, equal distances (in fp32) go to
-            the lowest cluster.
+        variance: sigma^2 > 0, a number or a tensor of one element: sum |r - mu_own|^2 / (n - 1) over the training set,
+            summed over all dimensions.
+        k: how many clusters vote; all of them where there are fewer. At the k-th place, equal distances (in fp32) go to
+            the cluster of lowest index.
         top: how many classes to keep for each embedding.
         normalize: divide the embeddings by their norm first, for centres that are means of unit vectors; the centres
             are used as they are.
         empty: (K,) bool, True for clusters to leave out.
         ignore_index: clusters of this class are left out too.
-        tile, progress: as in :func:`evaluate`; progress counts embeddings.
+        tile: as in :func:`evaluate`.
+        progress: called with the number of embeddings just finished; True: a tqdm bar.
 
     Returns:
-        Classification. Classes of equal probability (in fp32) rank lowest first.
+        The ``top`` classes of each embedding; classes of equal probability (in fp32) rank lowest first.
 
     Raises:
         ValueError: wrong shapes, an empty set, k or top under 1, NaN, infinity or values over 1e35, a variance that is
@@ -148,22 +150,29 @@ def k_nearest_neighbours(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> Classification:
-    """k-nearest-neighbour classification by majority vote; a tied vote goes to the class with the nearest member.
+    """Classify by majority vote of the k nearest neighbours; a tied vote goes to the class with the nearest member.
 
-    Memory and errors are those of :func:`k_nearest_clusters`.
+    The memory is that of :func:`k_nearest_clusters`.
 
     Args:
         embeddings: (N, D) floating point, CPU or CUDA.
-        ref_embeddings, ref_labels: (M, D) references on the same device, and their classes, (M,) integers.
-        k: how many neighbours vote; all where fewer are there.
+        ref_embeddings: (M, D) references, on the same device.
+        ref_labels: (M,) integers: the classes of the references.
+        k: how many neighbours vote; all of them where there are fewer.
         top: how many classes to keep for each embedding.
-        exclude: (N,) int64 reference that is left out for each embedding, -1 for none; ``arange(N)`` leaves out the own
-            copy of each embedding where the references are the embeddings.
+        exclude: (N,) int64: the index of a reference that is left out for each embedding, -1 for none. Where the
+            references are the embeddings, ``arange(N)`` leaves out each embedding's own copy.
         metric: ``cosine``, ``dot`` or ``euclidean``; references at equal distance (in fp32) rank by lowest index.
-        tile, progress: as in :func:`evaluate`; progress counts embeddings.
+        tile: as in :func:`evaluate`.
+        progress: called with the number of embeddings just finished; True: a tqdm bar.
 
     Returns:
-        Classification; its log_probabilities are the logarithms of the shares of the vote.
+        The ``top`` classes of each embedding; log_probabilities are the logarithms of the shares of the vote.
+
+    Raises:
+        ValueError: wrong shapes, an empty set, k or top under 1, NaN or infinity, an unknown metric, or no reference
+            left for an embedding.
+        TypeError: wrong dtypes.
     """
     names = ("ref_embeddings", "ref_labels")
     streaming.check_vectors(names[0], ref_embeddings)
@@ -182,7 +191,7 @@ def k_nearest_neighbours(
 
 
 class _Groups:
-    """The neighbours (n, k) of each row grouped by class; group g of a row is its g-th class in ascending order."""
+    """The neighbours (n, k) of each row, grouped by class; group g of a row is its g-th class in ascending order."""
 
     def __init__(self, classes: Tensor) -> None:
         self.order = classes.argsort(dim=1, stable=True)  # by class, and nearest first within one
@@ -193,7 +202,7 @@ class _Groups:
         self.classes = torch.full_like(ordered, NO_CLASS).scatter_(1, self.group, ordered)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
-        """Log-sum-exp of (n, k) finite or -inf logits over each group, -inf where there is no group."""
+        """The log-sum-exp of (n, k) finite or -inf logits over each group, -inf where there is no group."""
         ordered = logits.gather(1, self.order)
         peak = torch.full_like(ordered, -math.inf).scatter_reduce(1, self.group, ordered, "amax")
         own_peak = peak.gather(1, self.group)
@@ -211,7 +220,7 @@ class _Groups:
 
     def keep_best(self, out: Classification, rows: Tensor, rank: Tensor, log_probabilities: Tensor) -> None:
         """Store the groups of largest rank, the lowest class among equals."""
-        # Places without a class rank last, after a class whose score underflowed to -inf: the sort is stable.
+        # The sort is stable: places without a class rank last, even after a class whose score underflowed to -inf.
         best = rank.argsort(dim=1, descending=True, stable=True)[:, : out.classes.shape[1]]
         width = best.shape[1]
         out.classes[rows, :width] = self.classes.gather(1, best)
@@ -219,7 +228,7 @@ class _Groups:
 
 
 def _squared_distances(problem: Problem, rows: Tensor, found: Tensor) -> Tensor:
-    """|r - mu|^2 of the centres found for each row, (n, k) fp64, from differences, a tile of entries at a time."""
+    """|r - mu|^2 for the centres found for each row, (n, k) fp64, from differences, a tile of entries at a time."""
     queries = problem.queries_of(rows)
     squared = torch.empty(found.shape, dtype=torch.float64, device=found.device)
     width = max(1, problem.tile[0] * problem.tile[1] // queries.numel())
@@ -240,7 +249,7 @@ def _new_result(problem: Problem, top: int) -> Classification:
 def _without_empty(
     centers: Tensor, center_classes: Tensor, empty: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Centres (the caller checks that they are finite) and classes of the clusters that are not left out."""
+    """The centres (which the caller checks for NaN) and classes of the clusters that are not left out."""
     check_tensor("centers", centers)
     if centers.dim() != 2:
         raise ValueError(f"centers must be a (clusters, dimensions) tensor; got {_shape_of(centers)}")

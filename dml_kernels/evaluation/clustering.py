@@ -1,4 +1,4 @@
-"""How well clusters of the embeddings agree with the classes: NMI and AMI of a k-means partition.
+"""How well a k-means partition of the embeddings agrees with the classes: NMI and AMI.
 
 With U the classes and V the clusters of the same N examples, entropies H and mutual information I(U, V),
 
@@ -7,7 +7,7 @@ With U the classes and V the clusters of the same N examples, entropies H and mu
 
 E[I] is the expectation over random partitions of the same sizes. NMI grows with the number of clusters even for noise;
 AMI corrects for that. Neither says much about an embedding (Musgrave et al. 2020, arXiv 2003.08505, section 2.3).
-k-means is that of faiss, started from greedy k-means++; the scores come from scikit-learn.
+faiss computes k-means, started from greedy k-means++; scikit-learn computes the scores.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from . import streaming
 
 __all__ = ["ClusteringResult", "cluster_agreement"]
 
-BLOCK = 1 << 20  # entries of the embeddings converted and assigned at a time
+BLOCK = 1 << 20  # entries of embeddings that are converted and assigned at a time
 
 
 @dataclass(frozen=True)
 class ClusteringResult:
-    """What cluster_agreement returns.
+    """The agreement of classes and clusters.
 
     Attributes:
         nmi: in [0, 1].
         ami: at most 1, about 0 for noise; NaN unless requested.
-        clusters: how many clusters were made.
+        clusters: the number of clusters.
         assignments: (N,) int64 on the CPU: the cluster of each example.
     """
 
@@ -60,21 +60,26 @@ def cluster_agreement(
     training_rows: int = 1 << 18,
     progress: Progress = None,
 ) -> ClusteringResult:
-    """NMI and AMI (formulas at the top of the module) of the labels and a k-means partition of the embeddings.
+    """Compute NMI and AMI (formulas at the top of the module) of the labels and a k-means partition of the embeddings.
 
     One class and one cluster agree fully: NMI and AMI are 1, by scikit-learn's convention. Extra memory: 4 D + 100
-    bytes for each of min(N, training_rows), the centroids, O(N) for the assignments, and fixed blocks.
+    bytes for each of min(N, training_rows) examples, the centroids, O(N) for the assignments, and blocks of a fixed
+    size.
 
     Args:
         embeddings: (N, D) floating point, CPU or CUDA.
         labels: (N,) integers.
-        clusters: k; default: the number of classes among the labels.
+        clusters: the number of clusters; None: the number of classes among the labels.
         normalize: divide the embeddings by their norm first.
-        iterations: of Lloyd's algorithm, which starts from greedy k-means++.
+        iterations: the number of iterations of Lloyd's algorithm.
         seed: of k-means++ and of the sample.
-        adjusted: compute AMI too; its expectation takes time in (classes x clusters), minutes at 10,000 of each.
+        adjusted: compute AMI too. Its expectation takes time in proportion to classes x clusters, minutes at 10,000 of
+            each.
         training_rows: the most examples that k-means is trained on, a sample without repeats; all N are assigned.
         progress: called with the number of examples just assigned; True: a tqdm bar.
+
+    Returns:
+        The scores and the assignments.
 
     Raises:
         ValueError: wrong shapes, an empty set, NaN or infinity, clusters out of [1, N] or above training_rows.
@@ -98,7 +103,7 @@ def cluster_agreement(
     generator = torch.Generator().manual_seed(seed)
     everyone = torch.arange(count)
     sample = everyone if count <= training_rows else torch.randperm(count, generator=generator)[:training_rows]
-    # The mean is subtracted: far from the origin single precision would lose the distances.
+    # The mean is subtracted because single precision would lose the distances far from the origin.
     mean = torch.zeros(width, dtype=torch.float64, device=embeddings.device)
     for _, part in _blocks(embeddings, everyone, normalize):
         mean += part.sum(dim=0) / count
@@ -131,7 +136,7 @@ def cluster_agreement(
 
 
 def _blocks(embeddings: Tensor, rows: Tensor, unit: bool) -> Iterator[tuple[int, Tensor]]:
-    """(start, fp64 vectors) of the requested rows, a bounded block at a time."""
+    """Yield (start, fp64 vectors) of the requested rows, a bounded block at a time."""
     block = max(1, BLOCK // embeddings.shape[1])
     for start in range(0, len(rows), block):
         index = rows[start : start + block].to(embeddings.device)

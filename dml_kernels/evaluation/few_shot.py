@@ -1,9 +1,10 @@
 """Few-shot classification: N ways, K shots, by the nearest class mean.
 
 An episode draws N classes, and K supports and Q queries of each, all different (Vinyals et al. 2016, arXiv 1606.04080).
-With c_n the mean of the supports of class n, its prototype (Snell, Swersky and Zemel 2017, arXiv 1703.05175), a query x
-gets the class argmin_n |x - c_n|, or argmax_n cos(x, c_n). The accuracy of an episode is over its N Q queries. The
-result is the mean over E episodes and the half-width of its 95% confidence interval, 1.96 std / sqrt(E).
+Let c_n be the prototype of class n, the mean of its supports (Snell, Swersky and Zemel 2017, arXiv 1703.05175). A query
+x gets the class argmin_n |x - c_n|, or argmax_n cos(x, c_n). The accuracy of an episode is the fraction of its N Q
+queries that get their own class. The result is the mean over E episodes, and the half-width of its 95% confidence
+interval, 1.96 std / sqrt(E).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ __all__ = ["FewShotResult", "few_shot_accuracy"]
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """What few_shot_accuracy returns.
+    """Few-shot accuracy.
 
     Attributes:
         accuracy: the mean over episodes, in [0, 1].
-        confidence: the half-width of its 95% interval, NaN for one episode.
-        episodes: how many were drawn.
+        confidence: the half-width of its 95% confidence interval, NaN for one episode.
+        episodes: how many episodes were drawn.
         classes: from how many classes they were drawn.
         skipped_classes: how many classes have fewer than shots + queries examples.
     """
@@ -54,20 +55,25 @@ def few_shot_accuracy(
     seed: int = 0,
     progress: Progress = None,
 ) -> FewShotResult:
-    """Accuracy of N-way K-shot episodes by the nearest class mean (formulas at the top of the module).
+    """Compute the accuracy of N-way K-shot episodes by the nearest class mean (formulas at the top of the module).
 
-    Classes with fewer than shots + queries examples are left out and counted. Memory: O(N), and the vectors of one
-    episode in fp64.
+    Classes with fewer than shots + queries examples are left out and counted. Memory: O(examples), and the vectors of
+    one episode in fp64.
 
     Args:
-        embeddings: (N, D) floating point, CPU or CUDA.
-        labels: (N,) integers.
-        ways, shots, queries: N, K and Q: classes of an episode, and supports and queries of each class.
-        episodes: how many are drawn.
-        metric: ``euclidean`` or ``cosine``; equal distances go to the class drawn first.
-        normalize: divide the embeddings by their norm before the means are taken; the means stay as they are.
+        embeddings: (examples, D) floating point, CPU or CUDA.
+        labels: (examples,) integers.
+        ways: N, the number of classes of an episode.
+        shots: K, the number of supports of each class.
+        queries: Q, the number of queries of each class.
+        episodes: how many episodes are drawn.
+        metric: ``euclidean`` or ``cosine``; equal distances go to the class that was drawn first.
+        normalize: divide the embeddings by their norm before the means are computed; the means stay as they are.
         seed: the same seed gives the same episodes for any embeddings.
         progress: called with the number of episodes just finished; True: a tqdm bar.
+
+    Returns:
+        The mean accuracy and its confidence.
 
     Raises:
         ValueError: wrong shapes, NaN or infinity, counts that are not positive (ways under 2), or fewer than ``ways``
@@ -111,13 +117,13 @@ def few_shot_accuracy(
 
 
 def _episode_accuracy(vectors: Tensor, shots: int, metric: str) -> float:
-    """The accuracy of one episode, vectors (ways, shots + queries, D) fp64 with the supports first."""
+    """The accuracy of one episode, from vectors (ways, shots + queries, D) fp64 with the supports first."""
     ways = len(vectors)
     prototypes, queries = vectors[:, :shots].mean(dim=1), vectors[:, shots:].flatten(0, 1)
     if metric == "cosine":
         near = streaming.settle(streaming.prepare(queries, True) @ streaming.prepare(prototypes, True).T)
     else:
         near = -torch.cdist(queries, prototypes, compute_mode="donot_use_mm_for_euclid_dist")
-    # Rounded, so that scores that differ only by the order of their sums are equal; argmax returns the first of equals.
+    # Rounding makes scores equal that differ only by the order of their sums; argmax returns the first of equals.
     found = near.float().argmax(dim=1).view(ways, -1)
     return (found == torch.arange(ways, device=found.device)[:, None]).double().mean().item()

@@ -36,7 +36,7 @@ __all__ = ["Identification", "IdentificationResult", "evaluate_identification", 
 
 @dataclass(frozen=True)
 class Identification:
-    """The k nearest identities of N probes.
+    """The k nearest identities of N probes, nearest first.
 
     Attributes:
         identities: (N, k) int64 labels of the gallery.
@@ -47,21 +47,31 @@ class Identification:
     scores: Tensor
 
     def predictions(self, threshold: float, unknown: int = -1) -> Tensor:
-        """The nearest identity where its score reaches the threshold, else ``unknown`` (rejected): (N,) int64."""
+        """The nearest identity where its score reaches the threshold, else ``unknown`` (rejected).
+
+        Args:
+            threshold: the lowest score that is accepted.
+            unknown: the value for rejected probes.
+
+        Returns:
+            (N,) int64.
+        """
         unknown = check_integer("unknown", unknown)
         return torch.where(self.scores[:, 0].double() >= threshold, self.identities[:, 0], unknown)
 
 
 @dataclass(frozen=True)
 class IdentificationResult:
-    """Fractions in [0, 1] (formulas at the top of the module).
+    """Rates of identification, fractions in [0, 1] (formulas at the top of the module).
 
     Attributes:
         rank_1: CMC at rank 1, NaN without known probes.
-        cmc: rank -> CMC of the known probes, NaN without any.
+        cmc: rank -> CMC, NaN without known probes.
         dir_at_far: (f, rank) -> DIR at FAR f, NaN where there are too few unknown probes.
-        threshold_at_far: f -> the lowest threshold, for ``Identification.predictions``; NaN likewise.
-        known, unknown: how many probes of each kind.
+        threshold_at_far: f -> the lowest threshold with FAR at most f, for ``Identification.predictions``; NaN where
+            there are too few unknown probes.
+        known: how many probes are known.
+        unknown: how many probes are unknown.
         identities: how many identities the gallery holds.
     """
 
@@ -85,7 +95,7 @@ def identify(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> Identification:
-    """The k nearest identities of each probe, nearest first; equal scores rank by lowest label.
+    """Find the k nearest identities of each probe, nearest first; equal scores rank by lowest label.
 
     Extra memory: O(N k + M) and about 40 bytes per entry of a tile; for ``mean`` also the templates, 8 bytes an entry.
 
@@ -96,8 +106,12 @@ def identify(
         k: from 1 to the number of identities.
         template: ``max``: an identity scores as its nearest vector; ``mean``: as the mean of its vectors, which are
             unit vectors where ``metric`` is ``cosine``.
-        metric, tile: as in :func:`evaluate`.
+        metric: as in :func:`evaluate`.
+        tile: as in :func:`evaluate`.
         progress: called with the number of probes just finished; True: a tqdm bar.
+
+    Returns:
+        The identities and their scores.
 
     Raises:
         ValueError: wrong shapes, an empty set, k out of [1, identities], NaN or infinity, an unknown metric or
@@ -142,16 +156,22 @@ def evaluate_identification(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> IdentificationResult:
-    """CMC at the ranks and, where there are unknown probes, DIR at each false alarm rate and rank.
+    """Compute CMC at the ranks and, where there are unknown probes, DIR at each false alarm rate and rank.
 
-    Memory and errors are those of :func:`identify` with k = max(ranks). Without unknown probes both open-set
-    dictionaries are empty.
+    The memory is that of :func:`identify` with k = max(ranks).
 
     Args:
         probes, gallery, gallery_labels, template, metric, tile, progress: as in :func:`identify`.
         probe_labels: (N,) integers; a label that the gallery lacks makes a probe unknown.
-        ranks: a rank above the number of identities counts as that number.
+        ranks: the ranks of CMC and DIR; a rank above the number of identities counts as that number.
         far: false alarm rates in (0, 1]; the unknown probes given here determine the threshold.
+
+    Returns:
+        The rates. Without unknown probes both open-set dictionaries are empty.
+
+    Raises:
+        ValueError: as :func:`identify`; a rank that is not positive, or a rate outside (0, 1].
+        TypeError: wrong dtypes.
     """
     rates = check_far(far)
     depths = streaming.check_depths("ranks", ranks)
@@ -175,7 +195,7 @@ def evaluate_identification(
 
     alarms = found.scores[~known, 0].sort(descending=True).values
     thresholds = {rate: _threshold(alarms, rate) for rate in rates} if len(alarms) else {}
-    # A NaN threshold gives no answer; it must not count as "nothing detected".
+    # A NaN threshold gives no result; it must not count as "nothing detected".
     detected = {
         (rate, rank): math.nan if math.isnan(cut) else share(mated & (own.double() >= cut), rank)
         for rate, cut in thresholds.items()
@@ -193,11 +213,11 @@ def evaluate_identification(
 
 
 def _threshold(alarms: Tensor, rate: float) -> float:
-    """The lowest threshold that at most rate * len(alarms) best scores (descending) of the unknown probes reach."""
+    """The lowest threshold that at most a share ``rate`` of the unknown probes' best scores (descending) reaches."""
     if rate * len(alarms) < 1:
         warnings.warn(f"FAR {rate:g} needs {math.ceil(1 / rate)} unknown probes; got {len(alarms)}", stacklevel=4)
         return math.nan
-    # As in verification: alarms / probes <= rate, with one rounding.
+    # alarms / probes <= rate, with one rounding, as in verification.
     allowed = int((torch.arange(1, len(alarms) + 1, dtype=torch.float64) / len(alarms) <= rate).sum())
     if allowed == len(alarms):
         return -math.inf
@@ -207,7 +227,7 @@ def _threshold(alarms: Tensor, rate: float) -> float:
 def _identity_keys(problem: Problem, rows: Tensor, order: Tensor) -> Iterator[Tensor]:
     """Yield keys (len(rows), identities) of whole identities; ``order`` sorts the gallery by identity, from 0 on."""
     queries = problem.queries_of(rows)
-    unfinished = torch.full((len(rows),), -math.inf, device=rows.device)  # the best of an identity that a tile cuts
+    unfinished = torch.full((len(rows),), -math.inf, device=rows.device)  # the best score of an identity that is cut
     for start in range(0, len(order), problem.tile[1]):
         part = order[start : start + problem.tile[1]]
         owners = problem.gallery_labels[part]
@@ -228,7 +248,7 @@ def _identity_keys(problem: Problem, rows: Tensor, order: Tensor) -> Iterator[Te
 def _check(
     probes: Tensor, gallery: Tensor, gallery_labels: Tensor, template: str, metric: str, tile: tuple[int, int] | None
 ) -> tuple[Problem, Tensor]:
-    """The problem with identities numbered by ascending label, and their labels."""
+    """The checked problem, with identities numbered by ascending label, and their labels."""
     check_choice("template", template, ("max", "mean"))
     streaming.check_vectors("probes", probes)
     streaming.check_vectors("gallery", gallery)

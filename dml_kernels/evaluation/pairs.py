@@ -1,4 +1,4 @@
-"""Pairs for verification: drawn from labels, scored, checked."""
+"""Pairs for verification: draws them from labels, scores them, checks them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from . import streaming
 
 __all__ = ["check_pairs", "pair_scores", "sample_pairs"]
 
-BLOCK = 1 << 19  # entries of vectors gathered at a time
+BLOCK = 1 << 19  # entries of vectors that are gathered at a time
 
 
 def sample_pairs(
     labels: Tensor, *, max_positives: int = 100_000, negatives: int | None = None, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw pairs of rows for verification, without repeats and never of a row with itself. Memory O(N + P).
+    """Draw pairs of rows for verification, without repeats and never of a row with itself.
+
+    It takes O(N + P) memory.
 
     Args:
         labels: (N,) integers.
-        max_positives: the most pairs of one class; where there are more, so many are drawn uniformly.
-        negatives: the most pairs of two classes; default: as many as there are pairs of one class.
+        max_positives: the most pairs of one class; where there are more, this many are drawn uniformly.
+        negatives: the most pairs of two classes; None: as many as there are pairs of one class.
         seed: the same seed gives the same pairs.
 
     Returns:
@@ -85,19 +87,24 @@ def pair_scores(
     metric: str = "cosine",
     progress: Progress = None,
 ) -> Tensor:
-    """Scores of listed pairs, (P,) fp32: the cosine, the dot product, or minus the Euclidean distance.
+    """Score listed pairs by the cosine, the dot product, or minus the Euclidean distance.
 
-    Memory: O(P), in addition to blocks of a fixed size.
+    Memory: O(P), and blocks of a fixed size.
 
     Args:
         embeddings: (N, D) floating point.
         first: (P,) integers: rows of ``embeddings``.
         second: (P,) integers: rows of ``ref_embeddings``, or of ``embeddings`` without it.
-        ref_embeddings: (M, D), on the same device.
-        metric, progress: as in :func:`evaluate`; progress counts pairs.
+        ref_embeddings: (M, D) floating point, on the same device.
+        metric: as in :func:`evaluate`.
+        progress: called with the number of pairs just finished; True: a tqdm bar.
+
+    Returns:
+        (P,) fp32.
 
     Raises:
-        ValueError, TypeError: as :func:`verify`; ValueError also for an index out of range.
+        ValueError: wrong shapes, NaN or infinity, an index out of range, or an unknown metric.
+        TypeError: wrong dtypes.
     """
     problem = streaming.check(embeddings, None, ref_embeddings, None, None, metric, None)
     device = problem.queries.device
@@ -124,7 +131,7 @@ def pair_scores(
 
 
 def check_pairs(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (P,) and same (P,) as bool, both detached and on the CPU, or an error that names the wrong one."""
+    """Check scores (P,) and same (P,); return both detached and on the CPU, same as bool."""
     check_tensor("scores", scores)
     if not scores.is_floating_point():
         raise TypeError(f"scores must be a floating point tensor; got {getattr(scores, 'dtype', type(scores))}")

@@ -1,7 +1,7 @@
 """Retrieval metrics, streamed: Recall@K, R-precision, MAP@R and MRR without an N x M matrix.
 
-For a query i let R_i be the number of gallery entries of its class (without the query itself), and let rel_i(j) be 1
-when its j-th nearest gallery entry is of its class, else 0. Every metric is a mean over the queries with R_i > 0:
+For a query i, let R_i be the number of gallery entries of its class (without the query itself), and let rel_i(j) be 1
+if its j-th nearest gallery entry is of its class, else 0. Every metric is a mean over the queries with R_i > 0:
 
     Recall@k_i      1 if any of rel_i(1) ... rel_i(k) is 1, else 0      (Jegou et al., 2011; as used on CUB, SOP)
     R-precision_i   (1 / R_i) sum_{j <= R_i} rel_i(j)
@@ -43,10 +43,12 @@ class RetrievalResult:
 
     Attributes:
         recall: k -> Recall@k.
-        map_at_r, r_precision, precision_at_1: the other metrics.
+        map_at_r: mean average precision at R.
+        r_precision: R-precision.
         queries: how many queries counted.
-        skipped: how many were left out because the gallery holds no other member of their class.
-        mean_reciprocal_rank: None unless it was requested.
+        skipped: how many queries were left out because the gallery holds no other member of their class.
+        precision_at_1: precision@1.
+        mean_reciprocal_rank: MRR; None unless it was requested.
     """
 
     recall: dict[int, float]
@@ -71,7 +73,7 @@ def evaluate(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> RetrievalResult:
-    """Recall@k for every k, MAP@R and R-precision in one streamed pass (formulas at the top of the module).
+    """Compute Recall@k for every k, MAP@R and R-precision in one streamed pass (formulas at the top of the module).
 
     Extra memory: O(N + M), and about 28 bytes per entry of a tile.
 
@@ -79,20 +81,20 @@ def evaluate(
         embeddings: (N, D) floating point, CPU or CUDA: the queries.
         labels: (N,) integers: their classes.
         k: depths of Recall@k.
-        ref_embeddings, ref_labels: the gallery (M, D) on the same device, and its labels (M,); both or neither. Without
-            them the queries are the gallery, and each query leaves itself out, by index: an equal vector elsewhere
-            counts.
-        exclude: (N,) int64 gallery index that is left out for each query, -1 for none; for a gallery that contains the
-            queries. Default: none where a gallery is given, else arange(N).
-        metric: ``cosine``, ``dot``, or ``euclidean`` (nearest first; from differences, so exact but slow; on unit
-            vectors it ranks as ``cosine`` does).
+        ref_embeddings: (M, D) floating point, on the same device: the gallery. None: the queries are the gallery, and
+            each query leaves itself out, by index: an equal vector elsewhere counts.
+        ref_labels: (M,) integers: the classes of the gallery; given together with ``ref_embeddings``.
+        exclude: (N,) int64: the gallery index that is left out for each query, -1 for none, for a gallery that contains
+            the queries. None: no index where a gallery is given, else ``arange(N)``.
+        metric: ``cosine``, ``dot``, or ``euclidean``, which is computed from differences, so it is exact but slow; on
+            unit vectors it ranks as ``cosine`` does.
         reciprocal_rank: also compute the mean reciprocal rank, exactly at any depth: for queries without a hit among
             the neighbours of the pass, the gallery is read twice more.
-        tile: (queries, gallery entries) that are scored at a time; bounds the memory, does not change the result.
+        tile: (queries, gallery entries) that are scored at a time; it bounds the memory and does not change the result.
         progress: called with the number of queries just finished; True: a tqdm bar.
 
     Returns:
-        RetrievalResult. A query whose class has no other member in the gallery is left out of every mean and counted in
+        The metrics. A query whose class has no other member in the gallery is left out of every mean and counted in
         ``skipped``.
 
     Raises:
@@ -122,9 +124,9 @@ def evaluate_retrieval(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> dict[str, float]:
-    """The requested metrics in a flat dictionary: {"precision_at_1": ..., "recall_at_8": ..., "queries": ...}.
+    """Compute the requested metrics in a flat dictionary: {"precision_at_1": ..., "recall_at_8": ..., "queries": ...}.
 
-    Memory and errors are those of :func:`evaluate`; an unknown name is a ValueError too.
+    The memory is that of :func:`evaluate`.
 
     Args:
         embeddings, labels, k, exclude, metric, tile, progress: as in :func:`evaluate`.
@@ -132,12 +134,17 @@ def evaluate_retrieval(
         metrics: names out of ``precision_at_1``, ``recall`` (gives ``recall_at_k`` for every k), ``r_precision``,
             ``mean_average_precision_at_r``, ``mean_reciprocal_rank``, ``nmi``, ``ami``. Without the two metrics at R,
             only max(k) neighbours are searched, however large the classes are.
-        clusters, seed: of the k-means behind nmi and ami, which use only the queries (see ``cluster_agreement``), as
-            unit vectors where ``metric`` is ``cosine``.
+        clusters: the number of clusters of the k-means behind nmi and ami (:func:`cluster_agreement`), which use only
+            the queries, as unit vectors where ``metric`` is ``cosine``.
+        seed: of that k-means.
 
     Returns:
         The metrics by name; "queries" and "skipped" count the queries in the means, and those whose class the gallery
         lacks.
+
+    Raises:
+        ValueError, TypeError: as :func:`evaluate`; ValueError also for an unknown name.
+        ImportError: nmi or ami is requested, and faiss or scikit-learn is missing.
     """
     unknown = [str(name) for name in check_sequence("metrics", metrics, "names") if name not in MEASURES]
     if unknown or not metrics:
@@ -175,7 +182,7 @@ def evaluate_retrieval(
 def _measure(
     problem: Problem, ks: tuple[int, ...], at_r: bool, reciprocal: bool, report: Callable[[int], object]
 ) -> RetrievalResult:
-    """One pass over the queries. Without at_r, max(ks) neighbours are enough, and the two metrics at R are NaN."""
+    """Pass over the queries once. Without at_r, max(ks) neighbours are enough, and the two metrics at R are NaN."""
     positives = _count_positives(problem)
     counted = positives > 0
     if not bool(counted.any()):
@@ -185,7 +192,7 @@ def _measure(
     first_hit = torch.full((len(positives),), unseen, device=device)
     average_precision = torch.full((len(positives),), math.nan, dtype=torch.float64, device=device)
     r_precision = average_precision.clone()
-    # Queries with similar R share a chunk, so that one large class does not widen the top-K of all.
+    # Queries with similar R share a chunk, so that one large class does not widen the top-K of all chunks.
     order = torch.argsort(positives, stable=True)
     order = order[counted[order]]
     skipped = len(positives) - len(order)
@@ -228,19 +235,35 @@ def recall_at_k(
     ref_labels: Tensor | None = None,
     **options: Any,
 ) -> dict[int, float]:
-    """k -> Recall@k: the fraction of queries with a member of their class among their k nearest.
+    """Compute Recall@k: the fraction of queries with a member of their class among their k nearest.
 
-    Arguments and errors are those of :func:`evaluate`, which gives MAP@R in the same pass. Here only max(k) neighbours
-    are searched, not R.
+    :func:`evaluate` computes MAP@R in the same pass; here only max(k) neighbours are searched, not R.
+
+    Args:
+        embeddings, labels, k, ref_embeddings, ref_labels: as in :func:`evaluate`.
+        options: ``exclude``, ``metric``, ``tile`` and ``progress`` of :func:`evaluate`.
+
+    Returns:
+        k -> Recall@k.
+
+    Raises:
+        ValueError, TypeError: as :func:`evaluate`.
     """
     found = evaluate_retrieval(embeddings, labels, ref_embeddings, ref_labels, metrics=("recall",), k=k, **options)
     return {int(depth): found[f"recall_at_{int(depth)}"] for depth in k}
 
 
 def map_at_r(embeddings: Tensor, labels: Tensor, **options: Any) -> float:
-    """Mean average precision at R, Musgrave et al. 2020, arXiv 2003.08505 (formula at the top of the module).
+    """Compute MAP@R, the mean average precision at R (Musgrave et al. 2020, arXiv 2003.08505; formula at the top).
 
-    Arguments and errors are those of :func:`evaluate`, which gives Recall@k in the same pass.
+    :func:`evaluate` computes Recall@k in the same pass.
+
+    Args:
+        embeddings, labels: as in :func:`evaluate`.
+        options: further arguments of :func:`evaluate`, apart from ``k``.
+
+    Raises:
+        ValueError, TypeError: as :func:`evaluate`.
     """
     return evaluate(embeddings, labels, (1,), **options).map_at_r
 
@@ -254,10 +277,18 @@ def nearest(
     metric: str = "cosine",
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest gallery entries of each query: (scores, indices), (N, k) fp32 and int64, nearest first.
+    """Find the k nearest gallery entries of each query; equal scores rank by lowest index.
 
-    The score is the cosine, the dot product, or minus the Euclidean distance; equal scores rank by lowest index.
-    Arguments and errors are those of :func:`evaluate`.
+    Args:
+        embeddings, ref_embeddings, exclude, metric, tile: as in :func:`evaluate`.
+        k: how many entries to find.
+
+    Returns:
+        (scores, indices): (N, k) fp32 and (N, k) int64, nearest first. The score is the cosine, the dot product, or
+        minus the Euclidean distance.
+
+    Raises:
+        ValueError, TypeError: as :func:`evaluate`.
     """
     problem = streaming.check(embeddings, None, ref_embeddings, None, exclude, metric, tile)
     (k,) = _check_k((check_integer("k", k),), problem.reachable)
@@ -284,7 +315,7 @@ def _check(
 
 
 def _count_positives(problem: Problem) -> Tensor:
-    """R of each query, (N,) int64: gallery entries of its class, without the excluded one if that is of the class."""
+    """R of each query, (N,) int64: the gallery entries of its class, without an excluded one of the class."""
     classes, counts = torch.unique(problem.gallery_labels, return_counts=True)
     place = torch.searchsorted(classes, problem.labels).clamp(max=len(classes) - 1)
     positives = torch.where(classes[place] == problem.labels, counts[place], 0)

@@ -1,9 +1,9 @@
 """What every measure here is built on: checked inputs, and the top-K of each query over a streamed gallery.
 
-Chunks of queries are compared with chunks of the gallery, and merged into a running top-K. Scores are formed in fp64
-and rounded (``settle``, then to fp32), then packed with the gallery index into one int64 key. So equal scores rank by
-lowest index, and the ranking does not depend on chunk sizes, on the number of threads, or on the order in which a
-vendor's top-k meets equal values.
+Chunks of queries are compared with chunks of the gallery, and the scores are merged into a running top-K. Scores are
+computed in fp64, rounded (``settle``, then to fp32), and packed with the gallery index into one int64 key. So equal
+scores rank by lowest index, and the ranking does not depend on chunk sizes, on the number of threads, or on the order
+in which a vendor's top-k meets equal values.
 """
 
 from __future__ import annotations
@@ -20,22 +20,30 @@ from ..labels import integers_by_position
 from ..ops.checks import check_choice, check_integer, check_sequence, check_tensor, shown
 
 METRICS = ("cosine", "dot", "euclidean")
-# (queries, gallery entries) of a tile. The scores, their fp32 copy and the keys take about 28 bytes an entry.
+# (queries, gallery entries) of a tile. Scores, their fp32 copy and keys take about 28 bytes an entry.
 CPU_TILE = (512, 2048)
 CUDA_TILE = (2048, 8192)
 LOWEST_KEY = torch.iinfo(torch.int64).min
 INDEX_MASK = 0xFFFFFFFF
-# Added and taken away again it rounds a small fp64 number to a multiple of 2^-40, the spacing of numbers like it.
+# Adding and subtracting it rounds a small fp64 number to a multiple of 2^-40, the spacing of numbers of its size.
 GRID = 1.5 * 2.0**12
-# Sizes of scores that fp32 holds with all their digits.
+# The range of scores that fp32 holds with all its digits.
 SMALLEST, LARGEST = 1e-27, 1e38
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Checked inputs: queries (N, D), gallery (M, D), their labels, and the index left out for each query.
+    """Checked inputs.
 
-    ``unit_queries``: only the queries are divided by their norm (``cosine`` divides both).
+    Attributes:
+        queries: (N, D).
+        labels: (N,) int64; empty where there are none.
+        gallery: (M, D).
+        gallery_labels: (M,) int64; empty where there are none.
+        exclude: (N,) int64: the gallery index that is left out for each query, -1 for none.
+        metric: one of ``METRICS``.
+        tile: (queries, gallery entries) that are scored at a time.
+        unit_queries: whether only the queries are divided by their norm (``cosine`` divides both sides).
     """
 
     queries: Tensor
@@ -53,21 +61,30 @@ class Problem:
         return len(self.gallery) - int(bool((self.exclude >= 0).any()))
 
     def queries_of(self, rows: Tensor) -> Tensor:
-        """Queries as they are scored, fp64."""
+        """Some queries as they are scored, (len(rows), D) fp64."""
         return prepare(self.queries[rows], self.unit_queries or self.metric == "cosine")
 
     def gallery_of(self, start: int) -> Tensor:
-        """A tile's gallery entries as they are scored, fp64."""
+        """The gallery entries of the tile from ``start`` on, as they are scored, (tile, D) fp64."""
         return prepare(self.gallery[start : start + self.tile[1]], self.metric == "cosine")
 
     def scores(self, queries: Tensor, refs: Tensor) -> Tensor:
-        """Scores of prepared queries (n, D) and gallery entries (m, D), larger is nearer: (n, m) fp32."""
+        """The scores of prepared queries (n, D) and gallery entries (m, D), larger is nearer: (n, m) fp32."""
         if self.metric == "euclidean":
             return -torch.cdist(queries, refs, compute_mode="donot_use_mm_for_euclid_dist").float()
         return self.settled(queries @ refs.T, queries[:, None], refs)
 
     def settled(self, products: Tensor, one: Tensor, two: Tensor) -> Tensor:
-        """The products of vectors (..., D), fp64 and overwritten, as scores, fp32."""
+        """Turn products of vectors into scores.
+
+        Args:
+            products: fp64, overwritten.
+            one: (..., D) fp64, the vectors of one side.
+            two: (..., D) fp64, the vectors of the other side.
+
+        Returns:
+            fp32 scores, of the shape of the products.
+        """
         if self.metric == "cosine":
             return settle(products).float()
         sizes = lengths(one), lengths(two)
@@ -82,15 +99,15 @@ class Problem:
 def settle(cosines: Tensor) -> Tensor:
     """Round fp64 cosines to a multiple of 2^-40, in place.
 
-    fp32 keeps many digits of a small number, so of a cosine near 0 it keeps the noise of fp64, which depends on the
-    order of the sums. Orthogonal vectors, or equal ones nearly orthogonal to a third, would rank by the shape of their
-    tile.
+    fp32 keeps many digits of a small number, so for a cosine near 0 it keeps the rounding noise of fp64, which depends
+    on the order of the sums. The rank of orthogonal vectors, or of equal vectors that are nearly orthogonal to the
+    query, would depend on the shape of their tile.
     """
     return cosines.add_(GRID).sub_(GRID)
 
 
 def lengths(vectors: Tensor) -> Tensor:
-    """Norms of fp64 vectors (..., D), 1 in place of 0, to divide by."""
+    """Norms of fp64 vectors (..., D) to divide by: 1 in place of 0."""
     norms = torch.linalg.vector_norm(vectors, dim=-1)
     return torch.where(norms > 0, norms, 1.0)
 
@@ -100,22 +117,28 @@ def prepare(vectors: Tensor, unit: bool) -> Tensor:
     wide = vectors.double()
     if not unit:
         return wide
-    if vectors.dtype == torch.float64:  # its squares can leave fp64's range, those of narrower types cannot
+    if vectors.dtype == torch.float64:  # only squares of fp64 numbers can leave the range of fp64
         largest = wide.abs().amax(dim=1, keepdim=True)
         wide = wide / torch.where(largest > 0, largest, 1.0)
     return wide / lengths(wide)[:, None]
 
 
 def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (rows, scores, indices) for chunks of the queries in ``order``, nearest first.
+    """Find the nearest gallery entries of chunks of queries.
 
-    ``wanted`` (N,): how many neighbours each query needs; a chunk gets the most that one of its rows needs.
+    Args:
+        problem: the checked inputs.
+        order: int64 indices of queries, in the order of the chunks.
+        wanted: (N,) int64: how many neighbours each query needs; a chunk gets the most that one of its rows needs.
+
+    Yields:
+        (rows, scores, indices) of a chunk: the queries, and their neighbours, nearest first.
     """
     query_chunk, ref_chunk = problem.tile
     start = 0
     while start < len(order):
         rows = order[start : start + query_chunk]
-        # The running top-K takes memory in addition to the tile: fewer rows where K is large keep the bound.
+        # The running top-K takes memory in addition to the tile; where K is large, fewer rows keep within the bound.
         depth = int(wanted[rows].max())
         rows = rows[: max(1, query_chunk * ref_chunk // (ref_chunk + depth))]
         keys = _top_keys(problem, rows, int(wanted[rows].max()))
@@ -124,13 +147,13 @@ def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Te
 
 
 def stream_all(problem: Problem, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """``stream`` over every query in order, each with its ``depth`` nearest."""
+    """As ``stream``, over all queries in order, each with its ``depth`` nearest."""
     everyone = torch.arange(len(problem.queries), device=problem.queries.device)
     return stream(problem, everyone, torch.full_like(everyone, depth))
 
 
 def tile_keys(problem: Problem, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield (start, keys) for each gallery tile, keys (len(rows), tile) int64; that of an excluded entry is lowest."""
+    """Yield (start, keys) for each gallery tile, keys (len(rows), tile) int64; an excluded entry has the lowest key."""
     queries = problem.queries_of(rows)
     exclude = problem.exclude[rows]
     for start in range(0, len(problem.gallery), problem.tile[1]):
@@ -152,10 +175,10 @@ def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
 
 
 def first_ranks(problem: Problem, rows: Tensor) -> Tensor:
-    """Rank (1 is nearest) of the nearest gallery entry of each row's own class, (len(rows),) int64.
+    """The rank (1 is nearest) of the nearest gallery entry of each row's class, (len(rows),) int64.
 
-    Two passes over the gallery: the first finds the best key of the own class, the second counts the keys above it. The
-    gallery must hold an entry of the class of every row.
+    There are two passes over the gallery: the first finds the best key of the class, the second counts the keys above
+    it. The gallery must hold an entry of the class of every row.
     """
     best = torch.full((len(rows),), LOWEST_KEY, dtype=torch.int64, device=rows.device)
     for start, keys in tile_keys(problem, rows):
@@ -168,8 +191,11 @@ def first_ranks(problem: Problem, rows: Tensor) -> Tensor:
 
 
 def key_of(scores: Tensor, start: int) -> Tensor:
-    """One int64 per entry that sorts by score (high 32 bits), then by lowest index (low 32 bits)."""
-    # Adding 0 turns -0 into +0. A float's bits sort as an integer's once a negative one's magnitude is flipped.
+    """Pack scores (n, m) fp32 into keys (n, m) int64 that sort by score (high 32 bits), then by lowest index (low 32).
+
+    ``start`` is the gallery index of the first column.
+    """
+    # Adding 0 turns -0 into +0. The bits of a float sort as an integer once those of a negative one are flipped.
     bits = (scores + 0.0).view(torch.int32)
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
     index = torch.arange(start, start + scores.shape[1], device=scores.device)
@@ -199,9 +225,15 @@ def check(
     names: tuple[str, str] = ("ref_embeddings", "ref_labels"),
     unit_queries: bool = False,
 ) -> Problem:
-    """Check all inputs; without a gallery the queries are the gallery, and each query leaves itself out.
+    """Check all inputs. Without references the queries are the gallery, and each query leaves itself out.
 
-    ``names``: what the caller calls the gallery and its labels. The errors are those that the public functions state.
+    Args:
+        embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile: as in :func:`evaluate`.
+        names: what the caller calls the references and their labels, for messages.
+        unit_queries: whether the queries are divided by their norm.
+
+    Raises:
+        ValueError, TypeError: as the public functions say.
     """
     same_set = ref_embeddings is None
     check_choice("metric", metric, METRICS)
@@ -230,7 +262,7 @@ def check(
 
 
 def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:
-    """Depths as integers; at least one."""
+    """Check a sequence of depths: integers, at least one."""
     given = check_sequence(name, depths, "integers, such as (1, 10)")
     found = tuple(check_integer(f"{name}[{i}]", depth) for i, depth in enumerate(given))
     if not found:
@@ -239,7 +271,7 @@ def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_reach(queries: Tensor, gallery: Tensor, metric: str, name: str) -> None:
-    """Refuse vectors whose scores leave the range that fp32 can rank; scores of unit vectors never do."""
+    """Refuse vectors whose scores leave the range that fp32 can rank; the scores of unit vectors never do."""
     if metric == "cosine":
         return
     ends = (max(abs(end.item()) for end in torch.aminmax(vectors)) for vectors in (queries, gallery))
@@ -273,7 +305,7 @@ def _check_exclude(exclude: Tensor | None, same_set: bool, embeddings: Tensor, g
 
 
 def check_vectors(name: str, vectors: Tensor) -> None:
-    """A finite, non-empty floating (count, dimensions) tensor, or an error that names it."""
+    """Raise an error that names the argument unless it is a finite, non-empty floating (count, dimensions) tensor."""
     if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor; got {getattr(vectors, 'dtype', type(vectors))}")
     check_tensor(name, vectors)
@@ -286,7 +318,7 @@ def check_vectors(name: str, vectors: Tensor) -> None:
 
 
 def check_integers(name: str, values: Any, count: int, device: torch.device, *, booleans: bool = True) -> Tensor:
-    """Integers (count,), in any form that ``labels`` reads, as int64 on ``device``, or an error that names them."""
+    """Convert integers (count,), in any form that ``labels`` reads, to int64 on ``device``, or raise an error."""
     out = integers_by_position(name, values, booleans=booleans)
     if out.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), one for each vector; got {tuple(out.shape)}")

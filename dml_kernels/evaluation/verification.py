@@ -1,6 +1,7 @@
 """Verification, 1:1: are two embeddings of one class? ROC-AUC, TAR at a FAR, EER, best threshold, cross-validation.
 
-A pair is accepted where its score reaches a threshold t. Over the pairs of one class (mated) and of two (other),
+A pair is accepted where its score reaches a threshold t. Over the pairs of one class (mated) and of two classes
+(other),
 
     TAR(t) = accepted mated pairs / mated pairs           (true accept rate, 1 - FRR)
     FAR(t) = accepted other pairs / other pairs           (false accept rate)
@@ -11,11 +12,11 @@ A pair is accepted where its score reaches a threshold t. Over the pairs of one 
     by folds        accuracy of each fold at the t that is best on all others; their mean, and std / sqrt(folds)
 
 TAR at a FAR is defined as in IJB-A to IJB-C (Klare et al. 2015; Maze et al. 2018); accuracy by folds is the protocol of
-LFW (Huang et al. 2007; Huang and Learned-Miller 2014). With fewer than 1 / f other pairs no false accept is allowed at
-FAR f: the result is then NaN, with a warning. About 30 allowed ones are needed for a figure that is right to about 30%
+LFW (Huang et al. 2007; Huang and Learned-Miller 2014). With fewer than 1 / f other pairs, FAR f allows no false accept:
+the result is then NaN, with a warning. A figure that is right to about 30% needs about 30 allowed false accepts
 (Doddington et al. 2000, "rule of 30").
 
-The scores are those of retrieval: formed in fp64, rounded to fp32.
+The scores are those of retrieval: computed in fp64, rounded to fp32.
 """
 
 from __future__ import annotations
@@ -47,27 +48,31 @@ __all__ = [
     "verify_scores",
 ]
 
-EXACT_PAIRS = 1 << 22  # up to here all scores are kept and sorted, some 0.4 GB in scikit-learn
+EXACT_PAIRS = 1 << 22  # up to this number all scores are kept and sorted, some 0.4 GB in scikit-learn
 BINS = 1 << 16
 
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """What the scores of the pairs give (formulas at the top of the module); rates are fractions in [0, 1].
+    """Rates of verification, fractions in [0, 1] (formulas at the top of the module).
 
     Where scores were counted in bins, the three errors bound how far the figures are from their exact values. They are
     computed from the counts, not estimated. best_threshold is then the edge of a bin, and accuracy a lower bound.
 
     Attributes:
-        roc_auc, eer: area under the ROC, equal error rate.
-        tar_at_far, threshold_at_far: by FAR; NaN where there are too few other pairs.
-        best_threshold: where accuracy is largest: half way between the lowest accepted score and the highest rejected
-            one; inf where nothing should be accepted.
-        accuracy: at that threshold.
-        mated, other: how many pairs of each kind.
-        bin_width: 0 where every score was kept.
-        roc_auc_error, eer_error: bounds on |error| of roc_auc and eer.
-        tar_error: by FAR; TAR lies in [tar, tar + tar_error].
+        roc_auc: the area under the ROC.
+        tar_at_far: FAR -> TAR; NaN where there are too few other pairs.
+        threshold_at_far: FAR -> the threshold of that TAR; NaN where there are too few other pairs.
+        eer: the equal error rate.
+        best_threshold: the threshold of the largest accuracy: half way between the lowest accepted score and the
+            highest rejected one; inf where nothing should be accepted.
+        accuracy: the accuracy at that threshold.
+        mated: how many pairs are of one class.
+        other: how many pairs are of two classes.
+        bin_width: the width of a bin; 0 where every score was kept.
+        roc_auc_error: a bound on the absolute error of roc_auc.
+        eer_error: a bound on the absolute error of eer.
+        tar_error: FAR -> a bound: the exact TAR lies in [tar, tar + tar_error].
     """
 
     roc_auc: float
@@ -86,7 +91,14 @@ class VerificationResult:
 
 @dataclass(frozen=True)
 class FoldAccuracy:
-    """Mean accuracy in [0, 1], its standard error, and the accuracy and threshold of each fold."""
+    """Accuracy of held-out folds, in [0, 1].
+
+    Attributes:
+        mean: the mean over folds.
+        standard_error: the standard error of the mean.
+        accuracies: the accuracy of each fold.
+        thresholds: the threshold of each fold.
+    """
 
     mean: float
     standard_error: float
@@ -107,18 +119,21 @@ def verify(
     tile: tuple[int, int] | None = None,
     progress: Progress = None,
 ) -> VerificationResult:
-    """Verification over every pair, streamed: all i < j, or with a gallery all N x M.
+    """Verify every pair, streamed: all i < j, or with references all N x M.
 
     Extra memory: about 40 bytes per entry of a tile and 16 bytes per bin; where exact, about 100 bytes per pair.
 
     Args:
         embeddings, labels, ref_embeddings, ref_labels, metric, tile: as in :func:`evaluate`.
         far: false accept rates in (0, 1] at which TAR is computed.
-        balanced: both kinds of pair count half in the accuracy; the plain accuracy over all pairs is near 1 even if no
-            pair is ever accepted.
-        bins: None: exact up to 4,194,304 pairs, else 65,536 bins over the possible scores ([-1, 1] for cosine: 3.1e-5
-            wide); or a number of bins.
+        balanced: whether both kinds of pair count half in the accuracy. The plain accuracy over all pairs is near 1
+            even if no pair is ever accepted.
+        bins: the number of bins over the possible scores. None: all scores are kept up to 4,194,304 pairs; beyond that
+            there are 65,536 bins (for cosine over [-1, 1]: 3.1e-5 wide).
         progress: called with the number of embeddings whose pairs are finished; True: a tqdm bar.
+
+    Returns:
+        The rates, and bounds on their errors where bins were used.
 
     Raises:
         ValueError: wrong shapes, NaN or infinity, ``far`` or ``bins`` out of range, or one kind of pair missing.
@@ -164,16 +179,23 @@ def verify_pairs(
     balanced: bool = False,
     progress: Progress = None,
 ) -> VerificationResult:
-    """Verification over listed pairs, such as those of a protocol or of :func:`sample_pairs`.
+    """Verify listed pairs, such as those of a protocol or of :func:`sample_pairs`.
 
-    Errors are those of :func:`verify`. Extra memory: O(P), and fixed blocks.
+    Extra memory: O(P), and blocks of a fixed size.
 
     Args:
         embeddings, ref_embeddings, far, metric: as in :func:`verify`.
-        first, second: (P,) integers: rows of embeddings, and of ref_embeddings where that is given.
-        same: (P,) bool or integers: is the pair of one class?
-        balanced: both kinds of pair count half in the accuracy, however many there are of each.
+        first: (P,) integers: rows of ``embeddings``.
+        second: (P,) integers: rows of ``ref_embeddings``, or of ``embeddings`` without it.
+        same: (P,) bool or integers: whether the pair is of one class.
+        balanced: whether both kinds of pair count half in the accuracy, however many there are of each.
         progress: called with the number of pairs just finished; True: a tqdm bar.
+
+    Returns:
+        The exact rates.
+
+    Raises:
+        ValueError, TypeError, ImportError: as :func:`verify`; ValueError also for an index out of range.
     """
     scores = pair_scores(embeddings, first, second, ref_embeddings=ref_embeddings, metric=metric, progress=progress)
     return verify_scores(scores, same, far=far, balanced=balanced)
@@ -182,12 +204,19 @@ def verify_pairs(
 def verify_scores(
     scores: Tensor, same: Tensor, *, far: Sequence[float] = (1e-3, 1e-2), balanced: bool = False
 ) -> VerificationResult:
-    """Exact verification from given scores. Errors are those of :func:`verify`.
+    """Verify pairs by given scores.
 
     Args:
         scores: (P,) floating point, larger for pairs that are more likely of one class; for example minus a distance.
-        same: (P,) bool or integers: is the pair of one class?
-        far, balanced: as in :func:`verify`.
+        same: (P,) bool or integers: whether the pair is of one class.
+        far: as in :func:`verify`.
+        balanced: as in :func:`verify_pairs`.
+
+    Returns:
+        The exact rates.
+
+    Raises:
+        ValueError, TypeError, ImportError: as :func:`verify`.
     """
     scores, same = check_pairs(scores, same)
     balanced = check_flag("balanced", balanced)
@@ -197,14 +226,19 @@ def verify_scores(
 def fold_accuracy(
     scores: Tensor, same: Tensor, *, folds: int = 10, fold_of: Tensor | None = None, seed: int = 0
 ) -> FoldAccuracy:
-    """Accuracy of held-out folds, each at the threshold that is best on the others (the protocol of LFW).
+    """Compute the accuracy of held-out folds, each at the threshold that is best on the others (the protocol of LFW).
 
     Args:
-        scores, same: (P,), as in :func:`verify_scores`.
-        folds, seed: without ``fold_of``, so many folds are drawn with this seed, both kinds of pair spread evenly over
-            them. Folds then share identities, and the accuracy is slightly too high.
+        scores: (P,), as in :func:`verify_scores`.
+        same: (P,), as in :func:`verify_scores`.
+        folds: the number of folds that are drawn where ``fold_of`` is not given. Both kinds of pair are spread evenly
+            over them. Such folds share identities, which makes the accuracy slightly too high.
         fold_of: (P,) integers: the fold of each pair, where a protocol lists them. Give it where folds must not share
             identities, as in LFW.
+        seed: of the drawn folds.
+
+    Returns:
+        The accuracies, in ascending order of the folds.
 
     Raises:
         ValueError: wrong shapes, NaN, fewer than 2 folds, or only one kind of pair outside a fold.
@@ -240,7 +274,7 @@ def fold_accuracy(
 
 
 def check_far(far: Sequence[float]) -> tuple[float, ...]:
-    """False accept (or alarm) rates as given, or an error that names the wrong one."""
+    """Check false accept (or alarm) rates; the error names the wrong one."""
     rates = tuple(check_number(f"far[{i}]", rate) for i, rate in enumerate(check_sequence("far", far, "rates")))
     for rate in rates:
         if not 0 < rate <= 1:
@@ -249,7 +283,7 @@ def check_far(far: Sequence[float]) -> tuple[float, ...]:
 
 
 def _pair_tiles(problem: Problem, same_set: bool, report: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (scores, same), flat, for tiles of the pairs: i < j within one set."""
+    """Yield (scores, same), flat, for tiles of the pairs; within one set only i < j."""
     rows_at_a_time, refs_at_a_time = problem.tile
     device = problem.queries.device
     for top in range(0, len(problem.queries), rows_at_a_time):
@@ -268,7 +302,7 @@ def _pair_tiles(problem: Problem, same_set: bool, report: Any) -> Iterator[tuple
 
 
 def _range(problem: Problem) -> tuple[float, float]:
-    """Bounds of the scores."""
+    """The range of possible scores."""
     if problem.metric == "cosine":
         return -1.0, 1.0
     largest = []
@@ -284,7 +318,7 @@ def _range(problem: Problem) -> tuple[float, float]:
 def _summary(
     scores: Any, same: Any, weights: Any, far: tuple[float, ...], balanced: bool, width: float
 ) -> VerificationResult:
-    """The result from fp64 scores, or from the lower edges of bins with their counts as weights."""
+    """Compute the result from fp64 scores, or from the lower edges of bins with their counts as weights."""
     counts = np.ones_like(same, dtype=np.int64) if weights is None else weights
     mated, other = int(counts[same].sum()), int(counts[~same].sum())
     if not mated or not other:
@@ -326,7 +360,7 @@ def _summary(
 
 
 def _equal_error(fpr: Any, tpr: Any) -> tuple[float, float]:
-    """Where the ROC crosses FAR = FRR, and how far that can be from the crossing of the exact curve."""
+    """The rate at which the ROC crosses FAR = FRR, and how far it can be from the crossing of the exact curve."""
     gap = fpr + tpr - 1
     after = max(int(np.argmax(gap >= 0)), 1)
     before = after - 1
