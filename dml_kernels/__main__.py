@@ -1,4 +1,4 @@
-"""``python -m dml_kernels {info,train,bench}``; each subcommand is imported when it is called."""
+"""``python -m dml_kernels {info,train,bench}``: each subcommand is imported when it is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dml_kernels.cli.arguments import Parser
 from dml_kernels.cli.process import exit_status, steady_output, stoppable
 
-# name: (module whose main(argv) runs it, help)
+# name -> (the module whose main(argv) runs the command, help)
 COMMANDS = {
     "info": ("dml_kernels.cli.info", "what was built, what is missing, which backend runs what, and why"),
     "train": (

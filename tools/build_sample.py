@@ -1,17 +1,17 @@
-"""Builds the sample of Han characters: downloads Debian font packages, renders, filters and packs.
+"""Builds the demo's sample of Han characters: downloads Debian font packages, renders, filters and packs drawings.
 
     python -m tools.build_sample --out build/han_sample.npz --work-dir build/han_fonts
 
-Nothing is installed: packages are fetched with `apt-get download` and unpacked with `dpkg-deb -x` in the work
-directory. `font_licences.py` reads the table of faces and checks their licences. What a font's character map
-promises is not believed:
+Nothing is installed: packages are fetched with ``apt-get download`` and unpacked with ``dpkg-deb -x`` in the work
+directory. ``font_licences.py`` reads the table of faces and checks their licences. A font may map characters that it
+does not draw, so drawings are filtered:
 
 - a blank bitmap is dropped;
-- a bitmap shared by more than two code points of a face is dropped (the "missing glyph" box, fillers);
-- a drawing that, blurred, correlates above .95 with an earlier face's of the same character is dropped.
+- a bitmap that more than two code points of a face share is dropped (the "missing glyph" box, fillers);
+- a drawing that, blurred, correlates above .95 with the drawing of the same character by an earlier face is dropped.
 
-Only characters left with a drawing in every face are eligible; the seed chooses among them. The same seed,
-packages, Pillow and FreeType give the same bytes. Needs Debian or Ubuntu, Pillow, fontTools and tqdm.
+Only characters with a drawing left in every face are eligible; the seed chooses among them. The same seed, packages,
+Pillow and FreeType give the same bytes. The program needs Debian or Ubuntu, Pillow, fontTools and tqdm.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ BoolArray = npt.NDArray[np.bool_]
 
 FIRST_CODE_POINT, LAST_CODE_POINT = 0x4E00, 0x9FFF  # the CJK Unified Ideographs block
 FONT_SIZE = 28  # pixels an em: the ink then fits 32 x 32 for all but a handful of glyphs
-SHARED_LIMIT = 2  # two code points may be drawn alike (duplicate encodings); more are a filler
-COPY_LIMIT = 0.95  # correlation, blurred, above which two drawings count as one
+SHARED_LIMIT = 2  # two code points may be drawn alike (duplicate encodings); more share a filler
+COPY_LIMIT = 0.95  # the correlation of blurred drawings above which they count as copies
 
 
 # --- packages ---------------------------------------------------------------------------------------------
 
 
 def fetch_package(package: str, work_dir: Path) -> Path:
-    """The unpacked root of a Debian package, which is downloaded first unless its .deb is in `work_dir`."""
+    """Unpack a Debian package and return its root; download it first unless its .deb is in ``work_dir``."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise BuildError(f"{tool} not found: the fonts are Debian packages; run this on Debian or Ubuntu")
@@ -93,7 +93,7 @@ def font_path(face: Face, root: Path) -> Path:
 
 
 def read_font(face: Face, root: Path) -> tuple[list[tuple[int, str]], Int64Array]:
-    """A font's name table records (id, text) and the Han code points that it claims to map, ascending."""
+    """The records (id, text) of a font's name table, and the Han code points that it maps, ascending."""
     from fontTools.ttLib import TTFont  # type: ignore[import-untyped]
 
     with TTFont(font_path(face, root), fontNumber=face.index, lazy=True) as font:
@@ -103,7 +103,7 @@ def read_font(face: Face, root: Path) -> tuple[list[tuple[int, str]], Int64Array
 
 
 def verify_face(face: Face, root: Path) -> Face:
-    """`check_face` on an unpacked package."""
+    """``check_face`` on an unpacked package."""
     notice = root / "usr/share/doc" / face.package / "copyright"
     for path in (notice, font_path(face, root)):
         if not path.is_file():
@@ -116,7 +116,7 @@ def verify_face(face: Face, root: Path) -> Face:
 
 
 def render_glyph(font: ImageFont.FreeTypeFont, character: str) -> UInt8Array:
-    """A character's ink, cropped and centred in uint8 (32, 32); all zero where the font draws nothing."""
+    """The ink of a character, cropped and centred, (32, 32) uint8; all zero where the font draws nothing."""
     from PIL import Image, ImageDraw
 
     margin = FONT_SIZE  # ink may leave the em square on any side
@@ -127,7 +127,7 @@ def render_glyph(font: ImageFont.FreeTypeFont, character: str) -> UInt8Array:
     if box is None:
         return image
     ink = canvas.crop(box)
-    ink.thumbnail((IMAGE_SIZE, IMAGE_SIZE))  # leaves all but the few larger ones as they are
+    ink.thumbnail((IMAGE_SIZE, IMAGE_SIZE))  # shrinks only the few that are larger
     top, left = (IMAGE_SIZE - ink.height) // 2, (IMAGE_SIZE - ink.width) // 2
     image[top : top + ink.height, left : left + ink.width] = np.asarray(ink)
     return image
@@ -140,7 +140,7 @@ def render_codes(
     bits: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> UInt8Array:
-    """Images (n, 32, 32) of code points, as a sample packed at `bits` will hold them."""
+    """Images (n, 32, 32) of code points, as a sample that is packed at ``bits`` holds them."""
     from PIL import ImageFont
 
     font = ImageFont.truetype(path, FONT_SIZE, index, layout_engine=ImageFont.Layout.BASIC)
@@ -155,24 +155,24 @@ def render_codes(
 
 
 def has_ink(images: UInt8Array) -> BoolArray:
-    """(n, H, W) -> (n,): not blank."""
+    """Which images (n, H, W) are not blank: (n,) bool."""
     return np.asarray(images.any(axis=(1, 2)))
 
 
 def shared_bitmaps(images: UInt8Array, limit: int = SHARED_LIMIT) -> BoolArray:
-    """(n, H, W) -> (n,): the same bitmap is there more than `limit` times."""
+    """Which images (n, H, W) occur more than ``limit`` times: (n,) bool."""
     keys = [image.tobytes() for image in images]
     counts = Counter(keys)
     return np.array([counts[key] > limit for key in keys], dtype=np.bool_)
 
 
 def near_copies(images: UInt8Array, limit: float = COPY_LIMIT) -> BoolArray:
-    """(C, F, H, W) -> (C, F): correlates above `limit`, blurred, with an earlier kept drawing of its class.
+    """Which images (C, F, H, W) correlate, blurred, above ``limit`` with an earlier kept one of the class: (C, F) bool.
 
-    The blur is 1-2-1 both ways; the correlation is Pearson's over all pixels, and 0 with a constant image.
+    The blur is 1-2-1 in both directions. The correlation is Pearson's over all pixels, and 0 with a constant image.
     """
     dropped = np.zeros(images.shape[:2], dtype=np.bool_)
-    for row, group in enumerate(images):  # a class at a time, so that memory stays small
+    for row, group in enumerate(images):  # a class at a time, to save memory
         vectors = _blur(group).reshape(len(group), -1)
         vectors -= vectors.mean(axis=1, keepdims=True)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -192,10 +192,18 @@ def _blur(images: UInt8Array) -> npt.NDArray[np.float64]:
 def choose_characters(
     drawings: Sequence[tuple[Int64Array, UInt8Array]], count: int, seed: int
 ) -> tuple[Int64Array, UInt8Array, int]:
-    """Code points (count,), ascending, images (count, F, 32, 32), and the number of eligible characters.
+    """Choose ``count`` of the eligible characters: those that all faces draw, no two faces nearly alike.
 
-    `drawings` holds, for each face, the code points that it draws, ascending, and their images. Eligible is a
-    character that all faces draw, no two of them nearly alike.
+    Args:
+        drawings: for each face, the code points that it draws, ascending, and their images.
+        count: how many characters to choose.
+        seed: of the choice.
+
+    Returns:
+        Code points (count,), ascending, images (count, F, 32, 32), and the number of eligible characters.
+
+    Raises:
+        BuildError: fewer characters are eligible.
     """
     common = drawings[0][0]
     for codes, _ in drawings[1:]:
@@ -212,7 +220,7 @@ def choose_characters(
 
 
 def pack_sample(codes: Int64Array, images: UInt8Array, faces: Sequence[str], bits: int) -> bytes:
-    """The bytes of the .npz file that `load_sample` reads."""
+    """The bytes of the .npz file that ``load_sample`` reads."""
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -225,13 +233,13 @@ def pack_sample(codes: Int64Array, images: UInt8Array, faces: Sequence[str], bit
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one, never half of it."""
+    """Write a file next to ``path`` and rename it: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(partial, 0o644)  # mkstemp makes it readable to its owner alone
+        os.chmod(partial, 0o644)  # mkstemp makes it readable to its owner only
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
@@ -239,10 +247,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def build(out: Path, work_dir: Path, characters: int = 1000, seed: int = 0, bits: int = 4) -> str:
-    """Builds a sample at `out`, with FACES.md and the licence texts beside it; returns a summary.
+    """Build a sample, and write FACES.md and the licence texts into the same folder.
+
+    Args:
+        out: the file of the sample.
+        work_dir: the folder of the packages.
+        characters: how many characters the sample has.
+        seed: of the choice of characters.
+        bits: grey levels, 4 or 8 bits a pixel.
+
+    Returns:
+        A summary in words.
 
     Raises:
-        BuildError: a package cannot be had, a licence does not allow it, or too few characters are left.
+        BuildError: a package cannot be fetched, a licence does not allow its use, or too few characters are left.
+        ModuleNotFoundError: Pillow, fontTools or tqdm is missing.
     """
     from PIL import __version__ as pillow_version
     from PIL import features

@@ -1,8 +1,8 @@
-"""Which faces the bundled sample draws on, and the proof that each may be bundled.
+"""The faces of the bundled sample, and the check that the licence of each allows it.
 
-`faces.tsv` is the table. A face passes if its Debian package's copyright file (machine-readable, format
-1.0) puts it under the OFL, Apache-2.0 or the public domain, as the table says, and the font's own name table
-does not contradict that. `describe_faces` writes FACES.md from what was found.
+``faces.tsv`` is the table of faces. A face passes if the copyright file of its Debian package (machine-readable, format
+1.0) puts it under the OFL, Apache-2.0 or the public domain, as the table says, and the name table of the font does not
+contradict that. ``describe_faces`` writes FACES.md from what was found.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 FACES_TSV = Path(__file__).parent / "faces.tsv"
-LICENCE_TEXTS = ("OFL-1.1.txt", "Apache-2.0.txt")  # beside the bundled sample
+LICENCE_TEXTS = ("OFL-1.1.txt", "Apache-2.0.txt")  # in the folder of the bundled sample
 
-# Short names of licences as Debian's copyright files spell them -> ours. Anything else is refused.
+# The short names of licences in Debian's copyright files -> the names used here. Any other licence is refused.
 ALLOWED_LICENCES = {
     "ofl-1.1": "OFL-1.1",
     "sil-1.1": "OFL-1.1",
@@ -27,15 +27,15 @@ ALLOWED_LICENCES = {
     "public domain": "public-domain",
 }
 LICENCES = tuple(dict.fromkeys(ALLOWED_LICENCES.values()))
-# What a font's name table may state.
+# What the name table of a font may state.
 STATED_LICENCES = {
     "OFL-1.1": r"Open Font Licen[cs]e|\bOFL\b",
     "Apache-2.0": r"\bApache\b",
     "public-domain": r"public domain",
     "another licence": r"\bGPL\b|General Public|Arphic|Creative Commons|\bIPA Font|M\+ FONTS? LICEN[CS]E",
 }
-COPYRIGHT_ID, LICENCE_ID = 0, 13  # of name table records
-LICENCE_IDS = (COPYRIGHT_ID, 7, 10, LICENCE_ID, 14)  # with trademark, description and licence address
+COPYRIGHT_ID, LICENCE_ID = 0, 13  # ids of records in a name table
+LICENCE_IDS = (COPYRIGHT_ID, 7, 10, LICENCE_ID, 14)  # also trademark, description and the address of the licence
 
 FACES_MD = """\
 # The faces of the bundled sample
@@ -76,13 +76,19 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Face:
-    """A row of faces.tsv; the fields from `version` on are known once its package is unpacked and checked.
+    """A row of faces.tsv; the fields from ``version`` on are known once its package is unpacked and checked.
 
     Attributes:
-        file: relative to usr/share/fonts of the package; `index` counts inside a .ttc collection.
+        name: the name of the face.
+        package: the Debian package.
+        file: the path of the font, relative to usr/share/fonts of the package.
+        index: the place of the face inside a .ttc collection.
+        licence: one of ``LICENCES``.
+        style: the style of the face, in words.
+        version: the version of the package.
         notices: copyright notices, from the copyright file and the name table.
-        reserved: sentences that reserve font names (an OFL matter).
-        stated: the licence that the font's name table states, "none" where it is silent.
+        reserved: sentences that reserve font names, as the OFL allows.
+        stated: the licence that the name table of the font states, "none" where it states none.
     """
 
     name: str
@@ -107,7 +113,7 @@ class FileLicence:
 
 
 def read_faces(path: Path = FACES_TSV) -> tuple[Face, ...]:
-    """Reads the table of faces; lines that start with # are comments."""
+    """Read the table of faces; lines that start with # are comments."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return tuple(
         Face(row["name"], row["package"], row["file"], int(row["index"]), row["licence"], row["style"])
@@ -116,7 +122,7 @@ def read_faces(path: Path = FACES_TSV) -> tuple[Face, ...]:
 
 
 def allowed_licence(expression: str) -> str | None:
-    """Our name of a licence expression: of "A or B" the first choice allowed, of "A and B" both or None."""
+    """The allowed licence of an expression: of "A or B" the first allowed one, of "A and B" both; else None."""
     for choice in re.split(r"\s+or\s+", expression.strip(), flags=re.IGNORECASE):
         names = [ALLOWED_LICENCES.get(part.strip().lower()) for part in re.split(r"\s+and\s+|,", choice)]
         if None not in names:
@@ -125,10 +131,10 @@ def allowed_licence(expression: str) -> str | None:
 
 
 def read_copyright(text: str, file_name: str) -> FileLicence:
-    """What a copyright file says about `file_name`: the last `Files` paragraph that matches.
+    """Read what a copyright file says about ``file_name``: the last ``Files`` paragraph that matches counts.
 
     Raises:
-        BuildError: no paragraph matches, or the licence is not an allowed one.
+        BuildError: no paragraph matches, or the licence is not allowed.
     """
     paragraphs = [_fields(part) for part in re.split(r"\n\s*\n", text)]
     match: dict[str, str] | None = None
@@ -143,7 +149,7 @@ def read_copyright(text: str, file_name: str) -> FileLicence:
     if licence is None:
         raise BuildError(f"{file_name} is under {expression!r}; only {', '.join(LICENCES)} may be bundled")
     bodies = [body, match.get("comment", "")]
-    for fields in paragraphs:  # the licence's own paragraph, where there is one
+    for fields in paragraphs:  # a paragraph of the licence itself, if there is one
         short, _, body = fields.get("license", "").partition("\n")
         if "files" not in fields and allowed_licence(short) == licence:
             bodies.append(body)
@@ -152,7 +158,7 @@ def read_copyright(text: str, file_name: str) -> FileLicence:
 
 
 def _fields(paragraph: str) -> dict[str, str]:
-    """Field name in lower case -> value; continuation lines lose their indent, " ." becomes an empty line."""
+    """Field names in lower case -> values; continuation lines lose their indent, " ." becomes an empty line."""
     fields: dict[str, str] = {}
     name = ""
     for line in paragraph.splitlines():
@@ -166,16 +172,19 @@ def _fields(paragraph: str) -> dict[str, str]:
 
 
 def find_reserved(text: str) -> tuple[str, ...]:
-    """The sentences that reserve font names ("with Reserved Font Name X"), not the licence's talk of them."""
+    """The sentences that reserve font names ("with Reserved Font Name X"), not those of the licence about them."""
     hits = re.findall(r"with reserved font names?\b.*?(?:\.(?=\s|$)|\n\n|$)", text, re.IGNORECASE | re.DOTALL)
     return tuple(dict.fromkeys(" ".join(hit.split()).rstrip(".") for hit in hits))
 
 
 def check_names(names: Sequence[tuple[int, str]], face: str, licence: str) -> str:
-    """Holds a font's (name id, text) records against its licence; what they state, "none" where silent.
+    """Compare the records (name id, text) of a font with its licence.
+
+    Returns:
+        The licence if they state it, "none" if they state none.
 
     Raises:
-        BuildError: the name table states another licence.
+        BuildError: they state another licence.
     """
     text = "\n".join(value for key, value in names if key in LICENCE_IDS)
     stated = [name for name, pattern in STATED_LICENCES.items() if re.search(pattern, text, re.IGNORECASE)]
@@ -185,10 +194,19 @@ def check_names(names: Sequence[tuple[int, str]], face: str, licence: str) -> st
 
 
 def check_face(face: Face, version: str, copyright_text: str, names: Sequence[tuple[int, str]]) -> Face:
-    """The face with version, notices and reserved names, if package and name table bear out its licence.
+    """Check the licence of a face against its package and its name table.
+
+    Args:
+        face: a row of the table.
+        version: the version of its package.
+        copyright_text: the copyright file of its package.
+        names: the records (name id, text) of its name table.
+
+    Returns:
+        The face with version, notices and reserved names.
 
     Raises:
-        BuildError: they do not.
+        BuildError: the package or the name table contradicts the licence.
     """
     found = read_copyright(copyright_text, Path(face.file).name)
     if found.licence != face.licence:
@@ -206,7 +224,13 @@ def check_face(face: Face, version: str, copyright_text: str, names: Sequence[tu
 
 
 def describe_faces(faces: Sequence[Face], summary: str, options: str) -> str:
-    """The text of FACES.md for checked faces; `options` are those of the build command."""
+    """The text of FACES.md.
+
+    Args:
+        faces: checked faces.
+        summary: a summary of the build, in words.
+        options: the options of the build command.
+    """
     rows = [
         f"| {face.name} | {face.style} | {face.package} {face.version} | `{face.file}`, {face.index} "
         f"| {face.licence} | `/usr/share/doc/{face.package}/copyright` | {face.stated} |"

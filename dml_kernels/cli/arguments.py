@@ -1,4 +1,4 @@
-"""What the commands' options share: a parser whose errors are one line, and readers of values that know their range."""
+"""What the options of all commands share: a parser whose errors are one line, and readers of values within a range."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OptionError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and ends with status 2; shows help as it is laid out here."""
+    """A parser that says in one line what is wrong and exits with status 2; it keeps the layout of the help text."""
 
     def __init__(self, **settings: object) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(least: int, most: int, *, or_zero: bool = False) -> Callable[[str], int]:
-    """Reads a whole number from `least` to `most`, or 0 where that is allowed beside them."""
+    """Make a reader of a whole number from ``least`` to ``most``; with ``or_zero`` also 0."""
     allowed = f"a whole number from {least:,} to {most:,}" + (", or 0" if or_zero else "")
 
     def read(text: str) -> int:
@@ -45,7 +45,7 @@ def integer(least: int, most: int, *, or_zero: bool = False) -> Callable[[str], 
 
 
 def number(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
-    """Reads a finite number from `least` to `most`; with `above`, greater than `least`."""
+    """Make a reader of a finite number from ``least`` to ``most``; with ``above``, greater than ``least``."""
     allowed = f"a number {f'above {least:g}' if above else f'from {least:g}'} {'and up ' if above else ''}to {most:g}"
 
     def read(text: str) -> float:
@@ -61,15 +61,15 @@ def number(least: float, most: float, *, above: bool = False) -> Callable[[str],
 
 
 def threads() -> Callable[[str], int]:
-    """Reads a number of threads: up to four for each core, and up to 64 anywhere."""
+    """Make a reader of a number of threads: up to four for each core, and up to 64 on any machine."""
     return integer(1, 4 * max(16, profiling.usable_cores()))
 
 
 def folder(text: str) -> Path:
-    """Reads a path that is a folder or can become one."""
+    """Read a path that is a folder or can become one."""
     path = Path(text)
     try:
-        os.stat(text)  # a null byte, a name too long, a parent that may not be entered: Path.exists hides some
+        os.stat(text)  # unlike Path.exists it reports a null byte, a name that is too long, a forbidden parent
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""``python -m dml_kernels bench``: runs the benchmarks, which live in the repository, not in the package."""
+"""``python -m dml_kernels bench``: runs the benchmarks, which are in the repository, not in the package."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    # By the import path: in the repository's folder --out would be taken from there.
+    # The import path finds the repository; a change of folder would change the meaning of --out.
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "bench", *(argv or ())]
     status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
-    return status if status >= 0 else 128 - status  # as a shell says that a signal ended it
+    return status if status >= 0 else 128 - status  # the status that a shell gives where a signal ended the command

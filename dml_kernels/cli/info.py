@@ -67,7 +67,7 @@ def _built(extension: build_info.Extension) -> list[tuple[str, str]]:
 
 
 def _choice(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that runs an op, and why it and not one before it."""
+    """The backend that runs an op, and why it runs there and not on a backend of higher priority."""
     why = []
     for name, ok, reason in backend.explain(op, device, dtype):
         why.append(reason if ok else f"not {name}: {reason}")
@@ -77,7 +77,7 @@ def _choice(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _choices() -> list[tuple[str, str, str, str, str]]:
-    """One row per device and choice: ops that agree on every dtype share their rows."""
+    """One row for each device and choice; ops that agree on every dtype share their rows."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for device in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
         for op in backend.OPS:
@@ -90,7 +90,7 @@ def _choices() -> list[tuple[str, str, str, str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 1 when the extension is there but cannot be loaded, or is required and missing."""
+    """Print the report; return 1 if the extension exists but cannot be loaded, or is required and missing."""
     parser = Parser(
         prog="python -m dml_kernels info",
         description="Says what was built, what is missing, and which backend runs what, on which dtypes, and why.",

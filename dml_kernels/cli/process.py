@@ -1,4 +1,4 @@
-"""How a command lives with its process: output that may break, signals that ask it to end."""
+"""What every command does about its process: output that may break, signals that end it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNALS = ("SIGTERM", "SIGHUP")  # Ctrl-C is a KeyboardInterrupt already
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end; handled wherever Ctrl-C is."""
+    """The process received a signal to end; it is handled wherever Ctrl-C is."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,16 +25,16 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """The shell's status for a command that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    """The status that a shell gives to a command that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Stopped in the main thread on SIGTERM or SIGHUP, unless whoever started the process has them ignored."""
+    """Raise Stopped in the main thread on SIGTERM or SIGHUP, unless the process was started with the signal ignored."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        for one in installed:  # a second one must not break off what the first began
+        for one in installed:  # a second signal must not interrupt what the first one began
             signal.signal(one, signal.SIG_IGN)
         raise Stopped(number)
 
@@ -50,7 +50,7 @@ def stoppable() -> Iterator[None]:
 
 
 class _Steady:
-    """A text stream that goes silent where the one under it cannot be written any more."""
+    """A text stream that goes silent once the stream under it can no longer be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -71,10 +71,10 @@ class _Steady:
     def _kept(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: closed
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
             broken, self._stream = self._stream, open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
             with contextlib.suppress(OSError, ValueError):
-                # What is still in its buffer is flushed at exit, and would fail again.
+                # The rest of its buffer is flushed at exit, and would fail again.
                 os.dup2(self._stream.fileno(), broken.fileno())
             if not isinstance(error, BrokenPipeError) and broken is not sys.__stderr__:
                 print(f"standard output cannot be written ({error}): going on without it", file=sys.stderr)
@@ -82,9 +82,9 @@ class _Steady:
 
 @contextlib.contextmanager
 def steady_output() -> Iterator[None]:
-    """Within it no print can end the command, be the output closed, full, without a reader, or ASCII only."""
+    """Keep prints from ending the command where the output is closed, full, without a reader, or ASCII only."""
     kept = sys.stdout, sys.stderr
-    for descriptor in (0, 1, 2):  # else the next file to be opened becomes the standard output
+    for descriptor in (0, 1, 2):  # if one were closed, the next file to be opened would take its place
         try:
             os.fstat(descriptor)
         except OSError:

@@ -1,4 +1,4 @@
-"""Tables for the terminal: through rich when it is installed, else aligned plain text."""
+"""Tables for the terminal: by rich if it is installed, else as aligned plain text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PLAIN_WIDTH = 110
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print one table. An empty header gives a table of facts, name and value."""
+    """Print one table. Without a header it is a table of facts: name and value."""
     rows = [tuple(str(cell) for cell in row) for row in rows]
     try:
         from rich.console import Console
@@ -22,7 +22,7 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     for name in header or [""] * len(rows[0]):
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: brackets in a cell are no markup
+        table.add_row(*(Text(cell) for cell in row))  # Text takes brackets in a cell literally
     console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     console.print(table)
 

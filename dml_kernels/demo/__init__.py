@@ -1,1 +1,1 @@
-"""The main job: train an embedding on drawings of Han characters, retrieve characters never seen before."""
+"""The main job: train an embedding on drawings of Han characters, and retrieve characters never seen before."""

@@ -1,7 +1,7 @@
-"""Files that are either whole or not there: written under another name and then renamed.
+"""Files that are either whole or do not exist: they are written under another name and then renamed.
 
-A checkpoint is PyTorch's own file, which `torch.load` reads, with a line after it: the SHA-256 of all before. A flipped
-bit anywhere, which PyTorch would load without a word, is found.
+A checkpoint is a file as ``torch.save`` writes it, followed by a line with its SHA-256; ``torch.load`` reads it too. So
+a flipped bit is found anywhere; PyTorch would load it silently.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ START_ANEW = "delete it and start anew"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or of another run."""
+    """A checkpoint is missing, damaged, or belongs to another run."""
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that replaces `path` in one step once it is safely on disk; on any error `path` is untouched.
+    """Yield a file that replaces ``path`` in one step, once it is safely on disk. After an error ``path`` is untouched.
 
-    An OSError, such as a full disk's, is raised again with the name of the file.
+    Args:
+        path: the file to replace or make; its folder is made if it does not exist.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full; the message names it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +63,23 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run was writing. Only while no other run writes into the folder."""
+    """Remove what a killed run was writing. Call it only while no other run writes into the folder."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists and dicts of them). Raises OSError that names the file."""
-    # Through memory: torch.save turns a failing file's OSError into a RuntimeError about its own positions.
+    """Write a checkpoint.
+
+    Args:
+        path: the file.
+        state: tensors, numbers, strings, and lists and dicts of them.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+    # Through memory, because torch.save turns the OSError of a file into a RuntimeError about its own positions.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     content = buffer.getvalue()
@@ -76,9 +88,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; only plain data is unpickled.
+    """Read what ``save_checkpoint`` wrote; only plain data is unpickled.
 
-    Raises CheckpointError, with the way out in its message, for a file that is missing, damaged or something else.
+    Raises:
+        CheckpointError: the file is missing, damaged or no checkpoint; the message says what to do.
     """
     try:
         sealed = path.read_bytes()
@@ -95,9 +108,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle: the error says enough
+            warnings.simplefilter("ignore")  # about a foreign pickle: the error says enough
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # the file says what is unpickled, and so what is raised
+    except Exception as error:  # the content of the file decides what is raised
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}): {START_ANEW}") from error
     if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
@@ -110,7 +123,7 @@ def _seal(content: bytes) -> bytes:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, atomically. NaN and infinity are refused: they are not JSON."""
+    """Write indented JSON atomically. NaN and infinity, which are not JSON, raise a ValueError."""
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     with atomic(path) as file:
         file.write(text.encode() + b"\n")
@@ -123,7 +136,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some file systems do not allow it, and nothing is lost but durability."""
+    """Make the rename itself durable. Where the file system does not allow it, only durability is lost."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

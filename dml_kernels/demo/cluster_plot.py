@@ -1,4 +1,4 @@
-"""The sheet of clusters: how Magnet divides the drawings of a few characters among the clusters of their class."""
+"""The sheet of clusters, which shows how Magnet divides the drawings of a few characters among clusters."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .plots import BLUE, GREEN, GREY, RED, STYLE, YELLOW, draw_glyph, save
 __all__ = ["cluster_sheet"]
 
 INKS = (BLUE, RED, GREEN, YELLOW, GREY)
-ROW_PITCH = 1.62  # a drawing 0.84 high, two lines of its face's name, a gap
+ROW_PITCH = 1.62  # a drawing of height 0.84, two lines for the name of its face, a gap
 GROUP_GAP = 0.3  # between the clusters of a row, in widths of a drawing
-INCHES = 0.9  # a drawing with its margin: room for twelve letters below it
+INCHES = 0.9  # the width of a drawing with its margin: room for twelve letters below it
 FRAME = {"edgecolor": "black", "linewidth": 0.6}
 
 
@@ -32,10 +32,18 @@ def cluster_sheet(
     characters: int = 6,
     seed: int = 0,
 ) -> None:
-    """A row for each of some characters: its drawings, the largest cluster first.
+    """Plot a row for each of some characters: its drawings, the largest cluster first.
 
-    clusters (n,): the cluster of each of the images. The characters are drawn at random among those divided most
-    evenly (`_divided_characters`): one odd drawing beside all the others shows little.
+    The characters are drawn at random among those that are divided most evenly (``_divided_characters``), because a
+    cluster of one odd drawing and a cluster of all others show little.
+
+    Args:
+        path: where the PNG goes.
+        images: the training drawings.
+        faces: the names of the faces.
+        clusters: (n,) the cluster of each of the images.
+        characters: how many characters are shown.
+        seed: of the choice of characters.
     """
     shown, least = _divided_characters(images.labels, clusters, characters, np.random.default_rng(seed))
     rows = [_groups(np.flatnonzero(images.labels == label), clusters) for label in shown]
@@ -62,7 +70,7 @@ def cluster_sheet(
 
 
 def _panel(left: float, top: float, width: float, **look: Any) -> FancyBboxPatch:
-    """A box with round corners behind the drawings of a cluster."""
+    """A box with round corners, to go behind the drawings of a cluster."""
     style = f"round,pad={GROUP_GAP / 6},rounding_size=0.1"
     return FancyBboxPatch((left, top), width, 1.36, boxstyle=style, zorder=-1, **look)
 
@@ -83,10 +91,10 @@ def _divided_characters(
     count: int,
     generator: np.random.Generator,
 ) -> tuple[npt.NDArray[np.int64], int]:
-    """`count` classes at random among those whose smallest cluster is large, ascending, and how large it is at least.
+    """Draw ``count`` classes among those whose smallest cluster is large; return them and the bound on its size.
 
-    A class of too few clusters counts as one with an empty cluster. The bound is the largest that `count` classes meet,
-    but 3 at most.
+    A class of fewer clusters than others counts as one with an empty cluster. The bound is the largest that ``count``
+    classes meet, but at most 3. The classes are in ascending order.
     """
     everyone = np.unique(labels)
     sizes = [np.unique(clusters[labels == label], return_counts=True)[1] for label in everyone]

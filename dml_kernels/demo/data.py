@@ -1,10 +1,10 @@
 """The bundled sample of Han characters: loading, and the split into seen and unseen classes.
 
-A class is a Unicode Han character; an image of it is one typeface's drawing, 32 x 32 grey. Every face draws
-every character of the sample. `tools/build_sample.py` in the repository builds it; `data/FACES.md` names the faces,
-their licences and how to rebuild.
+A class is a Unicode Han character; an image of it is its drawing in one typeface, 32 x 32 grey. Every face draws every
+character of the sample. ``tools/build_sample.py`` in the repository builds it; ``data/FACES.md`` names the faces and
+their licences, and says how to rebuild it.
 
-Only NumPy is needed here.
+This module needs only NumPy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMAGE_SIZE = 32
 SAMPLE_PATH = Path(__file__).parent / "data" / "han_sample.npz"
 REBUILD = "python -m tools.build_sample"
 
-# What NumPy and zipfile raise for a damaged file, as tried on some thousands of them.
+# What NumPy and zipfile raise for damaged files; found by a trial of some thousands of them.
 UNREADABLE = (
     OSError,
     EOFError,
@@ -39,7 +39,7 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class CorruptSampleError(ValueError):
-    """The sample file is there but is not a sample: cut short, edited, or another program's file."""
+    """The file is not a sample: it was cut short or edited, or another program wrote it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +47,9 @@ class HanSample:
     """C characters as drawn by F faces.
 
     Attributes:
-        images: uint8 (C, F, 32, 32), 0 is paper and 255 full ink.
-        characters: (C,) str array, one character each, in ascending code point order.
-        faces: F face names, in the order of the second axis of `images`.
+        images: (C, F, 32, 32) uint8; 0 is paper and 255 is full ink.
+        characters: (C,) array of str, one character each, in ascending order of code points.
+        faces: F names of faces, in the order of the second axis of ``images``.
     """
 
     images: UInt8Array
@@ -61,9 +61,9 @@ class ImageSet(NamedTuple):
     """Labelled images, class after class and, within a class, face after face.
 
     Attributes:
-        images: uint8 (n, 32, 32).
-        labels: int64 (n,), 0 to the number of classes - 1.
-        faces: int64 (n,), index into `HanSample.faces`.
+        images: (n, 32, 32) uint8.
+        labels: (n,) int64, from 0 to the number of classes - 1.
+        faces: (n,) int64, indices into ``HanSample.faces``.
     """
 
     images: UInt8Array
@@ -72,9 +72,20 @@ class ImageSet(NamedTuple):
 
 
 def pack_images(images: UInt8Array, bits: int) -> UInt8Array:
-    """Quantises uint8 (..., W) images to 4 or 8 bits and packs the last axis into bytes, (..., W * bits / 8).
+    """Quantise images to 4 or 8 bits, and pack the last axis into bytes.
 
-    At 4 bits a value v becomes round(v / 17), the pixel on the left in the high half of the byte.
+    At 4 bits a value v becomes round(v / 17); the pixel on the left is in the high half of the byte.
+
+    Args:
+        images: (..., W) uint8.
+        bits: 4 or 8.
+
+    Returns:
+        (..., W * bits / 8) uint8.
+
+    Raises:
+        TypeError: images that are not uint8.
+        ValueError: other bits, or an odd width at 4 bits.
     """
     if images.dtype != np.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}")
@@ -90,7 +101,7 @@ def pack_images(images: UInt8Array, bits: int) -> UInt8Array:
 
 
 def unpack_images(packed: UInt8Array, bits: int) -> UInt8Array:
-    """Inverse of `pack_images`: uint8 in 0..255, in steps of 17 at 4 bits."""
+    """Undo ``pack_images``: uint8 in 0 ... 255, in steps of 17 at 4 bits."""
     if bits == 8:
         return np.array(packed, dtype=np.uint8)
     if bits != 4:
@@ -102,10 +113,13 @@ def unpack_images(packed: UInt8Array, bits: int) -> UInt8Array:
 
 
 def load_sample(path: str | Path | None = None) -> HanSample:
-    """Reads a packed sample; `path` is the bundled one when None.
+    """Read a packed sample.
+
+    Args:
+        path: the file; None: the bundled sample.
 
     Raises:
-        FileNotFoundError: no file there; the message says how to build one.
+        FileNotFoundError: the file does not exist; the message says how to build one.
         CorruptSampleError: the file cannot be read as a sample; the message says what is wrong with it.
     """
     path = SAMPLE_PATH if path is None else Path(path)
@@ -125,10 +139,18 @@ def load_sample(path: str | Path | None = None) -> HanSample:
 
 
 def split_indices(num_classes: int, train_classes: int = 600, seed: int = 0) -> tuple[Int64Array, Int64Array]:
-    """Two disjoint sets of class indices, ascending: `train_classes` drawn at random by `seed`, and the rest.
+    """Divide the classes into two sets of indices, ascending: ``train_classes`` drawn at random, and the rest.
 
-    Label i of an `ImageSet` from `split_classes` is the sample's class `indices[i]`, so that
-    `sample.characters[indices]` names the labels.
+    Label i of an ``ImageSet`` from ``split_classes`` is the class ``indices[i]`` of the sample, so
+    ``sample.characters[indices]`` names the labels.
+
+    Args:
+        num_classes: the number of classes.
+        train_classes: the number of classes in the first set.
+        seed: of the draw.
+
+    Raises:
+        ValueError: one of the sets would be empty.
     """
     if not 0 < train_classes < num_classes:
         raise ValueError(
@@ -139,20 +161,29 @@ def split_indices(num_classes: int, train_classes: int = 600, seed: int = 0) -> 
 
 
 def split_classes(sample: HanSample, train_classes: int = 600, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Splits by character: the train set, and the unseen set of the characters left over.
+    """Split a sample by character into the training set, and the unseen set of all other characters.
 
-    The protocol of CUB and Stanford Online Products: no class of the second set is ever seen in training.
-    Labels run from 0 in each set; `split_indices` says which of the sample's characters they are.
+    This is the protocol of CUB and Stanford Online Products: the training sees no class of the second set. Labels run
+    from 0 in each set; ``split_indices`` says which characters they are. Arguments and errors are those of
+    ``split_indices``.
     """
     train, unseen = split_indices(len(sample.characters), train_classes, seed)
     return _gather(sample, train), _gather(sample, unseen)
 
 
 def hold_out(images: ImageSet, each: int = 2, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Takes `each` drawings of every class out, drawn at random by `seed`: what is kept, and what is held out.
+    """Hold out some drawings of every class, chosen at random.
+
+    Args:
+        images: the drawings.
+        each: how many drawings of each class are held out.
+        seed: of the choice.
+
+    Returns:
+        The drawings that are kept, and those that are held out.
 
     Raises:
-        ValueError: a class would be left without a drawing, or `each` is not positive.
+        ValueError: a class would be left without a drawing, or ``each`` is not positive.
     """
     generator = np.random.default_rng(seed)
     held = np.zeros(len(images.labels), dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""The judgement of a representation: retrieval of unseen characters, classification of seen ones' held-out drawings."""
+"""Evaluates a representation: retrieval of unseen characters, classification of held-out drawings of seen ones."""
 
 from __future__ import annotations
 
@@ -19,30 +19,48 @@ __all__ = ["Judged", "JudgedSeen", "judge", "judge_seen"]
 
 NEIGHBOURS = 8
 DEPTHS = (1, 10)
-KNC_CLUSTERS = 128  # the paper's largest number of clusters that vote
+KNC_CLUSTERS = 128  # the largest number of voting clusters in the paper
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One representation of the unseen drawings, judged: metrics, each query's nearest, seconds for it all."""
+    """The results of one representation on the unseen drawings.
+
+    Attributes:
+        name: the name of the representation.
+        result: the metrics.
+        neighbours: (n, NEIGHBOURS) int64, the nearest drawings of each query, nearest first.
+        face_recall: Recall@1 of the queries drawn by each face, among drawings by all faces.
+        seconds: how long the embedding and the evaluation took.
+    """
 
     name: str
     result: evaluation.RetrievalResult
-    neighbours: Tensor  # (n, NEIGHBOURS) int64, nearest first
-    face_recall: list[float]  # Recall@1 of the queries drawn by each face, against drawings by all faces
+    neighbours: Tensor
+    face_recall: list[float]
     seconds: float
 
 
 @dataclass(frozen=True)
 class JudgedSeen:
-    """Errors in naming the character of a held-out drawing, fractions in [0, 1]; kNC where there are clusters."""
+    """Errors in naming the character of a held-out drawing, fractions in [0, 1].
+
+    Attributes:
+        name: the name of the representation.
+        drawings: how many held-out drawings there are.
+        references: how many training drawings there are.
+        knn_error: the error of the nearest training drawing, by cosine.
+        knc_error: the error of the soft nearest clusters; None without clusters.
+        clusters: how many clusters are not empty; None without clusters.
+        seconds: how long the embedding and the evaluation took.
+    """
 
     name: str
     drawings: int
     references: int
-    knn_error: float  # the one nearest training drawing, by cosine
+    knn_error: float
     knc_error: float | None
-    clusters: int | None  # that are not empty
+    clusters: int | None
     seconds: float
 
 
@@ -53,7 +71,15 @@ def judge(
     faces: Tensor,
     progress: Callable[[int], object] | None = None,
 ) -> Judged:
-    """Evaluate the embeddings that make() returns, its time included."""
+    """Evaluate a representation of the unseen drawings.
+
+    Args:
+        name: of the representation.
+        make: returns the embeddings (n, D); its time counts.
+        labels: (n,) int64, the characters.
+        faces: (n,) int64, the faces.
+        progress: called with the number of queries just finished.
+    """
     start = time.perf_counter()
     embeddings = make()
     depths = tuple(k for k in DEPTHS if k < len(labels))
@@ -69,7 +95,13 @@ def judge_seen(
 ) -> JudgedSeen:
     """Classify held-out drawings by the training drawings, and by the clusters where the objective has some.
 
-    Clusters, their centres and variance are those of the trained network: the index is refreshed once more.
+    The index is refreshed once more, so that its clusters are those of the trained network.
+
+    Args:
+        name: of the representation.
+        trainer: the trained network and its objective.
+        held: the held-out drawings.
+        progress: called with the number of drawings just finished.
     """
     start = time.perf_counter()
     images, labels = torch.from_numpy(held.images), torch.from_numpy(held.labels)

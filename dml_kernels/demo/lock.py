@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock on a folder, so that only one run writes into it at a time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ class FolderInUseError(RuntimeError):
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Make the folder where it is not there, and hold it; the system lets go of it when the process ends, however.
+    """Make the folder if it does not exist, and hold it; the system releases it when the process ends in any way.
 
-    Raises FolderInUseError, which says who holds it, and OSError where nothing can be written there. Where the file
-    system or the system knows no locks, nothing is held.
+    Where the operating system or the file system has no locks, nothing is held.
+
+    Args:
+        folder: the folder to hold.
+
+    Raises:
+        FolderInUseError: another run holds the folder; the message says which.
+        OSError: nothing can be written there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
@@ -62,4 +68,4 @@ def _locked(path: Path) -> IO[bytes]:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # its holder has removed it meanwhile: once more
+        file.close()  # the holder has removed the file meanwhile: try again

@@ -23,12 +23,16 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class EmbeddingNet(nn.Module):
-    """Grey drawings (n, 32, 32) in 0 ... 255, any dtype, to embeddings (n, embedding_size) in fp32, not normalised.
+    """Maps grey drawings (n, 32, 32) in 0 ... 255, of any dtype, to embeddings (n, embedding_size) fp32, unnormalised.
 
-    Blocks of width, 2 width and 4 width channels (3 x 3 convolution, 2 x 2 max pooling, batch norm, ReLU),
-    then a linear layer on all 4 x 4 places, since where a stroke lies tells characters apart. The batch norm
-    at the end centres each coordinate over the batch: without it all embeddings start out in a narrow cone,
-    and the first epochs are spent on opening it.
+    Three blocks of width, 2 width and 4 width channels (3 x 3 convolution, 2 x 2 max pooling, batch norm, ReLU) are
+    followed by a linear layer on all 4 x 4 places, because the place of a stroke tells characters apart. The batch norm
+    at the end centres each coordinate over the batch: without it all embeddings start out in a narrow cone, and the
+    first epochs are spent on opening it.
+
+    Args:
+        embedding_size: the dimensions of an embedding.
+        width: the channels of the first block.
     """
 
     pixel_mean: Tensor
@@ -44,8 +48,8 @@ class EmbeddingNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # a third faster than the default layout
 
     def set_pixel_statistics(self, images: Tensor) -> None:
-        """Take the mean and standard deviation of the training set's pixels; kept in the state_dict."""
-        # In chunks: the set as floats would be four times its size.
+        """Set the mean and standard deviation of the pixels from the training set; the state_dict keeps them."""
+        # In chunks, because the whole set as floats would be four times its size.
         parts = [images[i : i + 1024].double() for i in range(0, len(images), 1024)]
         mean = torch.stack([part.sum() for part in parts]).sum() / images.numel()
         variance = torch.stack([(part - mean).square().sum() for part in parts]).sum() / images.numel()
@@ -53,7 +57,7 @@ class EmbeddingNet(nn.Module):
         self.pixel_std.copy_(variance.sqrt().clamp(min=1.0))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (n, embedding_size) of images (n, 32, 32)."""
+        """The embeddings (n, embedding_size) of images (n, 32, 32)."""
         if images.dim() != 3 or images.shape[1:] != (SIDE, SIDE):
             raise ValueError(f"images must have shape (n, {SIDE}, {SIDE}); got {tuple(images.shape)}")
         pixels = (images.unsqueeze(1).float() - self.pixel_mean) / self.pixel_std
@@ -64,9 +68,17 @@ class EmbeddingNet(nn.Module):
 def embed(
     model: nn.Module, images: Tensor, batch_size: int = 128, progress: Callable[[int], object] | None = None
 ) -> Tensor:
-    """Embeddings of images (n, 32, 32) in evaluation mode, a batch at a time; progress(count) after each.
+    """Compute embeddings in evaluation mode, a batch at a time.
 
-    On a CPU a batch of 128 takes two thirds of the time of 512: its activations stay in the cache.
+    Args:
+        model: the network.
+        images: (n, 32, 32).
+        batch_size: drawings in a batch. On a CPU batches of 128 take two thirds of the time of batches of 512, because
+            their activations stay in the cache.
+        progress: called with the number of drawings just finished.
+
+    Returns:
+        (n, D) fp32.
     """
     was_training = model.training
     model.eval()

@@ -1,6 +1,6 @@
-"""What is trained: a recipe of numbers for each loss, and the objective made from it: batches, loss, what it keeps.
+"""What the demo trains: a recipe of numbers for each loss, and the objective that is made from it.
 
-The trainer asks an objective for the batches of an epoch and for the loss of a batch, and knows no more of it.
+An objective gives the trainer the batches of an epoch and the loss of a batch, and keeps what these depend on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["Magnet", "MagnetRecipe", "Objective", "ProxyNCA", "ProxyNCARecipe", 
 
 @dataclass(frozen=True)
 class Recipe(ABC):
-    """What decides the trained weights, together with the data, the machine and the number of threads."""
+    """The numbers that, with the data, the machine and the number of threads, determine the trained weights."""
 
-    key: ClassVar[str]  # in options and names of files
+    key: ClassVar[str]  # the name in options and files
     title: ClassVar[str]
-    op: ClassVar[str]  # which a backend must run for the loss
+    op: ClassVar[str]  # the op that the loss calls
 
     epochs: int = 6
     batch_size: int = 128
@@ -39,11 +39,11 @@ class Recipe(ABC):
 
     @abstractmethod
     def objective(self, labels: Tensor) -> Objective:
-        """The objective for training drawings with these labels (n,)."""
+        """Make the objective for training drawings with these labels (n,)."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Its settings, in words."""
+        """The settings of the loss, in words."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class MagnetRecipe(Recipe):
 
     @property
     def clusters_per_batch(self) -> int:
-        """As many as make up the batch size."""
+        """As many clusters as make up the batch size."""
         return self.batch_size // self.examples_per_cluster
 
     def objective(self, labels: Tensor) -> Objective:
@@ -90,25 +90,34 @@ class MagnetRecipe(Recipe):
 
 
 class Objective(ABC):
-    """module: the loss, its parameters trained at `lr_factor` times the network's rate."""
+    """What the trainer minimises.
+
+    Attributes:
+        module: the loss, with its parameters.
+        lr_factor: these are trained at ``lr_factor`` times the learning rate of the network.
+    """
 
     module: nn.Module
     lr_factor = 1.0
 
     def begin_epoch(self, embed: Callable[[Tensor], Tensor]) -> RefreshReport | None:
-        """Bring up to date what depends on the embeddings; embed(indices) makes them, in evaluation mode."""
+        """Bring up to date what depends on the embeddings.
+
+        Args:
+            embed: returns the embeddings of the drawings with given indices, in evaluation mode.
+        """
         return None
 
     @abstractmethod
     def batches(self) -> Iterator[Tensor]:
-        """Indices of each batch of the next epoch."""
+        """Yield the indices of each batch of the next epoch."""
 
     @abstractmethod
     def loss(self, embeddings: Tensor, rows: Tensor) -> Tensor:
-        """The loss of the batch of these indices."""
+        """The loss of a batch: its embeddings and its indices."""
 
     def end_step(self) -> None:
-        """After a step whose loss was finite."""
+        """Called after each step whose loss was finite."""
         return
 
     @abstractmethod
@@ -117,11 +126,15 @@ class Objective(ABC):
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` gave. Raises ValueError, TypeError or RuntimeError for what it cannot have given."""
+        """Load a state.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: ``state`` cannot have returned it.
+        """
 
 
 class ProxyNCA(Objective):
-    """Proxy-NCA on batches of a fresh random order each epoch."""
+    """Proxy-NCA on batches in a new random order in each epoch."""
 
     def __init__(self, recipe: ProxyNCARecipe, labels: Tensor) -> None:
         self.labels, self.batch_size = labels, recipe.batch_size

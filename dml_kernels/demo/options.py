@@ -1,4 +1,4 @@
-"""The demo's command line."""
+"""The command line of the demo."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ exit status: 0 done; 1 the run failed, and the last checkpoints are whole; 2 ref
 
 
 def make_parser() -> Parser:
-    """The options; each reads its value within the range that can make sense whatever the data."""
+    """Make the parser; each option accepts the values that can make sense for some data."""
     proxy, magnet = ProxyNCARecipe(), MagnetRecipe()
     parser = Parser(
         prog="python -m dml_kernels train",
@@ -86,7 +86,7 @@ def make_parser() -> Parser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, with --quick's or the full run's sizes filled in where none were given."""
+    """Parse the options, and fill in the sizes of ``--quick`` or of the full run where none were given."""
     options = make_parser().parse_args(arguments)
     for name, value in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
@@ -96,9 +96,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def fit(options: argparse.Namespace, classes: int, faces: int) -> None:
-    """Check the options against each other, the data (characters, drawings of each) and this machine.
+    """Check the options against each other, the data and this machine; fill in unseen_classes if it was not given.
 
-    Fills in unseen_classes where it was not given. Raises OptionError, which names the option.
+    Args:
+        options: what ``parse`` returned.
+        classes: the number of characters in the sample.
+        faces: the number of drawings of each.
+
+    Raises:
+        OptionError: an option does not fit; the message names it.
     """
     unseen = classes - options.train_classes
     _at_most("--train-classes", options.train_classes, classes - 1, "one of the sample's characters must be unseen")
@@ -152,7 +158,7 @@ def _at_most(option: str, value: int, most: int, why: str) -> None:
 
 
 def _memory_bytes() -> int | None:
-    """This machine's memory, where the system tells it."""
+    """The memory of this machine; None where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

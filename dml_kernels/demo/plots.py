@@ -1,9 +1,9 @@
-"""The demo's plots, PNG: loss curves, contact sheet of neighbours, 2-D map of unseen classes, cost bars.
+"""The plots of the demo, as PNG: loss curves, contact sheet of neighbours, 2-D map of unseen classes, bars of cost.
 
-`cluster_plot` adds the sheet of clusters.
+``cluster_plot`` adds the sheet of clusters.
 
-Colours are those of Okabe and Ito, told apart with any colour vision; right and wrong also differ in the
-frame's line. All text is ASCII, so that no font with Han characters is needed.
+The colours are those of Okabe and Ito, which people with any colour vision can tell apart; the frames of right and
+wrong neighbours also differ in their line. All text is ASCII, so that no font with Han characters is needed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .step_cost import StepCost
 __all__ = ["class_map", "contact_sheet", "cost_bars", "draw_glyph", "loss_curves", "save"]
 
 BLUE, YELLOW, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
-ROW_PITCH = 1.24  # of the contact sheet, whose drawings are 0.84 high
+ROW_PITCH = 1.24  # from row to row of the contact sheet, whose drawings have height 0.84
 MAP_INKS = (BLUE, RED, GREEN, "black", "#CC79A7", "#8C6D00", "#5E3C99", "#56B4E9")
-MAP_GLYPH = 0.028  # side of a drawing on the map, whose side is 1 before the drawings are pushed apart
-# Frames of drawings: right and wrong differ in the line too.
+MAP_GLYPH = 0.028  # the side of a drawing on the map, whose side is 1 before the drawings are pushed apart
+# The frames of drawings.
 PLAIN = {"edgecolor": "black", "linewidth": 0.8}
 RIGHT = {"edgecolor": GREEN, "linewidth": 2.5}
 WRONG = {"edgecolor": RED, "linewidth": 2.5, "linestyle": "--"}
@@ -54,7 +54,12 @@ STYLE: dict[Any, Any] = {
 
 
 def loss_curves(path: Path, curves: Sequence[tuple[str, Sequence[float], int]]) -> None:
-    """Loss of every step, and its mean over each epoch; a panel for each (name, step losses, steps an epoch)."""
+    """Plot the loss of every step and its mean over each epoch.
+
+    Args:
+        path: where the PNG goes.
+        curves: (name, losses of the steps, steps of an epoch) for each panel.
+    """
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(curves), figsize=(0.5 + 6 * len(curves), 4.2), squeeze=False)
         for axes, (name, step_losses, steps_per_epoch) in zip(panels[0], curves):
@@ -86,9 +91,19 @@ def contact_sheet(
     hard_rows: int = 6,
     seed: int = 0,
 ) -> None:
-    """Queries on the left, each with its nearest neighbours: random queries first, then some whose nearest is wrong.
+    """Plot queries, each with its nearest neighbours: random queries first, then some whose nearest one is wrong.
 
-    neighbours (n, k): indices into images. The hard queries are taken from the faces that fail most, one of each.
+    The hard queries come from the faces that fail most, one of each.
+
+    Args:
+        path: where the PNG goes.
+        images: the unseen drawings.
+        faces: the names of the faces.
+        neighbours: (n, k) indices into images, nearest first.
+        trained_with: the name of the loss, for the title.
+        random_rows: how many random queries are shown.
+        hard_rows: how many hard queries are shown.
+        seed: of the choice of queries.
     """
     right = images.labels[neighbours] == images.labels[:, None]
     generator = np.random.default_rng(seed)
@@ -125,7 +140,7 @@ def contact_sheet(
 def _hard_queries(
     hit: npt.NDArray[np.bool_], faces: npt.NDArray[np.int64], count: int, generator: np.random.Generator
 ) -> list[int]:
-    """Missed queries, at most one of a face before all faces have had one, faces with most misses first."""
+    """Choose missed queries: one of each face in turn, faces with the most misses first."""
     missed = np.flatnonzero(~hit)
     generator.shuffle(missed)
     by_face = {face: list(missed[faces[missed] == face]) for face in np.unique(faces[missed])}
@@ -143,7 +158,7 @@ def draw_glyph(
     face: str,
     frame: Mapping[str, Any] = PLAIN,
 ) -> None:
-    """A drawing in a frame (arguments of a line), its face below."""
+    """Draw an image in a frame (arguments of a line), with the name of its face below."""
     (x, y), half = centre, 0.42
     axes.imshow(255 - image, cmap="gray", vmin=0, vmax=255, extent=(x - half, x + half, y + half, y - half))
     axes.add_patch(Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, **frame))
@@ -160,10 +175,18 @@ def class_map(
     classes: int = 20,
     seed: int = 0,
 ) -> None:
-    """t-SNE of the embeddings of some unseen classes (cosine distance); each drawing stands at its place.
+    """Plot a t-SNE map of some unseen classes (cosine distance): each drawing at the place of its embedding.
 
-    A class has one colour of ink, so that a drawing that strays shows. Drawings are pushed apart until none
-    covers another: their places are true to about the size of their class's patch.
+    The drawings of a class have one colour, which shows drawings that stray. Drawings are pushed apart until none
+    covers another, so their places are exact to about the size of the patch of a class.
+
+    Args:
+        path: where the PNG goes.
+        images: the unseen drawings.
+        embeddings: (n, D), of the images.
+        trained_with: the name of the loss, for the title.
+        classes: how many classes are shown.
+        seed: of the choice of classes and of t-SNE.
     """
     from sklearn.manifold import TSNE
 
@@ -173,7 +196,7 @@ def class_map(
     rows = np.flatnonzero(np.isin(images.labels, shown))
     unit = embeddings[rows] / np.linalg.norm(embeddings[rows], axis=1, keepdims=True).clip(1e-12)
     perplexity = min(12.0, (len(rows) - 1) / 3)
-    # The exact method: for some hundreds of points several times less work than Barnes-Hut, and no threads to wait for.
+    # For some hundreds of points the exact method is several times less work than Barnes-Hut, and starts no threads.
     tsne = TSNE(perplexity=perplexity, metric="cosine", init="random", method="exact", max_iter=600, random_state=seed)
     places = tsne.fit_transform(unit)
     places = (places - places.min(axis=0)) / np.ptp(places, axis=0).clip(1e-9)
@@ -192,7 +215,7 @@ def class_map(
 
 
 def _part_neighbours(centres: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:
-    """An ink for each class (n, 2), such that classes of one ink lie far apart."""
+    """Choose an ink for each class (its centre, (n, 2)) such that classes of one ink lie far apart."""
     ink = np.full(len(centres), -1)
     for i, centre in enumerate(centres):
         distance = np.linalg.norm(centres - centre, axis=1)
@@ -204,7 +227,7 @@ def _part_neighbours(centres: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]
 def _paste(
     images: npt.NDArray[np.uint8], places: npt.NDArray[np.floating], ink: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.floating]:
-    """One RGB picture of all drawings at their places, each in its ink."""
+    """Paste all drawings, at their places and in their inks, into one RGB picture."""
     side = images.shape[1]
     corners = np.rint((places - places.min(axis=0)) * side / MAP_GLYPH).astype(int)
     width, height = corners.max(axis=0) + side
@@ -216,8 +239,8 @@ def _paste(
 
 
 def _spread(places: npt.NDArray[np.floating], size: float, rounds: int = 300) -> npt.NDArray[np.floating]:
-    """Push squares of `size` at `places` (n, 2) apart along their lesser overlap until none overlap, or rounds end."""
-    places = places + np.random.default_rng(0).normal(0, 1e-4 * size, places.shape)  # part equal places
+    """Push squares of ``size`` at ``places`` (n, 2) apart, along their lesser overlap, for some rounds at most."""
+    places = places + np.random.default_rng(0).normal(0, 1e-4 * size, places.shape)  # separates equal places
     for _ in range(rounds):
         apart = places[:, None] - places[None]
         overlap = size - np.abs(apart)
@@ -232,7 +255,7 @@ def _spread(places: npt.NDArray[np.floating], size: float, rounds: int = 300) ->
 
 
 def cost_bars(path: Path, cost: StepCost) -> None:
-    """Time and peak extra memory of one step, fused and in plain PyTorch."""
+    """Plot the time and the peak extra memory of one step, fused and in plain PyTorch."""
     names = {"fused": "fused", "plain": "plain PyTorch"}
     time = [cost.variants[name].seconds * 1e3 for name in names]
     memory = [cost.variants[name].peak_bytes / 1e6 for name in names]
@@ -276,7 +299,7 @@ def _bars(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, and forget it."""
+    """Write a figure as PNG, whole or not at all, and close it."""
     try:
         with atomic(path) as file:
             figure.savefig(file, format="png")

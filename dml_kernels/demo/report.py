@@ -1,4 +1,4 @@
-"""What the demo says at the end: closing tables, and metrics.json."""
+"""The closing tables of the demo, and the content of metrics.json."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ __all__ = ["Findings", "metrics", "print_tables"]
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a run found out. unseen: raw pixels first, then one of each trainer; seen: one of each trainer."""
+    """All results of a run.
+
+    Attributes:
+        faces: the names of the faces.
+        trainers: a trainer for each loss.
+        unseen: results on unseen characters: of raw pixels first, then of each trainer.
+        seen: results on held-out drawings of seen characters, of each trainer.
+        cost: the cost of a step; None where it was not measured.
+        seconds: part of the run -> seconds.
+    """
 
     faces: Sequence[str]
     trainers: Sequence[Trainer]
     unseen: Sequence[Judged]
     seen: Sequence[JudgedSeen]
     cost: StepCost | None
-    seconds: dict[str, float]  # by part
+    seconds: dict[str, float]
 
 
 def metrics(findings: Findings) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def _without(content: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def print_tables(console: Console, findings: Findings) -> None:
-    """Retrieval, classification, Recall@1 by face, the loss's cost, and where the time went."""
+    """Print retrieval, classification, Recall@1 by face, the cost of the loss, and where the time went."""
     _print_retrieval(console, findings.unseen)
     _print_seen(console, findings.seen)
     _print_faces(console, findings.faces, findings.unseen)
@@ -174,7 +183,7 @@ def _print_cost(console: Console, cost: StepCost) -> None:
 
 
 def _bar(fraction: float, full: str, empty: str, width: int = 20) -> str:
-    filled = int(fraction * width)  # full only where every query is right
+    filled = int(fraction * width)  # rounded down: the bar is full only where every query is right
     return full * filled + empty * (width - filled)
 
 
@@ -182,7 +191,7 @@ def _print_table(console: Console, title: str, header: Sequence[str], rows: Sequ
     from rich.table import Table
     from rich.text import Text
 
-    console.print(f"\n[bold]{title}[/bold]")  # a table's own title is folded to the table's width
+    console.print(f"\n[bold]{title}[/bold]")  # rich folds the title of a table to its width
     table, least = Table(), 1
     for place, name in enumerate(header):
         # Headers and names may be broken between words; a number is never cut, however narrow the terminal.

@@ -1,17 +1,17 @@
-"""What one step of Proxy-NCA costs, time and memory, against the same loss in plain PyTorch.
+"""The time and memory of one step of Proxy-NCA, compared with the same loss in plain PyTorch.
 
     python -m dml_kernels.demo.step_cost [--classes 100000] [--batch 512] [--dim 128] [--rounds 5]
 
 A step is forward and backward: the loss, and its gradients with respect to embeddings and proxies.
 
-Same numbers first: the two losses and both gradients are compared on the very tensors that are then timed;
-where they differ by more than the tolerances below nothing is timed and ComparisonError is raised.
+The numbers come first: the two losses and both gradients are compared on the tensors that are then timed. Where they
+differ by more than the tolerances below, nothing is timed and ComparisonError is raised.
 
-Time: medians of interleaved rounds in this process (`profiling.interleaved_times`), after one warm-up each.
-Memory: a fresh process per variant. It makes inputs, runs a step on 8 rows and 64 classes (loads code, starts
-threads), then one step at full size; the figure is the peak of resident memory during that step less resident
-memory just before it. So it counts the gradients, every temporary of PyTorch, of the C++ extension and of the
-BLAS, whichever allocator they come from; it does not count the inputs.
+Time is the median of interleaved rounds in this process (``profiling.interleaved_times``), after one warm-up each.
+Memory is measured in a fresh process per variant. It makes the inputs, runs a step on 8 rows and 64 classes (which
+loads code and starts threads), then one step at full size. The figure is the peak of resident memory during that step,
+less the resident memory just before it. So it counts the gradients and every temporary of PyTorch, of the C++ extension
+and of the BLAS, by any allocator; it does not count the inputs.
 """
 
 from __future__ import annotations
@@ -34,19 +34,25 @@ from ..ops import choice as backend_choice
 
 __all__ = ["ComparisonError", "StepCost", "VariantCost", "measure", "plain_bytes", "plain_proxy_nca"]
 
-# fp32 sums of 100,000 terms in two orders; the demo prints observed differences with these.
+# For fp32 sums of 100,000 terms in two orders. The demo prints the observed differences next to these.
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 SEED = 0
 
 
 class ComparisonError(RuntimeError):
-    """The fused loss and plain PyTorch disagree, so that comparing their cost would mean nothing."""
+    """The fused loss and plain PyTorch give different numbers, so a comparison of their cost would mean nothing."""
 
 
 @dataclass(frozen=True)
 class VariantCost:
-    """Seconds: median of the rounds, all of them in `samples`. peak_bytes: peak extra memory of one step."""
+    """The cost of one variant.
+
+    Attributes:
+        seconds: the median of the rounds.
+        samples: the seconds of each round.
+        peak_bytes: the peak extra memory of one step.
+    """
 
     seconds: float
     samples: list[float]
@@ -55,7 +61,17 @@ class VariantCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Both variants at one size. Errors: loss relative, gradients relative to the largest entry."""
+    """The cost of both variants at one size.
+
+    Attributes:
+        batch, classes, dim, dtype: the size.
+        variants: name -> cost.
+        gradient_bytes: the size of the two gradients.
+        loss_error: the relative difference of the losses.
+        gradient_error: the largest difference of a gradient, relative to its largest entry.
+        loss_tolerance: the allowed loss_error.
+        gradient_tolerance: the allowed gradient_error.
+    """
 
     batch: int
     classes: int
@@ -72,10 +88,10 @@ class StepCost:
 def plain_proxy_nca(
     embeddings: Tensor, proxies: Tensor, labels: Tensor, *, softmax_scale: float, exclude_positive: bool
 ) -> Tensor:
-    """Proxy-NCA as one writes it in PyTorch: dense, autograd's own backward. Formula as
-    `functional.proxy_nca_loss`.
+    """Proxy-NCA as one writes it in plain PyTorch: dense, with autograd's backward.
 
-    On unit vectors |x - p|^2 = 2 - 2 x.p, one matrix product and no (N, M, D) difference.
+    On unit vectors |x - p|^2 = 2 - 2 x.p, so it takes one matrix product and no (N, M, D) difference. Formula and
+    arguments are those of ``functional.proxy_nca_loss``.
     """
     x = torch_functional.normalize(embeddings, dim=1)
     p = torch_functional.normalize(proxies, dim=1)
@@ -100,7 +116,7 @@ class _Problem:
         self.options = {"softmax_scale": softmax_scale, "exclude_positive": exclude_positive}
 
     def step(self, variant: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, gradient of the embeddings, gradient of the proxies."""
+        """The loss, the gradient of the embeddings, the gradient of the proxies."""
         loss = VARIANTS[variant](self.embeddings, self.proxies, self.labels, **self.options)
         grad_embeddings, grad_proxies = torch.autograd.grad(loss, (self.embeddings, self.proxies))
         return loss.detach(), grad_embeddings, grad_proxies
@@ -116,16 +132,26 @@ def measure(
     rounds: int = 5,
     progress: Callable[[], object] | None = None,
 ) -> StepCost:
-    """Compare, then measure, both variants (see the module). progress is called `steps_of(rounds)` times.
+    """Compare both variants, then measure them, as the module describes.
 
-    Raises ComparisonError where the variants' numbers differ by more than the tolerances.
+    Args:
+        batch: the number of embeddings.
+        classes: the number of proxies.
+        dim: the dimensions of both.
+        softmax_scale, exclude_positive: as in ``functional.proxy_nca_loss``.
+        rounds: how many rounds are timed.
+        progress: called ``steps_of(rounds)`` times.
+
+    Raises:
+        ComparisonError: the numbers of the variants differ by more than the tolerances.
+        RuntimeError: a child process failed, for example for lack of memory.
     """
     tick = progress or (lambda: None)
     problem = _Problem(batch, classes, dim, softmax_scale, exclude_positive)
     loss_error, gradient_error = _compare(problem)
     tick()
     peaks = {}
-    backend = backend_choice.requested()  # a `with use_backend(...)` does not reach the children
+    backend = backend_choice.requested()  # `with use_backend(...)` does not reach child processes
     for name in VARIANTS:
         sizes = ("--batch", batch, "--classes", classes, "--dim", dim, "--softmax-scale", softmax_scale)
         flags = ["--exclude-positive"] if exclude_positive else []
@@ -155,21 +181,21 @@ def measure(
 
 
 def plain_bytes(classes: int, batch: int = 512, dim: int = 128) -> int:
-    """About what plain PyTorch needs for its step: seven matrices of batch by classes, proxies and gradients."""
+    """About how many bytes a step of plain PyTorch needs: seven matrices of batch x classes, proxies and gradients."""
     return 4 * classes * (7 * batch + 3 * dim)
 
 
 def steps_of(rounds: int) -> int:
-    """How often `measure` calls its progress."""
+    """How often ``measure`` calls its progress function."""
     return 1 + len(VARIANTS) + len(VARIANTS) * (rounds + 1)
 
 
 def _compare(problem: _Problem) -> tuple[float, float]:
-    """Relative difference of the losses; largest difference of a gradient relative to its largest entry."""
+    """The relative difference of the losses; the largest difference of a gradient, relative to its largest entry."""
     fused, plain = problem.step("fused"), problem.step("plain")
     loss_error = float((fused[0] - plain[0]).abs() / plain[0].abs())
     gradient_error = max(float((f - p).abs().max() / p.abs().max()) for f, p in zip(fused[1:], plain[1:]))
-    # Written so that NaN fails.
+    # Written such that NaN fails.
     if not (loss_error <= LOSS_TOLERANCE and gradient_error <= GRADIENT_TOLERANCE):
         raise ComparisonError(
             f"fused and plain Proxy-NCA differ: loss by {loss_error:.1e} (allowed {LOSS_TOLERANCE:.0e}), "

@@ -2,11 +2,12 @@
 
     python -m dml_kernels train [--quick] [--loss both|proxy-nca|magnet] [--resume] ...        (also: make demo)
 
-A class is a character, a sample of it one typeface's drawing. The networks train on 600 characters and are judged on
-400 others, as CUB and Stanford Online Products do: Recall@1, Recall@10 and MAP@R, against raw pixels. Two drawings of
-each training character are held out, to be named by their nearest neighbours and, for Magnet, by the clusters around
-them. Beside it stands what Proxy-NCA costs at 100,000 classes, against the same loss in plain PyTorch. Everything is
-written into one folder: metrics.json, a checkpoint for each loss, and the plots.
+A class is a character; an example of it is its drawing in one typeface. The networks train on 600 characters and are
+judged on 400 others, as in the protocols of CUB and Stanford Online Products: Recall@1, Recall@10 and MAP@R, compared
+with raw pixels. Two drawings of each training character are held out, and are then named by their nearest neighbours
+and, for Magnet, by the clusters around them. The run also compares the cost of Proxy-NCA at 100,000 classes with the
+same loss in plain PyTorch. It writes everything into one folder: metrics.json, a checkpoint for each loss, and the
+plots.
 
 The same command on the same machine with the same number of threads gives the same bits.
 """
@@ -56,10 +57,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 EXTRAS = ("rich", "matplotlib", "sklearn", "faiss")
-# A package that is there and cannot be imported is noticed before the training, not after it.
+# Imported early: a package that exists but cannot be imported is noticed before the training, not after it.
 NEEDED_LATER = ("rich.progress", "matplotlib.pyplot", "sklearn.manifold", "faiss")
 COST_ROUNDS = 3
-FAILED, REFUSED = 1, 2  # statuses: in the course of the work, before any
+FAILED, REFUSED = 1, 2  # exit statuses: the work failed; it was refused before it began
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sample = load_sample()
             fit(options, *sample.images.shape[:2])
             os.environ["MPLBACKEND"] = (
-                "Agg"  # plots go to files; matplotlib cannot be imported with a name of no backend
+                "Agg"  # plots go to files; an unknown backend in the environment would break the import of matplotlib
             )
             for module in NEEDED_LATER:
                 import_optional(module, "the demo")
@@ -110,7 +111,7 @@ def _refuse(why: str) -> int:
 
 
 class Run:
-    """One run of the demo: what it does, prints and writes, in order."""
+    """One run of the demo: what it does, prints and writes, in this order."""
 
     def __init__(self, options: argparse.Namespace, arguments: list[str]) -> None:
         from rich.console import Console
@@ -119,7 +120,7 @@ class Run:
         self.console = Console(highlight=False) if sys.stdout.isatty() else Console(width=110, highlight=False)
         self.recipes = recipes_of(options)
         self.seconds: dict[str, float] = {}
-        self.saved_epochs: dict[str, int] = {}  # title of a loss: epochs of its training that are on disk
+        self.saved_epochs: dict[str, int] = {}  # title of a loss -> epochs of its training that are on disk
 
     def everything(self, sample: HanSample) -> None:
         """Train, judge, compare costs, plot, report."""
@@ -132,7 +133,7 @@ class Run:
         trainers = [Trainer(recipe, images, labels) for recipe in self.recipes]
         if self.options.resume:
             self._resume(trainers)
-        for trainer in trainers:  # now, so that none is left from an earlier run
+        for trainer in trainers:  # now, so that no checkpoint of an earlier run is left
             if trainer.recipe.title not in self.saved_epochs:
                 self._save(trainer)
         self.seconds["data"] = time.perf_counter() - start
@@ -156,7 +157,7 @@ class Run:
         self.console.print("Written: " + ", ".join(map(str, written)), markup=False, soft_wrap=True)
 
     def say_how_to_resume(self) -> None:
-        """After Ctrl-C: what is on disk, and the command that continues from it."""
+        """Print what is on disk after Ctrl-C, and the command that continues from it."""
         if not self.saved_epochs:
             self.console.print("\nInterrupted before the first checkpoint: there is nothing to resume.")
             return
@@ -204,7 +205,7 @@ class Run:
         )
 
     def _resume(self, trainers: Sequence[Trainer]) -> None:
-        """Take up every checkpoint there is; a loss that was not begun yet begins, but one there must be."""
+        """Load every checkpoint that exists, at least one; a loss without a checkpoint begins anew."""
         there = [trainer for trainer in trainers if self._checkpoint(trainer.recipe).exists()]
         for trainer in there or trainers:
             state = load_checkpoint(self._checkpoint(trainer.recipe))
@@ -294,7 +295,7 @@ class Run:
                 rounds=COST_ROUNDS,
                 progress=tick,
             )
-        except (RuntimeError, MemoryError) as error:  # no memory, here or in the child: PyTorch says RuntimeError
+        except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError where memory is short
             reason = (str(error).strip().splitlines() or ["no memory"])[-1]
             raise ComparisonError(
                 f"the step cost could not be measured ({reason}); what was trained is saved: continue with "
@@ -311,7 +312,7 @@ class Run:
         embeddings: Sequence[Tensor],
         cost: StepCost | None,
     ) -> list[Path]:
-        """Neighbours and map are those of the loss trained first."""
+        """Draw all plots; neighbours and map are those of the loss that was trained first."""
         from . import cluster_plot, plots
 
         neighbours, points = judged[1].neighbours.numpy(), embeddings[0].numpy()
@@ -357,7 +358,7 @@ def _epoch_line(trainer: Trainer, mean: float, seconds: float) -> str:
 
 
 def _first_classes(images: ImageSet, count: int) -> ImageSet:
-    """The first `count` classes; all of them where it is 0."""
+    """The first ``count`` classes; all classes where it is 0."""
     if not count:
         return images
     keep = images.labels < count

@@ -1,4 +1,4 @@
-"""A trainer whose state can be saved between two epochs and taken up again, bit for bit."""
+"""A trainer whose state can be saved between two epochs and loaded again, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,18 @@ __all__ = ["Trainer"]
 
 
 class Trainer:
-    """Network, objective and optimiser, trained an epoch at a time; `state` is all that the next epoch depends on.
+    """Network, objective and optimiser, trained an epoch at a time; ``state`` is all that the next epoch depends on.
 
-    images (n, 32, 32) uint8, labels (n,) int64 in [0, recipe.train_classes). An epoch has as many steps as there are
-    whole batches in the training set. Adam, all learning rates falling to 0 along half a cosine.
+    An epoch has as many steps as there are whole batches in the training set. The optimiser is Adam, and all learning
+    rates fall to 0 along half a cosine.
+
+    Args:
+        recipe: the numbers of the training.
+        images: (n, 32, 32) uint8.
+        labels: (n,) int64 in [0, recipe.train_classes).
+
+    Raises:
+        ValueError: the images do not fill a batch.
     """
 
     def __init__(self, recipe: Recipe, images: Tensor, labels: Tensor) -> None:
@@ -42,16 +50,20 @@ class Trainer:
         self.epoch = 0
         self.step_losses: list[float] = []
         self.seconds = 0.0
-        self.refresh_seconds = 0.0  # of these
-        self.refreshed: RefreshReport | None = None  # the last refresh
+        self.refresh_seconds = 0.0  # of the seconds
+        self.refreshed: RefreshReport | None = None  # by the last refresh
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the training set."""
+        """The number of whole batches in the training set."""
         return len(self.images) // self.recipe.batch_size
 
     def refresh(self, progress: Callable[[int], object] | None = None) -> RefreshReport | None:
-        """Bring what the objective derives from the embeddings up to date; progress(count) of drawings embedded."""
+        """Bring up to date what the objective derives from the embeddings.
+
+        Args:
+            progress: called with the number of drawings just embedded.
+        """
         return self.objective.begin_epoch(lambda rows: embed(self.model, self.images[rows], progress=progress))
 
     def run_epoch(
@@ -59,7 +71,18 @@ class Trainer:
         on_step: Callable[[float], object] | None = None,
         on_refresh: Callable[[int], object] | None = None,
     ) -> float:
-        """Train one epoch and return its mean loss; on_step is called with each step's loss."""
+        """Train one epoch.
+
+        Args:
+            on_step: called with the loss of each step.
+            on_refresh: called with the number of drawings just embedded for the refresh.
+
+        Returns:
+            The mean loss of the epoch.
+
+        Raises:
+            FloatingPointError: the loss or the weights are NaN or infinite.
+        """
         start = time.perf_counter()
         self.refreshed = self.refresh(on_refresh)
         refresh_seconds = time.perf_counter() - start if self.refreshed else 0.0
@@ -77,7 +100,7 @@ class Trainer:
             self.objective.end_step()
             if on_step:
                 on_step(epoch_losses[-1])
-        # No checkpoint is ever made of weights that cannot be trained further.
+        # Weights that cannot be trained further must not reach a checkpoint.
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self._trained()):
             raise FloatingPointError(f"weights are NaN or infinite after epoch {self.epoch + 1}: lower --lr")
         self.step_losses += epoch_losses
@@ -87,7 +110,7 @@ class Trainer:
         return sum(epoch_losses) / len(epoch_losses)
 
     def _trained(self) -> Iterator[Tensor]:
-        """All tensors that the steps change."""
+        """Yield all tensors that the steps change."""
         yield from self.model.state_dict().values()
         yield from self.objective.module.state_dict().values()
         for moments in self.optimiser.state.values():
@@ -99,7 +122,7 @@ class Trainer:
             group["lr"] = rate * group["factor"]
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to continue, between two epochs."""
+        """All that the training needs to continue, between two epochs."""
         return {
             "loss_name": self.recipe.key,
             "recipe": asdict(self.recipe),
@@ -115,16 +138,16 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`.
+        """Continue from a state.
 
-        Raises CheckpointError, in one line that names what is wrong, where it is of another recipe or no trainer can
-        have made it.
+        Raises:
+            CheckpointError: the state has another recipe, or no trainer can have made it; one line says what is wrong.
         """
         try:
             self._check_state(state)
             self.objective.load_state(state["objective"])
             torch.set_rng_state(state["rng"])
-        except (ValueError, TypeError, RuntimeError) as error:  # the last two from generators whose state is none
+        except (ValueError, TypeError, RuntimeError) as error:  # generators raise the last two for a wrong state
             raise CheckpointError(str(error).partition("\n")[0]) from error
         self.model.load_state_dict(state["model"])
         self.objective.module.load_state_dict(state["loss"])
@@ -149,7 +172,7 @@ class Trainer:
         steps = epoch * self.steps_per_epoch
         weights = [weight for group in self.optimiser.param_groups for weight in group["params"]]
         one = {place: {"step": torch.tensor(0.0), "exp_avg": w, "exp_avg_sq": w} for place, w in enumerate(weights)}
-        unread = ("recipe", "objective")  # compared above; checked by the objective
+        unread = ("recipe", "objective")  # the first is compared above, the objective checks the second
         like = {**self.state(), "optimiser": one if epoch else {}, **{key: state.get(key) for key in unread}}
         check_like("checkpoint", state, like)
         for moments in state["optimiser"].values():
