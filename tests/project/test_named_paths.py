@@ -46,3 +46,10 @@ def test_the_constants_that_bound_memory_are_where_the_table_says():
     for names, files in rows:
         texts = [(ROOT / file).read_text() for file in files]
         assert [name for name in names if not all(re.search(rf"\b{name}\b", text) for text in texts)] == []
+
+
+def test_the_modules_that_the_triton_backend_imports_by_name_are_there():
+    folder = ROOT / "dml_kernels" / "backends" / "triton"
+    named = set(re.findall(r'_host\("(\w+)"\)', (folder / "__init__.py").read_text()))
+    assert len(named) > 3
+    assert [name for name in named if not (folder / f"{name}.py").exists()] == []

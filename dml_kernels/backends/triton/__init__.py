@@ -116,23 +116,23 @@ def _host(module: str) -> Any:
 
 
 def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
-    return _host("matrices").normalize_fwd(rows, spec)
+    return _host("distance").normalize_fwd(rows, spec)
 
 
 def normalize_bwd(grad: Tensor, rows: Rows, spec: NormalizeSpec) -> Tensor:
     _host("guard").same_shape(grad, *rows.x.shape)
-    return _host("matrices").normalize_bwd(grad, rows, spec)
+    return _host("distance").normalize_bwd(grad, rows, spec)
 
 
 def normalized_distance_fwd(inputs: Matrices, spec: DistanceSpec) -> Tensor:
     check_pair(*inputs)
-    return _host("matrices").normalized_distance_fwd(inputs, spec)
+    return _host("distance").normalized_distance_fwd(inputs, spec)
 
 
 def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -> tuple[Tensor | None, ...]:
     check_pair(*inputs)
     _host("guard").same_shape(grad, inputs.x.size(0), inputs.w.size(0))
-    return _host("matrices").normalized_distance_bwd(grad, needs, inputs, spec)
+    return _host("distance").normalized_distance_bwd(grad, needs, inputs, spec)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
