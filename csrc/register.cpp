@@ -1,10 +1,8 @@
 // The compiled ops, registered through libtorch's stable ABI as dml_kernels_cpu::*. The public ops, their fake kernels
 // and autograd live in dml_kernels/ops.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
-#include "tensors.h"
+#include "register_cpu.h"
 
 namespace {
 
@@ -13,16 +11,16 @@ using namespace dml::cpu;
 
 Tensor normalize_forward(Tensor x, double eps) {
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  normalize_fwd(matrix(x, "x"), eps, target_like(out, x, "out"));
+  normalize_fwd(Checked::matrix(x, "x"), eps, Checked::target_like(out, x, "out"));
   return out;
 }
 
 Tensor normalize_backward(Tensor grad, Tensor x, double eps) {
-  const Source rows = matrix(x, "x"), incoming = matrix(grad, "grad");
+  const Matrix rows = Checked::matrix(x, "x"), incoming = Checked::matrix(grad, "grad");
   STD_TORCH_CHECK(incoming.rows == rows.rows && incoming.cols == rows.cols,
                   "dml_kernels: grad must have the shape of x");
   Tensor out = torch::stable::new_empty(x, {rows.rows, rows.cols});
-  normalize_bwd(incoming, rows, eps, target_like(out, x, "out"));
+  normalize_bwd(incoming, rows, eps, Checked::target_like(out, x, "out"));
   return out;
 }
 
@@ -34,18 +32,19 @@ void distance_forward(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool 
   with_product_type(out.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::bank);
-    distance_fwd<P>(comparison, target(out, {n, m}, "out"));
+    distance_fwd<P>(comparison, Checked::target(out, {n, m}, "out"));
   });
 }
 
 void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tensor w, std::int64_t metric,
                        bool normalize, double eps) {
-  const Source g = matrix(grad, "grad");
+  const Matrix g = Checked::matrix(grad, "grad");
   STD_TORCH_CHECK(g.rows == x.size(0) && g.cols == w.size(0), "dml_kernels: grad must be (N, M)");
   with_product_type(grad.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::bank);
-    distance_bwd<P>(comparison, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"));
+    distance_bwd<P>(comparison, g, Checked::target_like(grad_x, x, "grad_x"),
+                    Checked::target_like(grad_w, w, "grad_w"));
   });
 }
 
@@ -59,169 +58,130 @@ bool all_within(Tensor values, std::int64_t low, std::int64_t high, std::int64_t
   return ok;
 }
 
-Policy policy(std::int64_t kind, std::int64_t centres, double number, const Tensor& w) {
-  const Policy found{choice<Policy::Kind>(kind, 4, "policy"), centres, number};
-  STD_TORCH_CHECK(centres >= 1 && w.size(0) % centres == 0 && (found.pools() || centres == 1),
-                  "dml_kernels: w must have whole classes of ", centres, " centres");
-  STD_TORCH_CHECK(found.kind != Policy::Kind::softmax_pool || number > 0, "dml_kernels: gamma must be positive");
+Policy policy(Stack& stack, const Tensor& w) {
+  const auto kind = choice<Policy::Kind>(stack.integer(), 4, "policy");
+  const Policy found{kind, stack.integer(), stack.number()};
+  STD_TORCH_CHECK(found.centres >= 1 && w.size(0) % found.centres == 0 && (found.pools() || found.centres == 1),
+                  "dml_kernels: w must have whole classes of ", found.centres, " centres");
+  STD_TORCH_CHECK(found.kind != Policy::Kind::softmax_pool || found.number > 0, "dml_kernels: gamma must be positive");
   return found;
 }
 
-LogitArgs logit_args(std::int64_t n, std::int64_t m, double k_same, double o_same, double k_different,
-                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_bias,
-                     const Policy& rule) {
-  return {k_same, o_same, k_different, o_different, vector(scale, n, "scale"), vector(col_bias, m, "col_bias"), rule};
+template <class P>
+Comparison<P> comparison_of(const LogitCall& call, const Policy& rule) {
+  return comparison_of<P>(call.x, call.w, call.metric, call.normalize, call.eps, Cut::longer_side, rule.centres);
 }
 
-// `kind` is an empty tensor whose dtype is the products'.
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
-                                                        OptionalTensor exclude, OptionalTensor scale,
-                                                        OptionalTensor col_bias, std::int64_t metric, bool normalize,
-                                                        double k_same, double o_same, double k_different,
-                                                        double o_different, double eps, std::int64_t ignore_index,
-                                                        std::int64_t kind_of_policy, std::int64_t centres,
-                                                        double number, bool sums) {
-  const Policy rule = policy(kind_of_policy, centres, number, w);
-  const std::int64_t n = x.size(0), m = w.size(0) / centres;
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Stack& stack) {
+  const Tensor kind = stack.tensor();
+  const LogitCall call = stack.logit_call();
+  const Policy rule = policy(stack, call.w);
+  const bool sums = stack.flag();
+  stack.end();
+  const std::int64_t n = call.x.size(0), columns = call.w.size(0) / rule.centres;
   const ScalarType acc = accumulation(kind);
-  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(x, {size}, acc); };
+  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(call.x, {size}, acc); };
   Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
-  const Labels label = labels(n, m, y, c, exclude, ignore_index);
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias, rule);
+  const Labels labels = Checked::labels(n, columns, call.y, call.c, call.exclude, call.ignore_index);
+  const PolicyLogitArgs args{Checked::logit_args(call, columns), rule};
   const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), sums ? sum_same.mutable_data_ptr() : nullptr,
                    sums ? sum_different.mutable_data_ptr() : nullptr};
   with_product_type(kind.scalar_type(), [&](auto zero) {
-    using P = decltype(zero);
-    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
-    masked_logsumexp_fwd<P>(comparison, label, args, out);
+    masked_logsumexp_fwd(comparison_of<decltype(zero)>(call, rule), labels, args, out);
   });
   return {same, different, sum_same, sum_different};
 }
 
-void mlse_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_bias, Tensor grad_same,
-                   Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, Tensor same,
-                   Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
-                   OptionalTensor exclude, OptionalTensor scale, OptionalTensor col_bias, std::int64_t metric,
-                   bool normalize, double k_same, double o_same, double k_different, double o_different, double eps,
-                   std::int64_t ignore_index, std::int64_t kind_of_policy, std::int64_t centres, double number) {
-  const Policy rule = policy(kind_of_policy, centres, number, w);
-  const std::int64_t n = x.size(0), m = w.size(0) / centres;
-  const Labels label = labels(n, m, y, c, exclude, ignore_index);
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias, rule);
-  const auto optional = [n](const Tensor& t, const char* name) { return t.numel() ? vector(t, n, name) : Vector{}; };
-  const LseIn in{vector(grad_same, n, "grad_same"),
-                 vector(grad_different, n, "grad_different"),
-                 optional(grad_sum_same, "grad_sum_same"),
-                 optional(grad_sum_different, "grad_sum_different"),
-                 vector(same, n, "same"),
-                 vector(different, n, "different")};
-  const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
-                           target(grad_scale, {n}, "grad_scale"), target(grad_col_bias, {m}, "grad_col_bias")};
+void mlse_backward(Stack& stack) {
+  const LseTensors tensors = stack.lse_tensors();
+  const Tensor kind = stack.tensor();
+  const LogitCall call = stack.logit_call();
+  const Policy rule = policy(stack, call.w);
+  stack.end();
+  const std::int64_t n = call.x.size(0), columns = call.w.size(0) / rule.centres;
+  const Labels labels = Checked::labels(n, columns, call.y, call.c, call.exclude, call.ignore_index);
+  const PolicyLogitArgs args{Checked::logit_args(call, columns), rule};
+  const LseGrads grads = Checked::lse_grads(tensors, n);
+  const LseTargets targets = Checked::lse_targets(tensors, call, columns);
   with_product_type(kind.scalar_type(), [&](auto zero) {
-    using P = decltype(zero);
-    const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side, centres);
-    masked_logsumexp_bwd<P>(comparison, label, args, in, targets);
+    masked_logsumexp_bwd(comparison_of<decltype(zero)>(call, rule), labels, args, grads, targets);
   });
 }
 
-ProxyArgs proxy_args(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& scale,
-                     const OptionalTensor& weight, double factor, bool exclude_positive, double label_smoothing,
-                     double eps, std::int64_t ignore_index, std::int64_t reduction) {
-  const std::int64_t n = x.size(0);
-  const Source rows = matrix(x, "x"), proxies = matrix(w, "w");
+ProxyArgs proxy_args(const ProxyCall& call) {
+  const std::int64_t n = call.x.size(0);
+  const Matrix rows = Checked::matrix(call.x, "x"), proxies = Checked::matrix(call.w, "w");
   STD_TORCH_CHECK(rows.cols == proxies.cols && rows.cols > 0 && proxies.rows > 0,
                   "dml_kernels: x and w must have the same embedding size, and w at least one row");
   return {rows,
           proxies,
-          integers(y, n, "y"),
-          ignore_index,
-          vector(scale, n, "scale"),
-          vector(weight, n, "weight"),
-          factor,
-          label_smoothing,
-          eps,
-          exclude_positive,
-          choice<Reduction>(reduction, 3, "reduction")};
+          Checked::integers(call.y, n, "y"),
+          call.ignore_index,
+          Checked::vector(call.scale, n, "scale"),
+          Checked::vector(call.weight, n, "weight"),
+          call.factor,
+          call.label_smoothing,
+          call.eps,
+          call.exclude_positive,
+          choice<Reduction>(call.reduction, 3, "reduction")};
 }
 
-std::tuple<Tensor, Tensor, Tensor> proxy_nca_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor scale,
-                                                     OptionalTensor weight, double factor, bool exclude_positive,
-                                                     double label_smoothing, double eps, std::int64_t ignore_index,
-                                                     std::int64_t reduction) {
-  const std::int64_t n = x.size(0);
-  const ScalarType acc = accumulation(kind);
-  Tensor value = reduction ? torch::stable::new_empty(x, {}, acc) : torch::stable::new_empty(x, {n}, acc);
-  Tensor same = torch::stable::new_empty(x, {n}, acc), different = torch::stable::new_empty(x, {n}, acc);
-  const ProxyArgs args =
-      proxy_args(x, w, y, scale, weight, factor, exclude_positive, label_smoothing, eps, ignore_index, reduction);
+std::tuple<Tensor, Tensor, Tensor> proxy_nca_forward(Stack& stack) {
+  const Tensor kind = stack.tensor();
+  const ProxyCall call = stack.proxy_call();
+  stack.end();
+  const std::int64_t n = call.x.size(0);
+  const auto make = [&](std::initializer_list<std::int64_t> shape) {
+    return torch::stable::new_empty(call.x, shape, accumulation(kind));
+  };
+  Tensor value = call.reduction ? make({}) : make({n}), same = make({n}), different = make({n});
+  const ProxyArgs args = proxy_args(call);
   const ProxyOut out{value.mutable_data_ptr(), same.mutable_data_ptr(), different.mutable_data_ptr()};
   with_product_type(kind.scalar_type(), [&](auto zero) { proxy_nca_fwd<decltype(zero)>(args, out); });
   return {value, same, different};
 }
 
-void proxy_nca_backward(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad, Tensor same, Tensor different,
-                        Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor scale, OptionalTensor weight,
-                        double factor, bool exclude_positive, double label_smoothing, double eps,
-                        std::int64_t ignore_index, std::int64_t reduction) {
-  const std::int64_t n = x.size(0);
-  const ProxyArgs args =
-      proxy_args(x, w, y, scale, weight, factor, exclude_positive, label_smoothing, eps, ignore_index, reduction);
-  const ProxyTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
-                             target(grad_scale, {n}, "grad_scale")};
-  const Vector incoming = vector(grad, n, "grad"), lse_same = vector(same, n, "same"),
-               lse_different = vector(different, n, "different");
+void proxy_nca_backward(Stack& stack) {
+  const Tensor grad_x = stack.tensor(), grad_w = stack.tensor(), grad_scale = stack.tensor(), grad = stack.tensor(),
+               same = stack.tensor(), different = stack.tensor(), kind = stack.tensor();
+  const ProxyCall call = stack.proxy_call();
+  stack.end();
+  const std::int64_t n = call.x.size(0);
+  const ProxyArgs args = proxy_args(call);
+  const ProxyTargets targets{Checked::target_like(grad_x, call.x, "grad_x"),
+                             Checked::target_like(grad_w, call.w, "grad_w"),
+                             Checked::target(grad_scale, {n}, "grad_scale")};
+  const Vector incoming = Checked::vector(grad, n, "grad"), lse_same = Checked::vector(same, n, "same"),
+               lse_different = Checked::vector(different, n, "different");
   with_product_type(kind.scalar_type(), [&](auto zero) {
     proxy_nca_bwd<decltype(zero)>(args, incoming, lse_same, lse_different, targets);
   });
 }
 
-MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,
-                       const OptionalTensor& variance, double alpha, bool normalize, double min_variance, double eps,
-                       std::int64_t ignore_index, std::int64_t reduction) {
-  const Source rows = matrix(x, "x"), bank = centers ? matrix(*centers, "centers") : Source{};
-  STD_TORCH_CHECK(!centers || (bank.rows == classes.size(0) && bank.cols == rows.cols),
-                  "dml_kernels: a centre for each cluster, as wide as x");
-  return {rows,
-          bank,
-          integers(clusters, x.size(0), "clusters"),
-          integers(classes, classes.size(0), "classes"),
-          classes.size(0),
-          ignore_index,
-          variance ? vector(*variance, 1, "variance") : Vector{},
-          alpha,
-          min_variance,
-          eps,
-          normalize,
-          choice<Reduction>(reduction, 3, "reduction")};
-}
-
-std::tuple<Tensor, Tensor, Tensor> magnet_forward(Tensor kind, Tensor x, Tensor clusters, Tensor classes,
-                                                  OptionalTensor centers, OptionalTensor variance, double alpha,
-                                                  bool normalize, double min_variance, double eps,
-                                                  std::int64_t ignore_index, std::int64_t reduction) {
-  const std::int64_t n = x.size(0);
-  const ScalarType acc = accumulation(kind);
-  Tensor value = reduction ? torch::stable::new_empty(x, {}, acc) : torch::stable::new_empty(x, {n}, acc);
-  Tensor different = torch::stable::new_empty(x, {n}, acc), measured = torch::stable::new_empty(x, {}, acc);
-  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
-                                      ignore_index, reduction);
+std::tuple<Tensor, Tensor, Tensor> magnet_forward(Stack& stack) {
+  const Tensor kind = stack.tensor();
+  const MagnetCall call = stack.magnet_call();
+  stack.end();
+  const std::int64_t n = call.x.size(0);
+  const auto make = [&](std::initializer_list<std::int64_t> shape) {
+    return torch::stable::new_empty(call.x, shape, accumulation(kind));
+  };
+  Tensor value = call.reduction ? make({}) : make({n}), different = make({n}), measured = make({});
+  const MagnetArgs args = Checked::magnet_args(call);
   const MagnetOut out{value.mutable_data_ptr(), different.mutable_data_ptr(), measured.mutable_data_ptr()};
   with_product_type(kind.scalar_type(), [&](auto zero) { magnet_fwd<decltype(zero)>(args, out); });
   return {value, different, measured};
 }
 
-void magnet_backward(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, Tensor grad, Tensor different,
-                     Tensor kind, Tensor x, Tensor clusters, Tensor classes, OptionalTensor centers,
-                     OptionalTensor variance, double alpha, bool normalize, double min_variance, double eps,
-                     std::int64_t ignore_index, std::int64_t reduction) {
-  const std::int64_t n = x.size(0);
-  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
-                                      ignore_index, reduction);
-  const MagnetTargets targets{
-      target_like(grad_x, x, "grad_x"),
-      centers ? target_like(grad_centers, *centers, "grad_centers") : target(grad_centers, {0}, "grad_centers"),
-      target(grad_variance, {}, "grad_variance")};
-  const Vector incoming = vector(grad, n, "grad"), lse = vector(different, n, "different");
+void magnet_backward(Stack& stack) {
+  const Tensor grad_x = stack.tensor(), grad_centers = stack.tensor(), grad_variance = stack.tensor(),
+               grad = stack.tensor(), different = stack.tensor(), kind = stack.tensor();
+  const MagnetCall call = stack.magnet_call();
+  stack.end();
+  const std::int64_t n = call.x.size(0);
+  const MagnetArgs args = Checked::magnet_args(call);
+  const MagnetTargets targets = Checked::magnet_targets(grad_x, grad_centers, grad_variance, call);
+  const Vector incoming = Checked::vector(grad, n, "grad"), lse = Checked::vector(different, n, "different");
   with_product_type(kind.scalar_type(), [&](auto zero) { magnet_bwd<decltype(zero)>(args, incoming, lse, targets); });
 }
 
@@ -271,10 +231,10 @@ STABLE_TORCH_LIBRARY_IMPL(dml_kernels_cpu, CPU, m) {
   m.impl("normalize_bwd", TORCH_BOX(&normalize_backward));
   m.impl("distance_fwd", TORCH_BOX(&distance_forward));
   m.impl("distance_bwd", TORCH_BOX(&distance_backward));
-  m.impl("mlse_fwd", TORCH_BOX(&mlse_forward));
-  m.impl("mlse_bwd", TORCH_BOX(&mlse_backward));
-  m.impl("proxy_nca_fwd", TORCH_BOX(&proxy_nca_forward));
-  m.impl("proxy_nca_bwd", TORCH_BOX(&proxy_nca_backward));
-  m.impl("magnet_fwd", TORCH_BOX(&magnet_forward));
-  m.impl("magnet_bwd", TORCH_BOX(&magnet_backward));
+  m.impl("mlse_fwd", boxed<mlse_forward>);
+  m.impl("mlse_bwd", boxed<mlse_backward>);
+  m.impl("proxy_nca_fwd", boxed<proxy_nca_forward>);
+  m.impl("proxy_nca_bwd", boxed<proxy_nca_backward>);
+  m.impl("magnet_fwd", boxed<magnet_forward>);
+  m.impl("magnet_bwd", boxed<magnet_backward>);
 }

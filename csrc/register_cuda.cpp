@@ -4,8 +4,6 @@
 #if defined(DML_WITH_CUDA) || defined(DML_CUDA_EMULATOR)
 #include "register_cuda.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 namespace {
@@ -16,13 +14,14 @@ using namespace dml::cuda;
 Tensor normalize_fwd(Tensor x, double eps) {
   const Launch launch(x);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  check(normalize_forward(matrix(x, "x"), eps, {out.mutable_data_ptr(), dtype_of(x, "x")}, launch.stream), "normalize");
+  check(normalize_forward(Checked::matrix(x, "x"), eps, {out.mutable_data_ptr(), dtype_of(x, "x")}, launch.stream),
+        "normalize");
   return out;
 }
 
 Tensor normalize_bwd(Tensor grad, Tensor x, double eps) {
   const Launch launch(x);
-  const Matrix g = matrix(grad, "grad"), rows = matrix(x, "x");
+  const Matrix g = Checked::matrix(grad, "grad"), rows = Checked::matrix(x, "x");
   STD_TORCH_CHECK(g.rows == rows.rows && g.cols == rows.cols, "dml_kernels: grad must have the shape of x");
   STD_TORCH_CHECK((g.dtype == Dtype::f64) == (rows.dtype == Dtype::f64), "dml_kernels: fp64 with another dtype");
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
@@ -33,7 +32,7 @@ Tensor normalize_bwd(Tensor grad, Tensor x, double eps) {
 void distance_fwd(Tensor out, Tensor x, Tensor w, std::int64_t metric, bool normalize, double eps) {
   if (x.size(0) == 0) return;
   const Launch launch(x);
-  const Target to = target(out, {x.size(0), w.size(0)}, "out");
+  const Target to = Checked::target(out, {x.size(0), w.size(0)}, "out");
   check(distance_forward(comparison_of(x, w, metric, normalize, eps), to, launch.stream), "normalized_distance");
 }
 
@@ -41,191 +40,160 @@ void distance_bwd(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tensor w,
                   double eps) {
   const Launch launch(x);
   const Comparison comparison = comparison_of(x, w, metric, normalize, eps);
-  const Matrix g = matrix(grad, "grad");
+  const Matrix g = Checked::matrix(grad, "grad");
   STD_TORCH_CHECK(g.rows == comparison.x.rows && g.cols == comparison.w.rows, "dml_kernels: grad must be (N, M)");
   STD_TORCH_CHECK((g.dtype == Dtype::f64) == comparison.wide, "dml_kernels: fp64 with another dtype");
   const Scratch scratch(x, backward_bytes(comparison));
-  check(distance_backward(comparison, g, target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
-                          scratch.data(), launch.stream),
+  check(distance_backward(comparison, g, Checked::target_like(grad_x, x, "grad_x"),
+                          Checked::target_like(grad_w, w, "grad_w"), scratch.data(), launch.stream),
         "normalized_distance");
 }
 
-Labels labels(const Tensor& x, const Tensor& w, const Tensor& y, const OptionalTensor& c, const OptionalTensor& exclude,
-              std::int64_t ignore_index) {
-  const std::int64_t n = x.size(0), m = w.size(0);
-  return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
-}
-
-LogitArgs logit_args(std::int64_t n, std::int64_t m, double k_same, double o_same, double k_different,
-                     double o_different, const OptionalTensor& scale, const OptionalTensor& col_bias) {
-  return {k_same, o_same, k_different, o_different, vector(scale, n, "scale"), vector(col_bias, m, "col_bias")};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor c,
-                                                    OptionalTensor exclude, OptionalTensor scale,
-                                                    OptionalTensor col_bias, std::int64_t metric, bool normalize,
-                                                    double k_same, double o_same, double k_different,
-                                                    double o_different, double eps, std::int64_t ignore_index,
-                                                    bool with_sums) {
-  const Launch launch(x);
-  const std::int64_t n = x.size(0), m = w.size(0);
-  const Comparison comparison = comparison_of(x, w, metric, normalize, eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_fwd(Stack& stack) {
+  const LogitCall call = stack.logit_call();
+  const bool with_sums = stack.flag();
+  stack.end();
+  const Launch launch(call.x);
+  const std::int64_t n = call.x.size(0), m = call.w.size(0);
+  const Comparison comparison = comparison_of(call.x, call.w, call.metric, call.normalize, call.eps);
   const auto make = [&](std::int64_t size) {
-    return torch::stable::new_empty(x, {size}, accumulation(comparison.wide));
+    return torch::stable::new_empty(call.x, {size}, accumulation(comparison.wide));
   };
   Tensor same = make(n), different = make(n), sum_same = make(with_sums ? n : 0),
          sum_different = make(with_sums ? n : 0);
   if (n == 0) return {same, different, sum_same, sum_different};
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias);
-  const LseOut out{same.mutable_data_ptr(),
-                   different.mutable_data_ptr(),
+  const Labels labels = Checked::labels(n, m, call.y, call.c, call.exclude, call.ignore_index);
+  const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(),
                    with_sums ? sum_same.mutable_data_ptr() : nullptr,
-                   with_sums ? sum_different.mutable_data_ptr() : nullptr,
-                   {}};
-  const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
-  check(lse_forward(comparison, labels(x, w, y, c, exclude, ignore_index), args, out, scratch.data(), launch.stream),
+                   with_sums ? sum_different.mutable_data_ptr() : nullptr};
+  const Scratch scratch(call.x, lse_forward_bytes(n, m));
+  check(lse_forward(comparison, labels, Checked::logit_args(call, m), out, {}, scratch.data(), launch.stream),
         "masked_logsumexp");
   return {same, different, sum_same, sum_different};
 }
 
-void mlse_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad_col_bias, Tensor grad_same,
-              Tensor grad_different, Tensor grad_sum_same, Tensor grad_sum_different, Tensor same, Tensor different,
-              Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor scale,
-              OptionalTensor col_bias, std::int64_t metric, bool normalize, double k_same, double o_same,
-              double k_different, double o_different, double eps, std::int64_t ignore_index) {
-  const Launch launch(x);
-  const std::int64_t n = x.size(0), m = w.size(0);
-  const Comparison comparison = comparison_of(x, w, metric, normalize, eps);
-  const LogitArgs args = logit_args(n, m, k_same, o_same, k_different, o_different, scale, col_bias);
-  const LseGrads grads{vector_unless_empty(grad_same, n, "grad_same"),
-                       vector_unless_empty(grad_different, n, "grad_different"),
-                       vector_unless_empty(grad_sum_same, n, "grad_sum_same"),
-                       vector_unless_empty(grad_sum_different, n, "grad_sum_different"),
-                       forward_result(same, n, comparison.wide, "same"),
-                       forward_result(different, n, comparison.wide, "different"),
-                       {}};
-  const LseTargets targets{target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"),
-                           target(grad_scale, {n}, "grad_scale"), target(grad_col_bias, {m}, "grad_col_bias")};
-  const Scratch scratch(x, backward_bytes(comparison));
-  check(lse_backward(comparison, labels(x, w, y, c, exclude, ignore_index), args, grads, targets, scratch.data(),
-                     launch.stream),
-        "masked_logsumexp");
+void mlse_bwd(Stack& stack) {
+  const LseTensors tensors = stack.lse_tensors();
+  const LogitCall call = stack.logit_call();
+  stack.end();
+  const Launch launch(call.x);
+  const std::int64_t n = call.x.size(0), m = call.w.size(0);
+  const Comparison comparison = comparison_of(call.x, call.w, call.metric, call.normalize, call.eps);
+  const Labels labels = Checked::labels(n, m, call.y, call.c, call.exclude, call.ignore_index);
+  LseGrads grads = Checked::lse_grads(tensors, n);
+  grads.lse_same = Checked::result(tensors.same, n, comparison.wide, "same");
+  grads.lse_different = Checked::result(tensors.different, n, comparison.wide, "different");
+  const LseTargets targets = Checked::lse_targets(tensors, call, m);
+  const Scratch scratch(call.x, backward_bytes(comparison));
+  check(
+      lse_backward(comparison, labels, Checked::logit_args(call, m), grads, targets, {}, scratch.data(), launch.stream),
+      "masked_logsumexp");
 }
 
 constexpr std::int64_t squared = std::int64_t(Metric::sqeuclidean);
 
-std::tuple<Tensor, Tensor, Tensor> proxy_nca_fwd(Tensor x, Tensor w, Tensor y, OptionalTensor scale,
-                                                 OptionalTensor weight, double factor, bool exclude_positive,
-                                                 double label_smoothing, double eps, std::int64_t ignore_index,
-                                                 std::int64_t reduction) {
-  const Launch launch(x);
-  const std::int64_t n = x.size(0), m = w.size(0);
+ProxyNca proxy_nca(const ProxyCall& call, void* value) {
+  return {true,
+          call.exclude_positive,
+          call.label_smoothing,
+          Checked::vector(call.weight, call.x.size(0), "weight"),
+          choice<Reduction>(call.reduction, 3, "reduction"),
+          value};
+}
+
+LogitArgs logit_args(const ProxyCall& call) {
+  return {call.factor, 0, call.factor, 0, Checked::vector(call.scale, call.x.size(0), "scale"), {}};
+}
+
+Labels labels(const ProxyCall& call) {
+  return {Checked::integers(call.y, call.x.size(0), "y"), nullptr, nullptr, call.ignore_index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> proxy_nca_fwd(Stack& stack) {
+  const ProxyCall call = stack.proxy_call();
+  stack.end();
+  const Launch launch(call.x);
+  const std::int64_t n = call.x.size(0), m = call.w.size(0);
   STD_TORCH_CHECK(n > 0, "dml_kernels: proxy_nca needs at least one row");
-  const Comparison comparison = comparison_of(x, w, squared, true, eps);
-  const auto make = [&](std::int64_t size) {
-    return torch::stable::new_empty(x, {size}, accumulation(comparison.wide));
-  };
-  Tensor same = make(n), different = make(n), sums_of_logits = make(label_smoothing > 0 ? 2 * n : 0);
-  Tensor value = reduction ? torch::stable::new_empty(x, {}, accumulation(comparison.wide)) : make(n);
-  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}};
-  char* logits = label_smoothing > 0 ? static_cast<char*>(sums_of_logits.mutable_data_ptr()) : nullptr;
-  const LseOut out{same.mutable_data_ptr(),
-                   different.mutable_data_ptr(),
-                   logits,
-                   logits ? logits + n * (comparison.wide ? 8 : 4) : nullptr,
-                   {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
-                    choice<Reduction>(reduction, 3, "reduction"), value.mutable_data_ptr()}};
-  const Scratch scratch(x, lse_forward_bytes(n, m, x.size(1)));
-  check(lse_forward(comparison, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, out, scratch.data(),
-                    launch.stream),
+  const Comparison comparison = comparison_of(call.x, call.w, squared, true, call.eps);
+  const ScalarType type = accumulation(comparison.wide);
+  const auto make = [&](std::int64_t size) { return torch::stable::new_empty(call.x, {size}, type); };
+  const bool smooth = call.label_smoothing > 0;
+  Tensor same = make(n), different = make(n), sum_same = make(smooth ? n : 0), sum_different = make(smooth ? n : 0);
+  Tensor value = call.reduction ? torch::stable::new_empty(call.x, {}, type) : make(n);
+  const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(),
+                   smooth ? sum_same.mutable_data_ptr() : nullptr, smooth ? sum_different.mutable_data_ptr() : nullptr};
+  const Scratch scratch(call.x, lse_forward_bytes(n, m));
+  check(lse_forward(comparison, labels(call), logit_args(call), out, proxy_nca(call, value.mutable_data_ptr()),
+                    scratch.data(), launch.stream),
         "proxy_nca");
   return {value, same, different};
 }
 
-void proxy_nca_bwd(Tensor grad_x, Tensor grad_w, Tensor grad_scale, Tensor grad, Tensor same, Tensor different,
-                   Tensor x, Tensor w, Tensor y, OptionalTensor scale, OptionalTensor weight, double factor,
-                   bool exclude_positive, double label_smoothing, double eps, std::int64_t ignore_index,
-                   std::int64_t reduction) {
-  const Launch launch(x);
-  const std::int64_t n = x.size(0);
-  const Comparison comparison = comparison_of(x, w, squared, true, eps);
-  const LogitArgs args{factor, 0, factor, 0, vector(scale, n, "scale"), {}};
-  const LseGrads grads{vector(grad, n, "grad"),
+void proxy_nca_bwd(Stack& stack) {
+  const Tensor grad_x = stack.tensor(), grad_w = stack.tensor(), grad_scale = stack.tensor(), grad = stack.tensor(),
+               same = stack.tensor(), different = stack.tensor();
+  const ProxyCall call = stack.proxy_call();
+  stack.end();
+  const Launch launch(call.x);
+  const std::int64_t n = call.x.size(0);
+  const Comparison comparison = comparison_of(call.x, call.w, squared, true, call.eps);
+  const LseGrads grads{Checked::vector(grad, n, "grad"),
                        {},
                        {},
                        {},
-                       forward_result(same, n, comparison.wide, "same"),
-                       forward_result(different, n, comparison.wide, "different"),
-                       {true, exclude_positive, label_smoothing, vector(weight, n, "weight"),
-                        choice<Reduction>(reduction, 3, "reduction"), nullptr}};
-  const LseTargets targets{
-      target_like(grad_x, x, "grad_x"), target_like(grad_w, w, "grad_w"), target(grad_scale, {n}, "grad_scale"), {}};
-  const Scratch scratch(x, backward_bytes(comparison));
-  check(lse_backward(comparison, {integers(y, n, "y"), nullptr, nullptr, ignore_index}, args, grads, targets,
+                       Checked::result(same, n, comparison.wide, "same"),
+                       Checked::result(different, n, comparison.wide, "different")};
+  const LseTargets targets{Checked::target_like(grad_x, call.x, "grad_x"),
+                           Checked::target_like(grad_w, call.w, "grad_w"),
+                           Checked::target(grad_scale, {n}, "grad_scale"),
+                           {}};
+  const Scratch scratch(call.x, backward_bytes(comparison));
+  check(lse_backward(comparison, labels(call), logit_args(call), grads, targets, proxy_nca(call, nullptr),
                      scratch.data(), launch.stream),
         "proxy_nca");
 }
 
 bool magnet_fits(Tensor x, std::int64_t clusters, bool given_centers) {
-  return !magnet_refusal(x.size(0), clusters, x.size(1), given_centers, x.scalar_type() == ScalarType::Double);
+  return !magnet_refusal(x.size(0), clusters, given_centers, x.scalar_type() == ScalarType::Double);
 }
 
-MagnetArgs magnet_args(const Tensor& x, const Tensor& clusters, const Tensor& classes, const OptionalTensor& centers,
-                       const OptionalTensor& variance, double alpha, bool normalize, double min_variance, double eps,
-                       std::int64_t ignore_index, std::int64_t reduction) {
-  STD_TORCH_CHECK(!centers || (centers->size(0) == classes.size(0) && centers->size(1) == x.size(1)),
-                  "dml_kernels: a centre for each cluster");
-  const Matrix rows = matrix(x, "x"), bank = centers ? matrix(*centers, "centers") : Matrix{};
-  const bool wide = rows.dtype == Dtype::f64 || (centers && bank.dtype == Dtype::f64);
-  return {widened(rows, wide),
-          widened(bank, wide),
-          integers(clusters, x.size(0), "clusters"),
-          integers(classes, classes.size(0), "classes"),
-          classes.size(0),
-          ignore_index,
-          vector(variance, 1, "variance"),
-          alpha,
-          min_variance,
-          eps,
-          normalize,
-          wide,
-          choice<Reduction>(reduction, 3, "reduction")};
+MagnetArgs magnet_args(const MagnetCall& call) {
+  MagnetArgs args = Checked::magnet_args(call);
+  args.x = widened(args.x, wide(args)), args.centers = widened(args.centers, wide(args));
+  check(magnet_refusal(args.x.rows, args.cluster_count, call.centers.has_value(), wide(args)), "magnet_loss");
+  return args;
 }
 
-std::tuple<Tensor, Tensor, Tensor> magnet_fwd(Tensor x, Tensor clusters, Tensor classes, OptionalTensor centers,
-                                              OptionalTensor variance, double alpha, bool normalize,
-                                              double min_variance, double eps, std::int64_t ignore_index,
-                                              std::int64_t reduction) {
-  const Launch launch(x);
-  const std::int64_t n = x.size(0);
-  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
-                                      ignore_index, reduction);
-  check(magnet_refusal(n, classes.size(0), x.size(1), centers.has_value(), args.wide), "magnet_loss");
-  const ScalarType type = accumulation(args.wide);
-  Tensor value = reduction ? torch::stable::new_empty(x, {}, type) : torch::stable::new_empty(x, {n}, type);
-  Tensor different = torch::stable::new_empty(x, {n}, type), measured = torch::stable::new_empty(x, {}, type);
-  const Scratch scratch(x, magnet_forward_bytes(args));
+std::tuple<Tensor, Tensor, Tensor> magnet_fwd(Stack& stack) {
+  const MagnetCall call = stack.magnet_call();
+  stack.end();
+  const Launch launch(call.x);
+  const std::int64_t n = call.x.size(0);
+  const MagnetArgs args = magnet_args(call);
+  const auto make = [&](std::initializer_list<std::int64_t> shape) {
+    return torch::stable::new_empty(call.x, shape, accumulation(wide(args)));
+  };
+  Tensor value = call.reduction ? make({}) : make({n}), different = make({n}), measured = make({});
+  const Scratch scratch(call.x, magnet_forward_bytes(args));
   check(magnet_forward(args, {value.mutable_data_ptr(), different.mutable_data_ptr(), measured.mutable_data_ptr()},
                        scratch.data(), launch.stream),
         "magnet_loss");
   return {value, different, measured};
 }
 
-void magnet_bwd(Tensor grad_x, Tensor grad_centers, Tensor grad_variance, Tensor grad, Tensor different, Tensor x,
-                Tensor clusters, Tensor classes, OptionalTensor centers, OptionalTensor variance, double alpha,
-                bool normalize, double min_variance, double eps, std::int64_t ignore_index, std::int64_t reduction) {
-  const Launch launch(x);
-  const std::int64_t n = x.size(0);
-  const MagnetArgs args = magnet_args(x, clusters, classes, centers, variance, alpha, normalize, min_variance, eps,
-                                      ignore_index, reduction);
-  check(magnet_refusal(n, classes.size(0), x.size(1), centers.has_value(), args.wide), "magnet_loss");
-  const MagnetTargets targets{
-      target_like(grad_x, x, "grad_x"),
-      centers ? target_like(grad_centers, *centers, "grad_centers") : target(grad_centers, {0}, "grad_centers"),
-      target(grad_variance, {}, "grad_variance")};
-  const Scratch scratch(x, magnet_backward_bytes(args));
-  check(magnet_backward(args, vector(grad, n, "grad"), forward_result(different, n, args.wide, "different"), targets,
-                        scratch.data(), launch.stream),
+void magnet_bwd(Stack& stack) {
+  const Tensor grad_x = stack.tensor(), grad_centers = stack.tensor(), grad_variance = stack.tensor(),
+               grad = stack.tensor(), different = stack.tensor();
+  const MagnetCall call = stack.magnet_call();
+  stack.end();
+  const Launch launch(call.x);
+  const std::int64_t n = call.x.size(0);
+  const MagnetArgs args = magnet_args(call);
+  const MagnetTargets targets = Checked::magnet_targets(grad_x, grad_centers, grad_variance, call);
+  const Scratch scratch(call.x, magnet_backward_bytes(args));
+  const Vector lse = Checked::result(different, n, wide(args), "different");
+  check(magnet_backward(args, Checked::vector(grad, n, "grad"), lse.data, targets, scratch.data(), launch.stream),
         "magnet_loss");
 }
 
@@ -271,13 +239,13 @@ void implement(Library& m) {
   m.impl("normalize_bwd", TORCH_BOX(&normalize_bwd));
   m.impl("distance_fwd", TORCH_BOX(&distance_fwd));
   m.impl("distance_bwd", TORCH_BOX(&distance_bwd));
-  m.impl("mlse_fwd", TORCH_BOX(&mlse_fwd));
-  m.impl("mlse_bwd", TORCH_BOX(&mlse_bwd));
-  m.impl("proxy_nca_fwd", TORCH_BOX(&proxy_nca_fwd));
-  m.impl("proxy_nca_bwd", TORCH_BOX(&proxy_nca_bwd));
+  m.impl("mlse_fwd", boxed<mlse_fwd>);
+  m.impl("mlse_bwd", boxed<mlse_bwd>);
+  m.impl("proxy_nca_fwd", boxed<proxy_nca_fwd>);
+  m.impl("proxy_nca_bwd", boxed<proxy_nca_bwd>);
   m.impl("magnet_fits", TORCH_BOX(&magnet_fits));
-  m.impl("magnet_fwd", TORCH_BOX(&magnet_fwd));
-  m.impl("magnet_bwd", TORCH_BOX(&magnet_bwd));
+  m.impl("magnet_fwd", boxed<magnet_fwd>);
+  m.impl("magnet_bwd", boxed<magnet_bwd>);
 }
 
 }  // namespace

@@ -1,10 +1,8 @@
 // The compiled ops of pair and triplet losses, beside those of register.cpp.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "core/noise.h"
-#include "tensors.h"
+#include "register_cpu.h"
 
 namespace {
 
@@ -13,7 +11,8 @@ using namespace dml::cpu;
 
 HingeArgs hinge_args(std::int64_t n, const Tensor& offset_same, const Tensor& offset_different, double k_same,
                      double k_different) {
-  return {k_same, k_different, vector(offset_same, n, "offset_same"), vector(offset_different, n, "offset_different")};
+  return {k_same, k_different, Checked::vector(offset_same, n, "offset_same"),
+          Checked::vector(offset_different, n, "offset_different")};
 }
 
 // `kind` is an empty tensor whose dtype is the products'.
@@ -27,14 +26,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, 
   const ScalarType acc = accumulation(kind);
   Tensor same = make(acc), different = make(acc), count_same = make(ScalarType::Long),
          count_different = make(ScalarType::Long);
-  const Labels label = labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
+  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
   const HingeOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), count_same.mutable_data_ptr<std::int64_t>(),
                      count_different.mutable_data_ptr<std::int64_t>()};
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
-    masked_hinge_sum_fwd<P>(comparison, label, args, out);
+    masked_hinge_sum_fwd<P>(comparison, labels, args, out);
   });
   return {same, different, count_same, count_different};
 }
@@ -45,15 +44,16 @@ void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slop
                     bool normalize, double eps, std::int64_t ignore_index) {
   const std::int64_t n = x.size(0);
   STD_TORCH_CHECK(!slope_own || !c, "dml_kernels: a row's own column needs labels that are columns");
-  const Labels label = labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
+  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
-  const HingeSlopes slopes{vector(slope_same, n, "slope_same"), vector(slope_different, n, "slope_different"),
-                           vector(slope_own, n, "slope_own")};
-  const Target to_x = target_like(grad_x, x, "grad_x"), to_w = target_like(grad_w, w, "grad_w");
+  const HingeSlopes slopes{Checked::vector(slope_same, n, "slope_same"),
+                           Checked::vector(slope_different, n, "slope_different"),
+                           Checked::vector(slope_own, n, "slope_own")};
+  const Target to_x = Checked::target_like(grad_x, x, "grad_x"), to_w = Checked::target_like(grad_w, w, "grad_w");
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
-    masked_hinge_sum_bwd<P>(comparison, label, args, slopes, to_x, to_w);
+    masked_hinge_sum_bwd<P>(comparison, labels, args, slopes, to_x, to_w);
   });
 }
 
@@ -70,9 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
   Tensor index_s = make(same, ScalarType::Long), score_s = make(same, acc), count_s = make(same, ScalarType::Long);
   Tensor index_d = make(different, ScalarType::Long), score_d = make(different, acc),
          count_d = make(different, ScalarType::Long);
-  const Labels label = labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
-  const ArgmaxArgs args{vector(low, n, "low"),
-                        vector(high, n, "high"),
+  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
+  const ArgmaxArgs args{Checked::vector(low, n, "low"),
+                        Checked::vector(high, n, "high"),
                         same,
                         different,
                         largest_same,
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
   with_product_type(kind.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     const Comparison<P> comparison = comparison_of<P>(x, w, metric, normalize, eps, Cut::longer_side);
-    masked_argmax<P>(comparison, label, args, out_s, out_d);
+    masked_argmax<P>(comparison, labels, args, out_s, out_d);
   });
   return {index_s, score_s, count_s, index_d, score_d, count_d};
 }

@@ -22,24 +22,23 @@ void distance_fwd(const Comparison<P>& comparison, Target out) {
 }
 
 template <class P>
-void distance_bwd(const Comparison<P>& comparison, const Source& grad, Target grad_x, Target grad_w) {
+void distance_bwd(const Comparison<P>& comparison, const Matrix& grad, Target grad_x, Target grad_w) {
   using A = Acc<P>;
   const auto& kernels = row_kernels<A>();
   const Plan& plan = comparison.plan;
   const A sign = comparison.metric == Metric::dot ? A(1) : A(-1);
-  const std::int64_t size = grad.dtype == ScalarType::Double ? 8 : grad.dtype == ScalarType::Float ? 4 : 2;
   Gradients<P> gradients(comparison, grad_x, grad_w);
   for_slices(plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
     TileScores<P> scores(comparison);
     typename Gradients<P>::Worker out(gradients, scores);
     std::vector<A> ds(plan.tile_columns);
     const A* root = comparison.metric == Metric::euclidean ? scores.s.data() : nullptr;
-    Source columns = grad;  // the tile's, whatever the strides: 0 for an expanded one
+    Matrix columns = grad;  // the tile's, whatever the strides: 0 for an expanded one
     const auto begin = [&](std::int64_t tile) {
       scores.load(tile);
       out.begin_tile();
       columns.cols = scores.count;
-      columns.data = static_cast<const char*>(grad.data) + scores.first * grad.col_stride * size;
+      columns.data = static_cast<const char*>(grad.data) + scores.first * grad.col_stride * bytes_of(grad.dtype);
     };
     const auto row = [&](std::int64_t local, std::int64_t i) {
       scores.score_row(i, A(1), A(0), nullptr, true);
@@ -60,8 +59,8 @@ namespace {
 
 // fp64 rows in double, all others in float.
 template <class Function>
-void with_accumulation(ScalarType dtype, Function function) {
-  if (dtype == ScalarType::Double) return function(double{});
+void with_accumulation(Dtype dtype, Function function) {
+  if (dtype == Dtype::f64) return function(double{});
   function(float{});
 }
 
@@ -74,7 +73,7 @@ A inverse_norm(const A* x, std::int64_t d, double eps, bool& unit) {
 
 }  // namespace
 
-void normalize_fwd(const Source& x, double eps, Target out) {
+void normalize_fwd(const Matrix& x, double eps, Target out) {
   with_accumulation(x.dtype, [&](auto zero) {
     using A = decltype(zero);
     torch::stable::parallel_for(0, x.rows, 64, [&](std::int64_t begin, std::int64_t end) {
@@ -90,7 +89,7 @@ void normalize_fwd(const Source& x, double eps, Target out) {
   });
 }
 
-void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) {
+void normalize_bwd(const Matrix& grad, const Matrix& x, double eps, Target out) {
   with_accumulation(x.dtype, [&](auto zero) {
     using A = decltype(zero);
     const auto& kernels = row_kernels<A>();
@@ -112,7 +111,7 @@ void normalize_bwd(const Source& grad, const Source& x, double eps, Target out) 
 
 #define DML_INSTANTIATE(P)                                     \
   template void distance_fwd<P>(const Comparison<P>&, Target); \
-  template void distance_bwd<P>(const Comparison<P>&, const Source&, Target, Target);
+  template void distance_bwd<P>(const Comparison<P>&, const Matrix&, Target, Target);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)
 DML_INSTANTIATE(bf16)

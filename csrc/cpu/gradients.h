@@ -8,12 +8,6 @@
 
 namespace dml::cpu {
 
-// Where a gradient goes; data is null where none is wanted.
-struct Target {
-  void* data;
-  ScalarType dtype;
-};
-
 // The sum of many rows' vectors over a tile: short runs in the vectors' type, the runs in double, so that the error does
 // not grow with the number of rows.
 template <class A>

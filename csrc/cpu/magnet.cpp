@@ -38,7 +38,6 @@ template <class P>
 class Magnet {
  public:
   using A = Acc<P>;
-  static constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
   explicit Magnet(const MagnetArgs& args)
       : args_(args), groups_(args), n_(args.x.rows), d_(args.x.cols), distances_(n_), y_(n_, args.ignore) {
@@ -79,9 +78,9 @@ class Magnet {
 
   void backward(const Vector& grad, const Vector& different, const MagnetTargets& targets) {
     std::vector<A> g(n_, A(0)), lse(n_), empty(n_, -std::numeric_limits<A>::infinity()), none(n_, A(0));
-    different.read(0, n_, lse.data());
+    read_values(different, 0, n_, lse.data());
     std::vector<A> incoming(n_);
-    grad.read(0, n_, incoming.data());
+    read_values(grad, 0, n_, incoming.data());
     double grad_scale = 0;
     for (const std::int64_t i : groups_.rows) {
       if (hinge(i, lse[i]) <= A(0)) continue;
@@ -93,11 +92,10 @@ class Magnet {
     std::vector<A> grad_rows(targets.x.data ? n_ * d_ : 0), row_scale(through_variance ? n_ : 0);
     std::vector<A> grad_bank(targets.centers.data || !given() ? bank_.rows * d_ : 0);
     if (bank_.rows > 0) {
-      const auto values = [](std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };
-      const auto to = [](std::vector<A>& v) { return Target{v.empty() ? nullptr : v.data(), type}; };
+      const auto to = [](std::vector<A>& v) { return Target{v.empty() ? nullptr : v.data(), dtype_for<A>}; };
       masked_logsumexp_bwd<P>(comparison(), labels(), logit(),
-                              {values(none), values(g), {}, {}, values(empty), values(lse)},
-                              {to(grad_rows), to(grad_bank), to(row_scale), {nullptr, type}});
+                              {vector_of(none), vector_of(g), {}, {}, vector_of(empty), vector_of(lse)},
+                              {to(grad_rows), to(grad_bank), to(row_scale), {}});
     }
     grad_scale = std::accumulate(row_scale.begin(), row_scale.end(), grad_scale);
     // scale = 1 / (2 variance); at its floor the variance is a constant.
@@ -132,14 +130,14 @@ class Magnet {
     return buffer;
   }
 
-  Source contiguous(const A* data, std::int64_t rows) const { return {data, type, rows, d_, d_, 1}; }
+  Matrix contiguous(const A* data, std::int64_t rows) const { return {data, dtype_for<A>, rows, d_, d_, 1}; }
 
   Comparison<P> comparison() const {
-    const Source rows = args_.normalize ? contiguous(unit_rows_.data(), n_) : args_.x;
+    const Matrix rows = args_.normalize ? contiguous(unit_rows_.data(), n_) : args_.x;
     return {rows, bank_, Metric::sqeuclidean, false, args_.eps, Cut::longer_side};
   }
   Labels labels() const { return {y_.data(), given() ? args_.classes : c_.data(), nullptr, args_.ignore}; }
-  LogitArgs logit() const { return {1, 0, 1, 0, Vector{&scale_, type, 0}, {}}; }
+  PolicyLogitArgs logit() const { return {{1, 0, 1, 0, Vector{&scale_, dtype_for<A>, 0}, {}}}; }
 
   // body(group) over all groups, some tens of thousands of numbers a thread.
   template <class Body>
@@ -175,7 +173,7 @@ class Magnet {
     measured_ = std::accumulate(part.begin(), part.end(), 0.0) / degrees();
     if (args_.variance) {
       A value;
-      args_.variance.read(0, 1, &value);
+      read_values(args_.variance, 0, 1, &value);
       measured_ = value;
     }
     scale_ = A(0.5 / (floored() ? args_.min_variance : measured_));
@@ -228,7 +226,7 @@ class Magnet {
   Side<P> rows_;
   std::vector<A> unit_rows_, means_, distances_;  // unit rows where normalised; distances_: |r - mu_own|^2
   std::vector<std::int64_t> y_, c_;
-  Source bank_{};
+  Matrix bank_{};
   double measured_ = 0;  // the variance before its floor
   A scale_ = 0;
 };

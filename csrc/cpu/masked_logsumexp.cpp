@@ -15,12 +15,12 @@ struct Setup {
   using A = Acc<P>;
   const Comparison<P>& comparison;
   const Labels& labels;
-  const LogitArgs& args;
+  const PolicyLogitArgs& args;
   LabelIndex index;
   std::vector<A> scale;
   bool one_logit;  // both sets share factor and offset
 
-  Setup(const Comparison<P>& comparison, const Labels& labels, const LogitArgs& args)
+  Setup(const Comparison<P>& comparison, const Labels& labels, const PolicyLogitArgs& args)
       : comparison(comparison), labels(labels), args(args), index(labels.y, comparison.x.rows, labels.c, labels.ignore),
         scale(read_rows<A>(args.scale, comparison.x.rows, A(1))),
         one_logit(args.k_same == args.k_different && args.o_same == args.o_different && !args.policy.quadratic()) {}
@@ -54,7 +54,7 @@ class Walk {
     const std::int64_t n = count;
     biased_ = bool(setup_.args.col_bias);
     if (biased_) {
-      setup_.args.col_bias.read(first, n, b_.data());
+      read_values(setup_.args.col_bias, first, n, b_.data());
     } else {
       std::fill_n(b_.data(), n, A(0));
     }
@@ -66,7 +66,7 @@ class Walk {
 
   // Row i: z of the others in scores.z, of its own label in `same` (at `positions`); what is left out is -inf.
   void split(std::int64_t i) {
-    const LogitArgs& args = setup_.args;
+    const PolicyLogitArgs& args = setup_.args;
     const A t = setup_.scale[i];
     logits(i, A(args.k_different) * t, A(args.o_different), biased_ ? b_.data() : nullptr);
     for (const std::int32_t j : ignored_) scores.z[j] = minus_infinity;  // not by a bias, which a NaN would survive
@@ -157,7 +157,7 @@ struct RowState {
 }  // namespace
 
 template <class P>
-void masked_logsumexp_fwd(const Comparison<P>& comparison, const Labels& labels, const LogitArgs& args,
+void masked_logsumexp_fwd(const Comparison<P>& comparison, const Labels& labels, const PolicyLogitArgs& args,
                           const LseOut& out) {
   using A = Acc<P>;
   const Setup<P> setup(comparison, labels, args);
@@ -202,16 +202,16 @@ void masked_logsumexp_fwd(const Comparison<P>& comparison, const Labels& labels,
 }
 
 template <class P>
-void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels, const LogitArgs& args, const LseIn& in,
-                          const LseTargets& targets) {
+void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels, const PolicyLogitArgs& args,
+                          const LseGrads& grads, const LseTargets& targets) {
   using A = Acc<P>;
   const Setup<P> setup(comparison, labels, args);
   const auto& kernels = row_kernels<A>();
   const std::int64_t n = comparison.x.rows, slices = comparison.plan.slices;
   const auto per_row = [n](const Vector& v) { return read_rows<A>(v, n, A(0)); };
-  const auto g_same = per_row(in.grad_same), g_different = per_row(in.grad_different);
-  const auto h_same = per_row(in.grad_sum_same), h_different = per_row(in.grad_sum_different);
-  auto lse_same = per_row(in.same), lse_different = per_row(in.different);
+  const auto g_same = per_row(grads.same), g_different = per_row(grads.different);
+  const auto h_same = per_row(grads.sum_same), h_different = per_row(grads.sum_different);
+  auto lse_same = per_row(grads.lse_same), lse_different = per_row(grads.lse_different);
   // An empty set's weights are exp(z - inf) = 0.
   for (auto* lse : {&lse_same, &lse_different})
     for (A& value : *lse)
@@ -295,9 +295,9 @@ void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels,
   }
 }
 
-#define DML_INSTANTIATE(P)                                                                                     \
-  template void masked_logsumexp_fwd<P>(const Comparison<P>&, const Labels&, const LogitArgs&, const LseOut&); \
-  template void masked_logsumexp_bwd<P>(const Comparison<P>&, const Labels&, const LogitArgs&, const LseIn&,   \
+#define DML_INSTANTIATE(P)                                                                                            \
+  template void masked_logsumexp_fwd<P>(const Comparison<P>&, const Labels&, const PolicyLogitArgs&, const LseOut&);  \
+  template void masked_logsumexp_bwd<P>(const Comparison<P>&, const Labels&, const PolicyLogitArgs&, const LseGrads&, \
                                         const LseTargets&);
 DML_INSTANTIATE(float)
 DML_INSTANTIATE(double)

@@ -6,65 +6,41 @@
 
 namespace dml::cpu {
 
-// A vector as it came: any dtype of ours, any stride; data is null where it was not given.
-struct Vector {
-  const void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  std::int64_t stride = 1;
-
-  explicit operator bool() const { return data != nullptr; }
-
-  // Values [first, first + n) as A.
-  template <class A>
-  void read(std::int64_t first, std::int64_t n, A* out) const {
-    const std::int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-    read_row(Source{static_cast<const char*>(data) + first * stride * size, dtype, 1, n, 0, stride}, 0, out);
-  }
-};
+// Values [first, first + n) of a vector as A.
+template <class A>
+void read_values(const Vector& v, std::int64_t first, std::int64_t n, A* out) {
+  const auto* data = static_cast<const char*>(v.data) + first * v.stride * bytes_of(v.dtype);
+  read_row(Matrix{data, v.dtype, 1, n, 0, v.stride}, 0, out);
+}
 
 // All n values of a vector; where it was not given, n times `otherwise`.
 template <class A>
 std::vector<A> read_rows(const Vector& v, std::int64_t n, A otherwise) {
   std::vector<A> out(n, otherwise);
-  if (v) v.read(0, n, out.data());
+  if (v) read_values(v, 0, n, out.data());
   return out;
 }
 
-// Labels are contiguous int64; c and exclude may be null.
-struct Labels {
-  const std::int64_t *y, *c, *exclude;
-  std::int64_t ignore;
-};
+// A vector that the library itself holds; an empty one counts as not given.
+template <class A>
+Vector vector_of(const std::vector<A>& v) {
+  return {v.empty() ? nullptr : v.data(), dtype_for<A>, 1};
+}
 
-struct LogitArgs {
-  double k_same, o_same, k_different, o_different;
-  Vector scale, col_bias;  // scale has stride 0 for a scalar
+// A logit with a policy between score and logit.
+struct PolicyLogitArgs : LogitArgs {
   Policy policy = {};
 };
 
-struct LseOut {
-  void *same, *different, *sum_same, *sum_different;  // (n,) of the accumulation type; the sums may be null
-};
-
-struct LseIn {
-  Vector grad_same, grad_different, grad_sum_same, grad_sum_different;  // the sums' gradients may be absent
-  Vector same, different;                                               // the forward's results
-};
-
-struct LseTargets {
-  Target x, w, scale, col_bias;  // scale: (n,), one for each row, even of a scalar
-};
-
 template <class P>
-void masked_logsumexp_fwd(const Comparison<P>&, const Labels&, const LogitArgs&, const LseOut&);
+void masked_logsumexp_fwd(const Comparison<P>&, const Labels&, const PolicyLogitArgs&, const LseOut&);
 template <class P>
-void masked_logsumexp_bwd(const Comparison<P>&, const Labels&, const LogitArgs&, const LseIn&, const LseTargets&);
-
-enum class Reduction : std::int64_t { none = 0, sum = 1, mean = 2 };
+void masked_logsumexp_bwd(const Comparison<P>&, const Labels&, const PolicyLogitArgs&, const LseGrads&,
+                          const LseTargets&);
 
 // The Proxy-NCA loss of rows x with proxies w; see dml_kernels/losses/proxy_nca.py for the formula.
 struct ProxyArgs {
-  Source x, w;
+  Matrix x, w;
   const std::int64_t* y;
   std::int64_t ignore;
   Vector scale, weight;  // null for 1; weight: of the rows
@@ -87,25 +63,6 @@ void proxy_nca_fwd(const ProxyArgs&, const ProxyOut&);
 template <class P>
 void proxy_nca_bwd(const ProxyArgs&, const Vector& grad, const Vector& same, const Vector& different,
                    const ProxyTargets&);
-
-// The Magnet loss of rows x in clusters; see dml_kernels/losses/magnet.py for the formula.
-struct MagnetArgs {
-  Source x, centers;                       // centers.data is null where the batch's own means are the centres
-  const std::int64_t *clusters, *classes;  // of each row, and the class of each cluster
-  std::int64_t cluster_count, ignore;
-  Vector variance;  // null where the batch's own is meant
-  double alpha, min_variance, eps;
-  bool normalize;
-  Reduction reduction;
-};
-
-struct MagnetOut {
-  void *value, *different, *variance;  // of the accumulation type: (n,) or (), (n,), ()
-};
-
-struct MagnetTargets {
-  Target x, centers, variance;
-};
 
 template <class P>
 void magnet_fwd(const MagnetArgs&, const MagnetOut&);
@@ -160,9 +117,9 @@ void masked_argmax(const Comparison<P>&, const Labels&, const ArgmaxArgs&, const
 template <class P>
 void distance_fwd(const Comparison<P>&, Target out);
 template <class P>
-void distance_bwd(const Comparison<P>&, const Source& grad, Target grad_x, Target grad_w);
+void distance_bwd(const Comparison<P>&, const Matrix& grad, Target grad_x, Target grad_w);
 
-void normalize_fwd(const Source& x, double eps, Target out);
-void normalize_bwd(const Source& grad, const Source& x, double eps, Target out);
+void normalize_fwd(const Matrix& x, double eps, Target out);
+void normalize_bwd(const Matrix& grad, const Matrix& x, double eps, Target out);
 
 }  // namespace dml::cpu

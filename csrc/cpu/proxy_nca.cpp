@@ -11,7 +11,6 @@ template <class P>
 class ProxyNca {
  public:
   using A = Acc<P>;
-  static constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
   explicit ProxyNca(const ProxyArgs& args)
       : args_(args), n_(args.x.rows),
@@ -47,17 +46,17 @@ class ProxyNca {
   void backward(const Vector& grad, const Vector& same, const Vector& different, const ProxyTargets& targets) {
     std::vector<A> incoming(n_), lse_same(n_), lse_different(n_), g_same(n_, 0), g_different(n_, 0);
     std::vector<A> g_sums(args_.label_smoothing > 0 ? n_ : 0);
-    grad.read(0, n_, incoming.data()), same.read(0, n_, lse_same.data()), different.read(0, n_, lse_different.data());
+    read_values(grad, 0, n_, incoming.data()), read_values(same, 0, n_, lse_same.data()),
+        read_values(different, 0, n_, lse_different.data());
     for (std::int64_t i = 0; i < n_; ++i) {
       if (!counts(i)) continue;
       const double h = incoming[i] * factor_[i], pull = h * slope(lse_same[i], lse_different[i]);
       g_different[i] = A(pull), g_same[i] = A(h * args_.label_smoothing - pull);
       if (!g_sums.empty()) g_sums[i] = A(-h * args_.label_smoothing / double(args_.w.rows));
     }
-    const auto values = [](const std::vector<A>& v) { return Vector{v.empty() ? nullptr : v.data(), type, 1}; };
-    const LseIn in{values(g_same), values(g_different), values(g_sums),
-                   values(g_sums), values(lse_same),    values(lse_different)};
-    masked_logsumexp_bwd<P>(comparison_, labels(), logit(), in, {targets.x, targets.w, targets.scale, {nullptr, type}});
+    const LseGrads grads{vector_of(g_same), vector_of(g_different), vector_of(g_sums),
+                         vector_of(g_sums), vector_of(lse_same),    vector_of(lse_different)};
+    masked_logsumexp_bwd<P>(comparison_, labels(), logit(), grads, {targets.x, targets.w, targets.scale, {}});
   }
 
  private:
@@ -78,7 +77,7 @@ class ProxyNca {
   }
 
   Labels labels() const { return {args_.y, nullptr, nullptr, args_.ignore}; }
-  LogitArgs logit() const { return {args_.factor, 0, args_.factor, 0, args_.scale, {}}; }
+  PolicyLogitArgs logit() const { return {{args_.factor, 0, args_.factor, 0, args_.scale, {}}}; }
 
   const ProxyArgs& args_;
   std::int64_t n_;

@@ -7,26 +7,19 @@
 namespace dml::cpu {
 namespace {
 
-template <class P>
-constexpr ScalarType type_of() {
-  if constexpr (std::is_same_v<P, double>) return ScalarType::Double;
-  if constexpr (std::is_same_v<P, float>) return ScalarType::Float;
-  return ScalarType::BFloat16;
-}
-
 template <class Function>
-void with_type(ScalarType dtype, Function function) {
-  if (dtype == ScalarType::Float) return function(float{});
-  if (dtype == ScalarType::Double) return function(double{});
-  if (dtype == ScalarType::BFloat16) return function(bf16{});
-  if (dtype == ScalarType::Half) return function(fp16{});
+void with_type(Dtype dtype, Function function) {
+  if (dtype == Dtype::f32) return function(float{});
+  if (dtype == Dtype::f64) return function(double{});
+  if (dtype == Dtype::bf16) return function(bf16{});
+  if (dtype == Dtype::f16) return function(fp16{});
   throw std::invalid_argument("dml_kernels: the cpu backend reads float32, float64, bfloat16 and float16");
 }
 
 }  // namespace
 
 template <class A>
-void read_row(const Source& source, std::int64_t i, A* out) {
+void read_row(const Matrix& source, std::int64_t i, A* out) {
   with_type(source.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* in = static_cast<const T*>(source.data) + i * source.row_stride;
@@ -40,7 +33,7 @@ void read_row(const Source& source, std::int64_t i, A* out) {
 }
 
 template <class A>
-void write_values(const A* values, void* out, ScalarType dtype, std::int64_t offset, std::int64_t n) {
+void write_values(const A* values, void* out, Dtype dtype, std::int64_t offset, std::int64_t n) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     T* to = static_cast<T*>(out) + offset;
@@ -69,13 +62,13 @@ void Side<P>::convert(std::int64_t begin, std::int64_t n, P* out) const {
 }
 
 template <class P>
-void Side<P>::load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps,
+void Side<P>::load(const Matrix& source, std::int64_t first, std::int64_t count, bool normalize, double eps,
                    bool keep) {
   source_ = source, first_ = first;
   const std::int64_t d = source.cols;
   const auto& kernels = row_kernels<A>();
   // BLAS takes the source as it is while its strides fit an int.
-  const bool in_place = source.dtype == type_of<P>() && source.col_stride == 1 && source.row_stride >= d &&
+  const bool in_place = source.dtype == dtype_for<P> && source.col_stride == 1 && source.row_stride >= d &&
                         source.row_stride <= std::numeric_limits<int>::max();
   row_.resize(d);
   if (in_place) {
@@ -106,9 +99,9 @@ void Side<P>::load(const Source& source, std::int64_t first, std::int64_t count,
 template class Side<float>;
 template class Side<double>;
 template class Side<bf16>;
-template void read_row<float>(const Source&, std::int64_t, float*);
-template void read_row<double>(const Source&, std::int64_t, double*);
-template void write_values<float>(const float*, void*, ScalarType, std::int64_t, std::int64_t);
-template void write_values<double>(const double*, void*, ScalarType, std::int64_t, std::int64_t);
+template void read_row<float>(const Matrix&, std::int64_t, float*);
+template void read_row<double>(const Matrix&, std::int64_t, double*);
+template void write_values<float>(const float*, void*, Dtype, std::int64_t, std::int64_t);
+template void write_values<double>(const double*, void*, Dtype, std::int64_t, std::int64_t);
 
 }  // namespace dml::cpu

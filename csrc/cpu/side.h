@@ -1,34 +1,29 @@
 // Rows of x, or one tile of the bank, ready for products and scores.
 #pragma once
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
+#include "../core/arguments.h"
 #include "products.h"
 #include "row_kernels.h"
 
 namespace dml::cpu {
 
-using torch::headeronly::ScalarType;
-
 template <class P>
 using Acc = std::conditional_t<std::is_same_v<P, double>, double, float>;
 
-// A tensor's memory as it came: any dtype of ours, any strides.
-struct Source {
-  const void* data;
-  ScalarType dtype;
-  std::int64_t rows, cols, row_stride, col_stride;
-};
+template <class P>
+constexpr Dtype dtype_for = std::is_same_v<P, double>  ? Dtype::f64
+                            : std::is_same_v<P, float> ? Dtype::f32
+                                                       : Dtype::bf16;
 
 // Reads n values with a stride as A, or writes n values.
 template <class A>
-void read_row(const Source& source, std::int64_t i, A* out);
+void read_row(const Matrix& source, std::int64_t i, A* out);
 template <class A>
-void write_values(const A* values, void* out, ScalarType dtype, std::int64_t offset, std::int64_t n);
+void write_values(const A* values, void* out, Dtype dtype, std::int64_t offset, std::int64_t n);
 
 template <class P>
 class Side {
@@ -41,7 +36,7 @@ class Side {
   bool all_unit = false;
 
   // Rows [first, first + count) of the source. Unless `keep`, products of another type or layout are made by block().
-  void load(const Source& source, std::int64_t first, std::int64_t count, bool normalize, double eps, bool keep);
+  void load(const Matrix& source, std::int64_t first, std::int64_t count, bool normalize, double eps, bool keep);
 
   // Rows [begin, begin + n) for products: in place, or in `buffer`.
   Mat<const P> block(std::int64_t begin, std::int64_t n, std::vector<P>& buffer) const {
@@ -72,7 +67,7 @@ class Side {
  private:
   void convert(std::int64_t begin, std::int64_t n, P* out) const;
 
-  Source source_{};
+  Matrix source_{};
   std::int64_t first_ = 0;
   std::vector<P> copy_;
   std::vector<A> row_;

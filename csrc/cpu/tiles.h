@@ -36,14 +36,14 @@ struct Plan {
 template <class P>
 struct Comparison {
   using A = Acc<P>;
-  Source x, w;
+  Matrix x, w;
   Metric metric;
   bool normalize;
   double eps;
   Side<P> rows;
   Plan plan;
 
-  Comparison(Source x, Source w, Metric metric, bool normalize, double eps, Cut cut, std::int64_t group = 1)
+  Comparison(Matrix x, Matrix w, Metric metric, bool normalize, double eps, Cut cut, std::int64_t group = 1)
       : x(x), w(w), metric(metric), normalize(normalize), eps(eps),
         plan(Plan::of(x.rows, w.rows, x.cols, sizeof(P), cut, group)) {
     rows.load(x, 0, x.rows, normalize, eps, false);

@@ -11,6 +11,7 @@ struct LseWeights {
   LogitArgs args;
   LseGrads grads;
   LseTargets targets;
+  ProxyNca loss;
 
   // What pairs give their own side beside the score's gradient: a row's scale, a column's bias.
   struct Extra {
@@ -18,9 +19,8 @@ struct LseWeights {
     A divisor;  // of a Proxy-NCA loss
 
     __device__ Extra(const LseWeights& weights, const Comparison& comparison, double* parts)
-        : divisor(weights.grads.loss.wanted
-                      ? proxy_nca_divisor<A>(weights.grads.loss, weights.labels, comparison.x.rows, parts)
-                      : A(1)) {}
+        : divisor(weights.loss.wanted ? proxy_nca_divisor<A>(weights.loss, weights.labels, comparison.x.rows, parts)
+                                      : A(1)) {}
 
     __device__ void merge() {
       for (int bits = other_lanes / 2; bits; bits /= 2) {
@@ -33,17 +33,19 @@ struct LseWeights {
   __device__ Target targets_x() const { return targets.x; }
   __device__ Target targets_w() const { return targets.w; }
 
+  __device__ A lse(bool same, std::int64_t i) const {
+    return static_cast<const A*>((same ? grads.lse_same : grads.lse_different).data)[i];
+  }
+
   // The incoming gradients of a row's log-sum-exp over one set, and of the sum of its logits.
   __device__ void incoming(std::int64_t i, bool same, const Comparison& comparison, A divisor, A& g, A& h) const {
-    if (!grads.loss.wanted) {
+    if (!loss.wanted) {
       g = load<A>(same ? grads.same : grads.different, i, A(0));
       h = load<A>(same ? grads.sum_same : grads.sum_different, i, A(0));
       return;
     }
-    const ProxyNca& loss = grads.loss;
     const A of_row = load<A>(grads.same, i, A(0)) * (load<A>(loss.weight, i, A(1)) / divisor);
-    const A slope =
-        proxy_nca_slope(loss, static_cast<const A*>(grads.lse_same)[i], static_cast<const A*>(grads.lse_different)[i]);
+    const A slope = proxy_nca_slope(loss, lse(true, i), lse(false, i));
     g = of_row * (same ? A(loss.smoothing) - slope : slope);
     h = -of_row * A(loss.smoothing) / A(comparison.w.rows);
   }
@@ -54,10 +56,10 @@ struct LseWeights {
     const A s = score(comparison.metric, raw);
     const PairLogit<A> logit(row, column, args, s);
     if (!logit.used) return 0;
-    const A lse = static_cast<const A*>(logit.same ? grads.lse_same : grads.lse_different)[i];
+    const A total = lse(logit.same, i);
     A g, h;
     incoming(i, logit.same, comparison, extra.divisor, g, h);
-    A dz = (lse == A(-INFINITY) ? A(0) : g * exp(logit.z - lse)) + h;
+    A dz = (total == A(-INFINITY) ? A(0) : g * exp(logit.z - total)) + h;
     extra.bias += dz;
     dz *= logit.k;
     extra.scale += dz * (s - logit.o);
@@ -79,12 +81,12 @@ struct LseWeights {
 std::size_t backward_bytes(const Comparison& comparison) { return gradients::scratch_bytes(comparison); }
 
 Failure lse_backward(const Comparison& comparison, const Labels& labels, const LogitArgs& args, const LseGrads& grads,
-                     const LseTargets& targets, void* scratch, Stream stream) {
+                     const LseTargets& targets, const ProxyNca& loss, void* scratch, Stream stream) {
   const auto blocks =
       gradients::blocks_of(comparison, targets.x.data || targets.scale.data, targets.w.data || targets.col_bias.data);
   return with_accumulation(comparison.wide, [&](auto zero) {
     using A = decltype(zero);
-    return gradients::launch<A>(comparison, LseWeights<A>{labels, args, grads, targets}, blocks, scratch, stream);
+    return gradients::launch<A>(comparison, LseWeights<A>{labels, args, grads, targets, loss}, blocks, scratch, stream);
   });
 }
 

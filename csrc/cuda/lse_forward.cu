@@ -85,9 +85,9 @@ struct RowState {
 
 // In the last block: rows of several slices merged, the loss of each, and their sum in a fixed order.
 template <class A>
-__device__ void finish(const Labels& labels, const LseOut& out, std::int64_t n, std::int64_t m, const double* parts) {
+__device__ void finish(const Labels& labels, const LseOut& out, const ProxyNca& loss, std::int64_t n, std::int64_t m,
+                       const double* parts) {
   DML_SHARED(double, warp_parts, block_threads / warp_lanes);
-  const ProxyNca& loss = out.loss;
   const A divisor = loss.wanted ? proxy_nca_divisor<A>(loss, labels, n, warp_parts) : A(1);
   double total = 0;
   for (std::int64_t i = threadIdx.x; i < n; i += block_threads) {
@@ -119,8 +119,9 @@ __device__ void finish(const Labels& labels, const LseOut& out, std::int64_t n, 
 template <class A, bool difference>
 __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 : 4)
     forward_kernel(const __grid_constant__ Comparison comparison, const __grid_constant__ Labels labels,
-                   const __grid_constant__ LogitArgs args, const __grid_constant__ LseOut out, const Chunks chunks,
-                   const std::int64_t tiles, double* parts, const unsigned ticket) {
+                   const __grid_constant__ LogitArgs args, const __grid_constant__ LseOut out,
+                   const __grid_constant__ ProxyNca loss, const Chunks chunks, const std::int64_t tiles, double* parts,
+                   const unsigned ticket) {
   DML_DYNAMIC_SHARED(memory);
   DML_SHARED(A, row_norms, rows_per_block);
   DML_SHARED(A, column_norms, columns_per_tile);
@@ -165,20 +166,20 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 :
     else
       states[i].write(parts + (std::int64_t(blockIdx.y) * n + row) * part_values);
   }
-  if (gridDim.y == 1 && !out.loss.wanted) return;
-  if (arrive_last(ticket, gridDim.x * gridDim.y, last)) finish<A>(labels, out, n, m, parts);
+  if (gridDim.y == 1 && !loss.wanted) return;
+  if (arrive_last(ticket, gridDim.x * gridDim.y, last)) finish<A>(labels, out, loss, n, m, parts);
 }
 
 }  // namespace
 
-std::size_t lse_forward_bytes(std::int64_t n, std::int64_t m, std::int64_t) {
+std::size_t lse_forward_bytes(std::int64_t n, std::int64_t m) {
   if (n == 0) return 0;
   const Plan plan = plan_of(n, m);
   return plan.slices > 1 ? plan.slices * n * part_values * sizeof(double) : 0;
 }
 
 Failure lse_forward(const Comparison& comparison, const Labels& labels, const LogitArgs& args, const LseOut& out,
-                    void* scratch, Stream stream) {
+                    const ProxyNca& loss, void* scratch, Stream stream) {
   if (comparison.x.rows == 0) return "lse_forward needs at least one row";
   return with_accumulation(comparison.wide, [&](auto zero) -> Failure {
     using A = decltype(zero);
@@ -188,7 +189,7 @@ Failure lse_forward(const Comparison& comparison, const Labels& labels, const Lo
     const auto kernel = comparison.metric == Metric::dot ? forward_kernel<A, false> : forward_kernel<A, true>;
     if (const Failure failure = allow_shared(kernel, bytes)) return failure;
     DML_LAUNCH(kernel, dim3(unsigned(plan.row_blocks), unsigned(plan.slices)), block_threads, bytes,
-               static_cast<cudaStream_t>(stream), comparison, labels, args, out, chunks, plan.tiles,
+               static_cast<cudaStream_t>(stream), comparison, labels, args, out, loss, chunks, plan.tiles,
                static_cast<double*>(scratch), take_ticket(stream));
     return launch_failure();
   });

@@ -199,12 +199,12 @@ __global__ void __launch_bounds__(block_threads, 4)
 }  // namespace
 
 std::size_t magnet_backward_bytes(const MagnetArgs& args) {
-  return args.x.rows * (slots_at_most(args) + args.x.cols + 1) * (args.wide ? 8 : 4);
+  return args.x.rows * (slots_at_most(args) + args.x.cols + 1) * (wide(args) ? 8 : 4);
 }
 
 Failure magnet_backward(const MagnetArgs& args, const Vector& grad, const void* different, const MagnetTargets& targets,
                         void* scratch, Stream stream) {
-  return with_accumulation(args.wide, [&](auto zero) -> Failure {
+  return with_accumulation(wide(args), [&](auto zero) -> Failure {
     using A = decltype(zero);
     const std::int64_t n = args.x.rows, slots = slots_at_most(args), groups = groups_of(n);
     const int columns = columns_for<A>(n, slots);

@@ -54,10 +54,10 @@ __global__ void __launch_bounds__(block_threads, 4)
 }  // namespace
 
 std::size_t magnet_forward_bytes(const MagnetArgs& args) {
-  return args.x.rows * slots_at_most(args) * (args.wide ? 8 : 4);
+  return args.x.rows * slots_at_most(args) * (wide(args) ? 8 : 4);
 }
 
-Failure magnet_refusal(std::int64_t n, std::int64_t clusters, std::int64_t, bool given_centers, bool wide) {
+Failure magnet_refusal(std::int64_t n, std::int64_t clusters, bool given_centers, bool wide) {
   const std::int64_t slots = given_centers || clusters < n ? clusters : n;
   if (n == 0) return "the batch has no rows";
   if (n > most_rows) return "the batch has more than 512 rows";
@@ -68,7 +68,7 @@ Failure magnet_refusal(std::int64_t n, std::int64_t clusters, std::int64_t, bool
 }
 
 Failure magnet_forward(const MagnetArgs& args, const MagnetOut& out, void* scratch, Stream stream) {
-  return with_accumulation(args.wide, [&](auto zero) -> Failure {
+  return with_accumulation(wide(args), [&](auto zero) -> Failure {
     using A = decltype(zero);
     const std::int64_t n = args.x.rows, slots = slots_at_most(args);
     const int columns = columns_for<A>(n, slots);

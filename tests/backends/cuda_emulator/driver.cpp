@@ -53,7 +53,7 @@ void fill(void* data, Kind kind, std::size_t n) {
 Matrix matrix(Kind kind, std::int64_t rows, std::int64_t cols) {
   void* data = allocate(rows * cols * kind.size());
   fill(data, kind, rows * cols);
-  return {data, kind.dtype, kind.size() == 2 && cols % 8 == 0 ? 8 : cols % 4 == 0 ? 4 : 1, rows, cols, cols, 1};
+  return {data, kind.dtype, rows, cols, cols, 1, kind.size() == 2 && cols % 8 == 0 ? 8 : cols % 4 == 0 ? 4 : 1};
 }
 
 [[maybe_unused]] Target target(Kind kind, std::int64_t n) { return {allocate(n * kind.size()), kind.dtype}; }
@@ -94,19 +94,14 @@ Failure drive(const std::string& what, Kind kind) {
   const ProxyNca loss{proxy_nca, false, 0.1, vector(kind, n), Reduction::mean, accumulated(kind, 1)};
 #endif
 #if defined(DRIVE_lse_forward)
-  void* scratch = allocate(lse_forward_bytes(n, m, d));
-  const LseOut out{accumulated(kind, n), accumulated(kind, n), accumulated(kind, n), accumulated(kind, n), loss};
-  return lse_forward(comparison, labels, args, out, scratch, nullptr);
+  void* scratch = allocate(lse_forward_bytes(n, m));
+  const LseOut out{accumulated(kind, n), accumulated(kind, n), accumulated(kind, n), accumulated(kind, n)};
+  return lse_forward(comparison, labels, args, out, loss, scratch, nullptr);
 #elif defined(DRIVE_lse_backward)
-  const LseGrads grads{vector(kind, n),
-                       vector(kind, n),
-                       vector(kind, n),
-                       vector(kind, n),
-                       vector(kind, n).data,
-                       vector(kind, n).data,
-                       loss};
+  const LseGrads grads{vector(kind, n), vector(kind, n), vector(kind, n),
+                       vector(kind, n), vector(kind, n), vector(kind, n)};
   const LseTargets targets{target(kind, n * d), target(kind, m * d), target(kind, n), target(kind, m)};
-  return lse_backward(comparison, labels, args, grads, targets, allocate(backward_bytes(comparison)), nullptr);
+  return lse_backward(comparison, labels, args, grads, targets, loss, allocate(backward_bytes(comparison)), nullptr);
 #elif defined(DRIVE_distance)
   if (what.find("backward") == std::string::npos) return distance_forward(comparison, target(kind, n * m), nullptr);
   return distance_backward(comparison, matrix(kind, n, m), target(kind, n * d), target(kind, m * d), nullptr, nullptr);
@@ -127,7 +122,6 @@ Failure drive(const std::string& what, Kind kind) {
                   1e-6,
                   1e-12,
                   true,
-                  kind.wide,
                   Reduction::mean};
 #if defined(DRIVE_magnet_forward)
   const MagnetOut out{accumulated(kind, 1), accumulated(kind, n), accumulated(kind, 1)};
