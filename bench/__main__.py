@@ -40,7 +40,7 @@ The same suites under pytest-benchmark's own options: pytest bench/ --help
 
 
 class Plugin:
-    """Gives the pytest session our Runner in place of its own."""
+    """Gives our Runner to the pytest session in place of its own."""
 
     def __init__(self, runner: Runner):
         self.runner = runner
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(runner: Runner, out: Path) -> tuple[int, str]:
-    """The pytest session; returns its status and what it printed."""
+    """Run the pytest session; return its status and what it printed."""
     arguments = [str(HERE), "-q", "--tb=short", "-p", "no:cacheprovider", "--capture=sys"]
     arguments += ["--benchmark-quiet", f"--benchmark-json={out / 'pytest-benchmark.json'}"]
     printed = io.StringIO()
@@ -146,7 +146,7 @@ def plots(records, machine_line: str, out: Path) -> list[Path]:
 
 
 def verdict(records, verdicts, check: bool) -> int:
-    """The exit status, and a line on standard error for whatever makes it other than 0."""
+    """The exit status; print a line on standard error for everything that makes it other than 0."""
     wrong = [r for r in records if r.kind != "peer" and r.status in ("wrong", "unchecked", "raises")]
     if wrong:
         print(f"{len(wrong)} of our own are wrong, unchecked or raise: see above", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The bars: what is binding, what is expected, and whether a run met them."""
+"""The bars: which are binding, which are expected, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .harness import OPS, Record
 
 OURS = "ours (cpu)"
 BUSY = 0.1  # of the cores' time
-MEMORY_SPARE = 64 * 2**20  # bytes over the gradients
-# (size, dtype): the most our step may take, in times the floor.
+MEMORY_SPARE = 64 * 2**20  # bytes in addition to the gradients
+# (size, dtype) -> the most time that our step may take, in units of the floor's time.
 TO_FLOOR = {("512x100kx128", "fp32"): 1.25, ("512x100kx128", "bf16"): 1.6}
-# (peer, size): how many times faster than the peer ours is expected to be, in fp32.
+# (peer, size) -> how many times faster than the peer our loss is expected to be, in fp32.
 FASTER = {
     ("torch.compile", "512x100kx128"): 2,
     ("torch.compile", "256x1Mx128"): 4,
@@ -26,7 +26,7 @@ FASTER = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One bar: what, the figure found, its limit. met is None where nothing was measured."""
+    """One bar: what it is about, the measured figure, the limit. ``met`` is None where nothing was measured."""
 
     what: str
     found: str
@@ -39,7 +39,7 @@ class Verdict:
 
 
 def verdicts(records: Iterable[Record]) -> list[Verdict]:
-    """Every bar of the groups that were run."""
+    """The verdicts on all bars of the groups that were run."""
     records = [r for r in records if r.group.suite != OPS]
     found = []
     for ours in (r for r in records if r.name == OURS):
@@ -49,7 +49,7 @@ def verdicts(records: Iterable[Record]) -> list[Verdict]:
 
 
 def is_busy(record: Record) -> bool:
-    """Others took so much of the processor that times mean little; see busy."""
+    """Whether other processes took so much of the processor that times mean little; see busy."""
     return record.others is not None and record.others > BUSY
 
 
@@ -78,7 +78,7 @@ def _expected(ours: Record, peers: dict[str, Record]) -> list[Verdict]:
         if size != str(ours.group.size) or ours.group.dtype != "fp32" or peer is None or not peer.seconds:
             continue
         if ours.seconds:
-            gain = statistics.median(theirs / own for theirs, own in zip(peer.seconds, ours.seconds, strict=False))
+            gain = statistics.median(other / own for other, own in zip(peer.seconds, ours.seconds, strict=False))
             met = None if is_busy(ours) else gain >= times
             found.append(Verdict(f"{ours.group}: {name}", f"{gain:.2f}x our time", f"{times}x", met, False))
     return found

@@ -1,8 +1,8 @@
 """Cases, contenders, and the check that comes before every timing.
 
-The chain of trust: a case's `reference` is dense and written from the paper; on a small part of the problem
-it vouches for the case's `truth`, which streams and so can do the whole problem in fp64; on the whole problem
-the truth vouches for each contender, on the very inputs that are timed.
+The chain of trust: the `reference` of a case is dense and written from the paper. On a small part of the problem it
+vouches for the `truth` of the case, which streams and so can compute the whole problem in fp64. On the whole problem
+the truth vouches for each contender, on the inputs that are timed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ TRUTH_TOLERANCE = 1e-9  # fp64 against fp64
 
 @dataclass(frozen=True)
 class Tolerance:
-    """value: |v - truth| / max(1, |truth|) of the worst entry. rows: row_error, of a matrix's worst row."""
+    """The largest errors allowed.
+
+    Attributes:
+        value: |v - truth| / max(1, |truth|) of the worst entry of a value.
+        rows: ``row_error`` of the worst row of a matrix.
+    """
 
     value: float
     rows: float
 
 
-# Ours keeps sums, norms and the softmax in fp32 whatever the products' dtype. Peers in bf16 do not: slack.
+# Our ops keep sums, norms and the softmax in fp32 for any dtype of the products. Peers in bf16 do not, and get slack.
 TOLERANCES = {
     torch.float32: Tolerance(value=1e-5, rows=2e-4),
     torch.bfloat16: Tolerance(value=5e-2, rows=0.1),
@@ -42,8 +47,12 @@ PEER_SLACK = 3
 
 @dataclass(frozen=True)
 class Case:
-    """Something to compute: (value, gradients...) of an fp64 problem, in full and, if `reference` is there,
-    densely. unfit(problem): why no contender's numbers could be judged on it, or nothing.
+    """Something to compute.
+
+    Attributes:
+        truth: (value, gradients...) of an fp64 problem.
+        reference: the same, computed densely, or None.
+        unfit: says why no numbers could be judged on a problem, or nothing.
     """
 
     name: str
@@ -56,18 +65,24 @@ class Case:
 class Contender:
     """One way to compute a case.
 
-    make(problem) prepares what a user would prepare once and returns the step to time. dense: how many N x M
-    fp32 matrices it holds at its peak, to skip it where memory is short; a function where that follows the
-    size. warm: how to load its code before memory is measured. passes: products of 2NMD the step cannot do
-    without, 0 where that is no measure. slow_first: the first step says nothing about the next, since it
-    compiles.
+    Attributes:
+        name: the name in tables.
+        case: what it computes.
+        make: make(problem) prepares what a user would prepare once, and returns the step to time.
+        kind: ours, peer or floor.
+        variant: the backend or peer, for a table with one row a case.
+        dense: how many N x M fp32 matrices it holds at its peak, to skip it where memory is short; a function of the
+            size where the number depends on it.
+        warm: how to load its code before memory is measured.
+        passes: how many products of 2NMD the step needs at least; 0 where that is no measure.
+        slow_first: whether the first step compiles, and so says nothing about the next one.
     """
 
     name: str
     case: Case
     make: Callable[[Problem], Step]
-    kind: str = "ours"  # ours, peer or floor
-    variant: str = ""  # the backend or peer, for a table with one row a case
+    kind: str = "ours"
+    variant: str = ""
     slow_first: bool = False
     dense: float | Callable[[Size], float] = 0.0
     passes: int = 0
@@ -81,10 +96,15 @@ def training_step(
     wants: str = "xw",
     grads: Outputs | None = None,
 ) -> Step:
-    """A step: the function's values, and by backward the gradients of those of x and w named in `wants`.
+    """Make a step: the values of a function, and by backward the gradients that `wants` names.
 
-    Leaves are made anew in each step (no copy), so that a step holds no gradient of the one before. grads:
-    the gradient of each value; None for a scalar loss.
+    Leaves are made anew in each step (without a copy), so that a step holds no gradient of the one before.
+
+    Args:
+        function: function(x, w) -> values.
+        problem: gives x and w.
+        wants: the gradients, some of "xw".
+        grads: the gradient of each value; None for a scalar loss.
     """
 
     def step() -> Outputs:
@@ -100,9 +120,7 @@ def training_step(
 
 
 def row_error(got: Tensor, truth: Tensor) -> float:
-    """The worst row's |got - truth| / max(|truth|, the median row's |truth|): one wrong row of a million
-    shows.
-    """
+    """The largest |got - truth| / max(|truth|, median |truth|) of a row: it shows one wrong row of a million."""
     floor = float(torch.linalg.vector_norm(truth, dim=1).median())
     worst = 0.0
     for start in range(0, truth.size(0), 65536):
@@ -122,7 +140,7 @@ def _largest(errors: Tensor) -> float:
 
 
 def compare(got: Outputs, truth: Outputs) -> tuple[float, float]:
-    """(worst value error, worst row error) over all outputs."""
+    """The worst value error and the worst row error over all outputs."""
     if [tuple(t.shape) for t in got] != [tuple(t.shape) for t in truth]:
         raise AssertionError(f"shapes {[*map(tuple, (t.shape for t in got))]}, not those of the truth")
     values, rows = [0.0], [0.0]
@@ -137,7 +155,7 @@ def tolerance(contender: Contender, dtype: torch.dtype) -> Tolerance:
 
 
 def check(errors: tuple[float, float], limits: Tolerance) -> str | None:
-    """Why the errors are too large, or None."""
+    """Say why the errors are too large; None if they are not."""
     found = []
     for name, error, limit in zip(("value", "row"), errors, (limits.value, limits.rows), strict=True):
         if not error <= limit:
@@ -146,7 +164,7 @@ def check(errors: tuple[float, float], limits: Tolerance) -> str | None:
 
 
 def truth_of(case: Case, problem: Problem) -> Outputs:
-    """The fp64 truth of the whole problem, after the reference has vouched for it on a part."""
+    """Compute the fp64 truth of the whole problem, after the reference has vouched for it on a part."""
     problem = problem.double()
     if case.reference is not None:
         part = problem.part(*PART)

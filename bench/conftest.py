@@ -1,9 +1,8 @@
 """`pytest bench/`: one test per contender, and a clock that replays interleaved times to pytest-benchmark.
 
-pytest-benchmark times one test after another, so that a change of clock or a neighbour's load between two of
-them shows as a difference between contenders. Here the first test of a group measures the whole group in
-interleaved rounds, and each test hands its own times to pytest-benchmark through a clock that moves by them
-alone.
+pytest-benchmark times one test after another, so a change of the clock rate or of a neighbour's load between two tests
+shows as a difference between contenders. Here the first test of a group measures the whole group in interleaved rounds,
+and each test hands its own times to pytest-benchmark through a clock that advances by exactly these times.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ RUNNER = pytest.StashKey[Runner]()
 
 
 class ReplayClock:
-    """Time as pytest-benchmark sees it."""
+    """The clock that pytest-benchmark reads."""
 
     def __init__(self) -> None:
         self.now = 0.0

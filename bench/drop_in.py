@@ -1,8 +1,8 @@
 """`python -m bench.drop_in`: a step of every drop-in loss, compared with that of pytorch-metric-learning.
 
-Both get the same arguments, embeddings, labels and parameters. The values and the gradients of the embeddings are
-compared before anything is timed. Rounds are interleaved, times are medians, and peak memory is measured for each in a
-fresh process. `--write docs/losses.md` renews the table between the markers of the page.
+Both get the same arguments, embeddings, labels and parameters. Their values and gradients of the embeddings are
+compared before anything is timed. Rounds are interleaved, times are medians, and the peak memory of each is measured in
+a fresh process. `--write docs/losses.md` renews the table between the markers of the page.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from .busy import Usage, share_of_others
 
 RUNS = Path(__file__).resolve().parent.parent / "runs" / "bench"
 MARKERS = ("<!-- measured: python -m bench.drop_in --write docs/losses.md -->", "<!-- end of measured -->")
-# Of values relative to the value, of gradients relative to the largest entry: fp32 on both sides.
+# Relative to the value, and to the largest entry of a gradient: fp32 on both sides.
 TOLERANCE = 1e-3
-# pytorch-metric-learning holds every positive pair with every negative pair: over 20 GB at N = 512.
+# Here pytorch-metric-learning holds every positive pair with every negative pair: over 20 GB at N = 512.
 FEWER = {"LiftedStructureLoss": 256, "NTXentLoss": 256}
 BUDGET = 30.0  # seconds of pytorch-metric-learning: a slow loss gets fewer rounds, at least one
 # Settings other than the defaults: pytorch-metric-learning needs 28 matrices of N x M x centres for SoftTriple.
 SETTINGS: dict[str, dict[str, Any]] = {"SoftTripleLoss": {"centers_per_class": 5}}
-# A scale that is used in training: with the default of 1 the softmax over many classes is flat.
+# A scale as used in training: with the default of 1 the softmax over many classes is flat.
 SETTINGS["ProxyNCALoss"] = {"softmax_scale": 8}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Embeddings, classes (of the bank, or each of `per_class` in the batch) and their width."""
+    """The numbers of embeddings and classes (of the bank, or in the batch, each `per_class` times), and the width."""
 
     n: int
     m: int
@@ -57,23 +57,23 @@ class Size:
 
 @dataclass
 class Record:
-    """The measurements of one loss: seconds of each round, and peak bytes including gradients; None: not run."""
+    """The measurements of one loss: seconds of each round, and peak bytes including gradients; None: not measured."""
 
     name: str
     size: str
     value_error: float
     gradient_error: float
     ours: list[float]
-    theirs: list[float]
+    pml: list[float]
     ours_bytes: int | None = None
-    theirs_bytes: int | None = None
+    pml_bytes: int | None = None
 
     @property
     def speedup(self) -> float:
-        return statistics.median(b / a for a, b in zip(self.ours, self.theirs, strict=True))
+        return statistics.median(b / a for a, b in zip(self.ours, self.pml, strict=True))
 
 
-def theirs() -> Any:
+def pml_losses() -> Any:
     """The losses of pytorch-metric-learning."""
     return importlib.import_module("pytorch_metric_learning.losses")
 
@@ -81,16 +81,16 @@ def theirs() -> Any:
 def names() -> list[str]:
     """The losses that both libraries have, those with a learned bank first."""
     found = [*losses.family("proxies"), *losses.family("pairs")]
-    return [name for name in found if hasattr(theirs(), name)]
+    return [name for name in found if hasattr(pml_losses(), name)]
 
 
 def step(name: str, whose: str, size: Size) -> Callable[[], tuple[Tensor, Tensor]]:
-    """One forward and backward: the value and the embeddings' gradient."""
+    """Make one forward and backward: it returns the value and the gradient of the embeddings."""
     generator = torch.Generator().manual_seed(0)
     bank = name in losses.family("proxies")
     options = {**SETTINGS.get(name, {}), **({"num_classes": size.m, "embedding_size": size.d} if bank else {})}
     torch.manual_seed(0)  # the same parameters in both
-    loss = getattr(losses if whose == "ours" else theirs(), name)(**options)
+    loss = getattr(losses if whose == "ours" else pml_losses(), name)(**options)
     y = torch.randint(size.m, (size.n,), generator=generator) if bank else torch.arange(size.n) // size.per_class
     # A batch early in training: classes overlap, so no loss is 0.
     centres = torch.randn(size.n if bank else size.n // size.per_class + 1, size.d, generator=generator)
@@ -110,14 +110,14 @@ def step(name: str, whose: str, size: Size) -> Callable[[], tuple[Tensor, Tensor
 
 
 def peak(name: str, whose: str, n: int, m: int, d: int) -> int:
-    """Peak extra bytes of a step; run it in a fresh process."""
+    """The peak extra bytes of a step; call it in a fresh process."""
     run, small = step(name, whose, Size(n, m, d)), step(name, whose, Size(16, min(m, 64), d))
     return peak_extra_bytes(run, small)
 
 
 def measure(name: str, size: Size, rounds: int, memory: bool) -> Record:
-    """Raises AssertionError where the two differ: then neither is timed."""
-    ours, others = step(name, "ours", size), step(name, "theirs", size)
+    """Compare the two losses, then time them. Raises AssertionError where they differ; then neither is timed."""
+    ours, others = step(name, "ours", size), step(name, "pml", size)
     value, gradient = ours()
     start = time.perf_counter()
     expected, expected_gradient = others()
@@ -127,10 +127,10 @@ def measure(name: str, size: Size, rounds: int, memory: bool) -> Record:
     assert expected > 0, f"{name}: pytorch-metric-learning gives {expected:.1e} on this batch, which compares nothing"
     assert max(value_error, gradient_error) < TOLERANCE, f"{name}: differs by {value_error:.1e}, {gradient_error:.1e}"
     rounds, warmup = max(1, min(rounds, int(BUDGET / slow))), int(slow < BUDGET / 10)
-    times = interleaved_times({"ours": ours, "theirs": others}, rounds, warmup=warmup)
-    record = Record(name, str(size), value_error, gradient_error, times["ours"], times["theirs"])
+    times = interleaved_times({"ours": ours, "pml": others}, rounds, warmup=warmup)
+    record = Record(name, str(size), value_error, gradient_error, times["ours"], times["pml"])
     if memory:
-        for whose in ("ours", "theirs"):
+        for whose in ("ours", "pml"):
             found = run_in_child(f"{__package__}.drop_in", "--peak", name, whose, *map(str, (size.n, size.m, size.d)))
             setattr(record, f"{whose}_bytes", json.loads(found))
     return record
@@ -143,14 +143,14 @@ def rows(records: list[Record]) -> list[tuple[str, ...]]:
         return "" if size is None else f"{size / 2**20:,.0f}"
 
     def ratio(record: Record) -> str:
-        if record.ours_bytes is None or record.theirs_bytes is None:
+        if record.ours_bytes is None or record.pml_bytes is None:
             return ""
-        return f"{record.theirs_bytes / max(record.ours_bytes, 2**20):.1f}x"
+        return f"{record.pml_bytes / max(record.ours_bytes, 2**20):.1f}x"
 
     return [
         (
-            r.name, r.size, f"{statistics.median(r.ours) * 1e3:,.1f}", f"{statistics.median(r.theirs) * 1e3:,.1f}",
-            f"{r.speedup:.1f}x", megabytes(r.ours_bytes), megabytes(r.theirs_bytes), ratio(r),
+            r.name, r.size, f"{statistics.median(r.ours) * 1e3:,.1f}", f"{statistics.median(r.pml) * 1e3:,.1f}",
+            f"{r.speedup:.1f}x", megabytes(r.ours_bytes), megabytes(r.pml_bytes), ratio(r),
             f"{r.value_error:.0e}", f"{r.gradient_error:.0e}",
         )
         for r in records
@@ -164,7 +164,7 @@ HEADER = (
 
 
 def write(page: Path, records: list[Record], line: str) -> None:
-    """Renew what stands between the markers of a page."""
+    """Replace the text between the markers of a page."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(MARKERS[0])
     _, _, after = rest.partition(MARKERS[1])

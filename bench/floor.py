@@ -1,8 +1,8 @@
-"""The floor: the bare matrix products that no exact method can do without, through torch.mm at its best tile.
+"""The floor: the bare matrix products that every exact method needs, by torch.mm at its best tile.
 
-Training both sides takes 8NMD: scores X W_t^T in the forward, once more in the backward, dX += dS W_t and
-dW_t = dS^T X. Here they run on tiles of the bank with the scores themselves in place of dS, and nothing
-between them: no norm, no exponential. Outputs are allocated beforehand.
+Training both sides takes 8NMD: the scores X W_t^T in the forward and again in the backward, dX += dS W_t and
+dW_t = dS^T X. Here they run on tiles of the bank, with the scores in place of dS and nothing between the products: no
+norm, no exponential. Outputs are allocated beforehand.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .case import Case, Contender, Outputs, Step
 from .problem import Problem, Size
 
 TILES = (256, 512, 1024, 2048, 4096)
-# The search for the best tile runs on as much of the bank as that takes, at least two tiles.
+# The search for the best tile runs on a part of the bank, at least two tiles.
 SEARCH_FLOP = 20e9
 SEARCH_ROUNDS = 3
 
 
 def four_products(problem: Problem, tile: int, transposed: bool) -> Step:
-    """8NMD on tiles (N, tile), or (tile, N) when transposed.
+    """Make a step of 8NMD on tiles (N, tile), or (tile, N) if transposed.
 
-    dX is summed over tiles in fp32: a bf16 sum stops growing after some hundred tiles. PyTorch's CPU product
-    of two bf16 matrices gives bf16, so there it goes through an (N, D) buffer.
+    dX is summed over tiles in fp32, because a bf16 sum stops growing after some hundred tiles. PyTorch's product of two
+    bf16 matrices on the CPU gives bf16, so there it goes through an (N, D) buffer.
     """
     x, w, (n, m, d) = problem.x, problem.w, problem.size
     tile = min(tile, m)
@@ -55,7 +55,7 @@ def four_products(problem: Problem, tile: int, transposed: bool) -> Step:
 
 
 def one_product(problem: Problem, tile: int, transposed: bool) -> Step:
-    """2NMD: the scores alone, kept nowhere. Returns the last column."""
+    """Make a step of 2NMD: the scores alone, which are not kept. It returns the last column."""
     x, w, (n, m, _) = problem.x, problem.w, problem.size
     tile = min(tile, m)
     buffer = x.new_empty(n * tile)
@@ -87,11 +87,11 @@ def _best(make, size: Size, dtype: torch.dtype) -> tuple[int, bool]:
     repeat = max(1, int(SEARCH_FLOP / 10 / (8 * size.n * size.m * size.d)))
     variants = {choice: (lambda s=step: [s() for _ in range(repeat)]) for choice, step in steps.items()}
     times = interleaved_times(variants, SEARCH_ROUNDS)
-    return min(times, key=lambda choice: min(times[choice]))  # a neighbour's load only ever adds
+    return min(times, key=lambda choice: min(times[choice]))  # the load of a neighbour only ever adds time
 
 
 def best(make, problem: Problem) -> tuple[int, bool]:
-    """The fastest (tile, transposed) for these sizes and this dtype, found once a process by trying all."""
+    """The fastest (tile, transposed) for these sizes and this dtype; all are tried once a process."""
     n, m, d = problem.size
     rows = max(2 * max(TILES), int(SEARCH_FLOP / (8 * n * d)))
     return _best(make, Size(n, min(m, rows), d), problem.dtype)

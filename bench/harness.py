@@ -1,6 +1,4 @@
-"""Measures a group: check every contender, time those that pass in interleaved rounds, take each one's peak
-memory.
-"""
+"""Measures a group: checks every contender, times those that pass in interleaved rounds, measures their peak memory."""
 
 from __future__ import annotations
 
@@ -50,10 +48,17 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure, and how long.
+    """What to measure, and for how long.
 
-    sizes: none for each suite's own. only: parts of contenders' names; the floor always runs. budget: seconds of timing
-    for one contender of one group; a slow one gets fewer rounds, at least one. threads: 0 for PyTorch's own number.
+    Attributes:
+        suites: names of losses, and `ops`.
+        sizes: empty: the sizes of each suite.
+        dtypes: names of dtypes.
+        only: parts of names of contenders; the floor always runs.
+        rounds: how many rounds are timed.
+        budget: seconds of timing for one contender of one group; a slow one gets fewer rounds, at least one.
+        memory: whose peak memory is measured: losses, all (with the ops) or none.
+        threads: 0: PyTorch's own number.
     """
 
     suites: tuple[str, ...] = SUITES
@@ -62,7 +67,7 @@ class Options:
     only: tuple[str, ...] = ()
     rounds: int = 7
     budget: float = 12.0
-    memory: str = "losses"  # or all, with the ops, or none
+    memory: str = "losses"
     threads: int = 0
 
     def groups(self) -> list[Group]:
@@ -82,7 +87,7 @@ class Options:
 
 
 def contenders(suite: str) -> list[Contender]:
-    """Who takes part in a suite, in the order of the table."""
+    """The contenders of a suite, in the order of the table."""
     if suite == OPS:
         return ops.contenders()
     return next(module for module in LOSSES if suite in module.SUITES).contenders(suite)
@@ -90,12 +95,16 @@ def contenders(suite: str) -> list[Contender]:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one contender.
+    """The results of one contender.
 
-    variant: the backend or peer, where a case has several contenders. status: ok; or wrong, unchecked (there
-    is no truth), raises or skipped, and then not timed. reason: why, or a note. seconds: of each round.
-    to_floor: seconds over the floor's of the same round. errors: (worst value, worst row). others: the part
-    of the cores' time that other processes took while the group was timed.
+    Attributes:
+        variant: the backend or peer, where a case has several contenders.
+        status: ok; or wrong, unchecked (there is no truth), raises or skipped, and then it is not timed.
+        reason: why, or a note.
+        seconds: the seconds of each round.
+        to_floor: these, divided by the floor's seconds of the same round.
+        errors: (worst value, worst row).
+        others: the share of the cores' time that other processes took while the group was timed.
     """
 
     group: Group
@@ -150,7 +159,7 @@ class Entrant:
 
 @dataclass
 class Runner:
-    """Measures each group once, when its first record is asked for."""
+    """Measures each group once, when its first record is requested."""
 
     options: Options
     progress: Callable[[str, float], None] = lambda text, done: None
@@ -166,7 +175,7 @@ class Runner:
         return (record for group in self.records.values() for record in group.values())
 
     def work(self) -> int:
-        """How much `progress` will have been told of at the end."""
+        """The total of the work that is reported to `progress`."""
         options = self.options
         return sum((2 + options.wants_memory(g)) * len(options.contenders(g)) for g in options.groups())
 
@@ -215,7 +224,7 @@ def _peak(record: Record, threads: int) -> dict[str, Any]:
 
 
 def _check_all(entrants: list[Entrant], problem: Problem, progress: Callable[[str], None]) -> None:
-    """Contenders of one case stand together, so one truth is in memory at a time."""
+    """Check all contenders; those of one case follow each other, so that only one truth is in memory at a time."""
     truth: tuple[str, Outputs | str] | None = None
     for entrant in entrants:
         contender = entrant.contender
@@ -238,7 +247,7 @@ def _check_all(entrants: list[Entrant], problem: Problem, progress: Callable[[st
 
 
 def _truth(case: Case, problem: Problem) -> Outputs | str:
-    """The truth, or why there is none."""
+    """Compute the truth, or say why there is none."""
     try:
         return truth_of(case, problem)
     except Exception as error:
@@ -261,8 +270,7 @@ def _check(entrant: Entrant, problem: Problem, truth: Outputs) -> None:
     if wrong:
         entrant.drop("wrong", f"{wrong}: not timed")
         return
-    # A first step may have started threads and filled caches, so it overstates; past some seconds that is
-    # little.
+    # A first step may have started threads and filled caches; beyond some seconds that adds little.
     again = contender.slow_first or first < SLOW_STEP
     entrant.step, entrant.estimate = step, _clock(step)[0] if again else first
 
@@ -274,7 +282,7 @@ def _clock(step: Step) -> tuple[float, Outputs]:
 
 
 def _time_all(entrants: list[Entrant], options: Options, progress: Callable[[float], None]) -> None:
-    """Interleaved rounds; a contender too slow for its budget takes part in the first ones only."""
+    """Time interleaved rounds; a contender that is too slow for its budget takes part only in the first ones."""
     rounds, repeats = {}, {}
     for entrant in entrants:
         name, seconds = entrant.contender.name, max(entrant.estimate, 1e-7)
@@ -312,7 +320,7 @@ def _repeated(step: Step, times: int) -> Callable[[], None]:
 
 
 def _memory_short(contender: Contender, problem: Problem) -> str:
-    """Why the machine cannot hold this contender now, or nothing."""
+    """Say why the memory of the machine is now too small for this contender, or nothing."""
     n, m, _ = problem.size
     dense = contender.dense(problem.size) if callable(contender.dense) else contender.dense
     need = int(dense * n * m * 4) + 3 * problem.gradient_bytes + SPARE_MEMORY
@@ -323,7 +331,7 @@ def _memory_short(contender: Contender, problem: Problem) -> str:
 
 
 def available_memory() -> int | None:
-    """Bytes a new allocation may hope for; None where the system does not say."""
+    """How many bytes a new allocation can get; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """The losses on proxies, compared with their alternatives: forward, and backward to embeddings and proxies.
 
-Walks the registry of `dml_kernels.losses`: every loss meets the floor and runs on each of our backends. Peers are
-optional.
+This suite walks the registry of `dml_kernels.losses`: every loss is compared with the floor and runs on each of our
+backends. Peers are optional.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ SUITES = tuple(family("proxies"))
 
 
 def dense_proxy_nca(embeddings: Tensor, proxies: Tensor, labels: Tensor, softmax_scale: float) -> Tensor:
-    """Proxy-NCA as one writes it down in PyTorch, positive in: a cross-entropy over -scale |x^ - p^|^2."""
+    """Proxy-NCA as one writes it in PyTorch, with the positive in the sum: a cross-entropy over -scale |x^ - p^|^2."""
     similarity = F.normalize(embeddings) @ F.normalize(proxies).T
     return F.cross_entropy(-softmax_scale * (2 - 2 * similarity).float(), labels)
 
 
 @dataclass(frozen=True)
 class Peers:
-    """What a loss is measured with and against.
+    """The arguments of a loss, and what it is compared with.
 
-    options: of our function and of the dense one. dense: plain PyTorch, dense(embeddings, proxies, labels,
-    **options). pml: keyword arguments of pytorch-metric-learning's class of the same name; pml_parameter: its
-    (M, D) parameter; transposed: that of pytorch-metric-learning is (D, M).
+    Attributes:
+        options: arguments of our function and of the dense one.
+        dense: plain PyTorch, dense(embeddings, proxies, labels, **options).
+        pml: keyword arguments of the class of the same name in pytorch-metric-learning; None: no comparison.
+        pml_parameter: the name of its (M, D) parameter.
+        transposed: whether that parameter is (D, M).
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,8 +53,7 @@ class Peers:
     transposed: bool = False
 
 
-# Scale 8, as in training. The span of the logits, 4 x 8, leaves every method free to skip the running
-# maximum.
+# Scale 8, as in training. The span of the logits, 4 x 8, allows every method to skip the running maximum.
 PEERS = {
     "ProxyNCALoss": Peers(options={"softmax_scale": 8.0}, dense=dense_proxy_nca, pml={"softmax_scale": 8.0}),
     "ProxyAnchorLoss": Peers(options={"alpha": 8.0}, pml={"alpha": 8.0}),
@@ -73,7 +75,7 @@ PEERS = {
 
 
 def _loss_step(function: Callable[..., Tensor], problem: Problem, centres: int = 1, **options) -> Step:
-    """The bank's M rows are M / centres classes; what is left over is left out."""
+    """Make a step of a loss; the M rows of the bank are M / centres classes, and a remainder is left out."""
     if centres == 1:
         return training_step(lambda x, w: (function(x, w, problem.y, **options),), problem)
     classes = problem.size.m // centres
@@ -100,13 +102,11 @@ def compiled(dense: Callable[..., Tensor], size, dtype) -> Callable[..., Tensor]
 def _pml_step(problem: Problem, name: str, peers: Peers, centres: int) -> Step:
     from pytorch_metric_learning import losses
 
-    # Embedding size 1: the parameter it makes is replaced by w, and for a million classes it takes seconds to
-    # fill.
+    # Embedding size 1, because w replaces the parameter, which takes seconds to fill for a million classes.
     loss = getattr(losses, name)(num_classes=problem.size.m // centres, embedding_size=1, **peers.pml)
 
     def function(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        # Not a Parameter of its own: the gradient is to arrive at w. Its dtype is w's, so the module leaves
-        # it alone.
+        # Not a Parameter, because the gradient must arrive at w. It has w's dtype, so the module leaves it as it is.
         loss._parameters.pop(peers.pml_parameter, None)
         setattr(loss, peers.pml_parameter, w.t() if peers.transposed else w)
         return loss(x, y)
@@ -124,7 +124,7 @@ def _ours(entry: LossEntry, case: Case, backend: str, options: Mapping[str, Any]
 
 
 def _runs(entry: LossEntry, backend: str) -> bool:
-    """Whether a backend has the op and policy of a loss; one that did not load is kept, to say so."""
+    """Whether a backend has the op and policy of a loss; one that failed to load is kept, so that the table says so."""
     refusal = backends.BACKENDS[backend].can_run(entry.op, torch.device("cpu"), torch.float32, entry.policy)
     return refusal is None or "not implemented" not in refusal
 
@@ -155,7 +155,7 @@ def _peers(name: str, case: Case, peers: Peers, centres: int) -> list[Contender]
 
 
 def contenders(name: str) -> list[Contender]:
-    """The floor, ours and the peers of one loss of the registry, in the order of the table."""
+    """The floor, our backends and the peers of one loss of the registry, in the order of the table."""
     entry, peers = family("proxies")[name], PEERS.get(name, Peers())
     case = _case(entry, peers.options)
     ours = [_ours(entry, case, backend, peers.options) for backend in BACKENDS if _runs(entry, backend)]

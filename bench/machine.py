@@ -1,4 +1,4 @@
-"""The machine a run was made on, in a dictionary and in one line."""
+"""The machine of a run, as a dictionary and in one line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # bf16: on aarch64
 
 
 def describe() -> dict[str, str | int | float]:
-    """Processor, cores, threads, versions, memory, instruction sets, and how busy the machine was at the
-    start.
-    """
+    """Processor, cores, threads, versions, memory, instruction sets, and how busy the machine was at the start."""
     extension = build_info.load()
     free = available_memory()
     found = {

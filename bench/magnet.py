@@ -26,7 +26,7 @@ ALPHA = 1.0
 
 
 def dense_magnet(x: Tensor, clusters: Tensor, classes: Tensor, *, centers: Tensor | None, alpha: float) -> Tensor:
-    """The formula as one writes it in PyTorch with care: means by a product, one N x M matrix, in log space."""
+    """The formula as one writes it in PyTorch with care: means by a matrix product, one N x M matrix, in log space."""
     x = x.float()
     if centers is None:
         one = torch.nn.functional.one_hot(clusters, classes.numel()).float()
@@ -52,7 +52,7 @@ def _step(function: Callable[..., Tensor], problem: Problem, given: bool, **opti
 
 
 def contenders(suite: str) -> list[Contender]:
-    """The floor, ours and the peers, in the order of the table."""
+    """The floor, our backends and the peers, in the order of the table."""
     given = suite == GIVEN
     case = Case(
         suite,

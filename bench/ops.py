@@ -1,6 +1,4 @@
-"""The ops alone: forward, frozen bank, frozen embeddings, every metric, few classes; beside one bare product,
-2NMD.
-"""
+"""The ops alone, compared with one bare product, 2NMD: forward, frozen bank or embeddings, all metrics, few classes."""
 
 from __future__ import annotations
 
@@ -23,14 +21,21 @@ LSE = ("n", "n")
 
 @dataclass(frozen=True)
 class OpCase:
-    """run(x, w, problem, backend) -> outputs, of the shapes named; wants: the gradients taken.
+    """A case of an op.
 
-    passes: products of 2NMD it cannot do without. peer: the same in plain PyTorch, peer(x, w, problem); dense:
-    how many N x M matrices that holds. jumps: its gradient jumps where two scores tie, which half precision moves.
+    Attributes:
+        name: the name in tables.
+        shapes: the shape of each output: n, nm or md.
+        run: run(x, w, problem, backend) -> outputs.
+        wants: the gradients that are computed, some of "xw".
+        passes: how many products of 2NMD it needs at least.
+        peer: the same in plain PyTorch, peer(x, w, problem).
+        dense: how many N x M matrices the peer holds.
+        jumps: whether the gradient jumps where two scores tie, which half precision moves.
     """
 
     name: str
-    shapes: tuple[str, ...]  # of each output: n, nm or md
+    shapes: tuple[str, ...]
     run: Callable[[Tensor, Tensor, Problem, str], Outputs]
     wants: str = ""
     passes: int = 0
@@ -50,7 +55,7 @@ def _lse(name: str, metric: str, wants: str, passes: int, few: bool = False) -> 
     return OpCase(f"lse {metric}{name}", LSE, run, wants, passes)
 
 
-# The same as normalized_distance in plain PyTorch, where it has such.
+# What plain PyTorch has for normalized_distance, by metric.
 PLAIN_DISTANCE = {
     "cosine": lambda x, w: F.normalize(x) @ F.normalize(w).T,
     "euclidean": lambda x, w: torch.cdist(F.normalize(x), F.normalize(w)),
@@ -77,7 +82,7 @@ def _dense_pair(z: Tensor, same: Tensor) -> Outputs:
     return z.masked_fill(~same, -torch.inf).logsumexp(1), z.masked_fill(same, -torch.inf).logsumexp(1)
 
 
-# Centres a class of the pooled cases: M, a multiple of it, counts the centres.
+# How many centres a class has in the pooled cases; M, a multiple of it, counts the centres.
 CENTRES = 5
 
 
@@ -115,7 +120,7 @@ def _softmax_pool(s: Tensor, gamma: float = 0.1) -> Tensor:
     return (torch.softmax(s / gamma, 2) * s).sum(2)
 
 
-# Margins that keep every term positive: at the edge of a hinge rounding decides, and gradients could not be compared.
+# Margins that keep every term positive: at the edge of a hinge rounding decides, which prevents a comparison.
 MARGINS = (0.1, 2.0)
 
 
@@ -172,7 +177,7 @@ def _hardest() -> OpCase:
 def _draw() -> OpCase:
     def run(x: Tensor, w: Tensor, problem: Problem, backend: str) -> Outputs:
         y = problem.c[problem.y]
-        # Which entry is drawn may hang on a rounded distance, which the tests look into: here candidates are counted.
+        # Which entry is drawn may depend on a rounded distance, which the tests check; here candidates are counted.
         found = functional.masked_argmax(
             x, w, y, problem.c, metric="cosine", which="different", noise_seed=1,
             nonzero_loss_cutoff=1.99, backend=backend,
@@ -207,7 +212,7 @@ CASES = (
 
 
 def _step(op: OpCase, run: Callable[[Tensor, Tensor], Outputs], problem: Problem) -> Step:
-    """A step with a fixed random gradient for each value, the same in every dtype."""
+    """Make a step with a fixed random gradient for each value, the same in every dtype."""
     grads = None
     if op.wants:
         generator = torch.Generator().manual_seed(2)
@@ -250,5 +255,5 @@ def _contenders(op: OpCase) -> list[Contender]:
 
 
 def contenders() -> list[Contender]:
-    """The bare product, then every op on each of our backends, with its peer where there is one."""
+    """The bare product, then every op on each of our backends, and its peer where there is one."""
     return [floor.one_contender(), *(c for op in CASES for c in _contenders(op))]

@@ -17,7 +17,7 @@ DEFAULTS = Options()
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Declare them through argparse's add_argument or pytest's addoption."""
+    """Declare the options by argparse's add_argument or pytest's addoption."""
     quick, default = _joined(problem.QUICK_SIZES), f"default {_joined(problem.SIZES)}"
     own = "; ".join(f"{suite} {_joined(sizes)}" for suite, sizes in SIZES_OF.items())
     size_help = f"sizes of every suite, such as 512x100kx128; {default}; {own}"
@@ -37,7 +37,7 @@ def add_options(add: Callable[..., Any]) -> None:
 
 
 def read_options(found: argparse.Namespace) -> Options:
-    """The Options of parsed arguments. Raises ValueError with the choices for an unknown name."""
+    """Convert parsed arguments to Options. Raises ValueError with the choices for an unknown name."""
     small = problem.QUICK_SIZES if found.quick else None
     sizes = tuple(map(Size.parse, _split(found.sizes))) if found.sizes else small
     rounds = found.rounds if found.rounds is not None else 3 if found.quick else DEFAULTS.rounds

@@ -1,10 +1,10 @@
-"""`python -m bench.overhead`: what a call costs before any arithmetic counts, at 16 x 16 x 16 on one thread.
+"""`python -m bench.overhead`: what a call costs apart from arithmetic, at 16 x 16 x 16 on one thread.
 
-Microseconds of a forward, and of a forward and a backward, of the losses, and of what lies under two of them: the
-functional op, the autograd Function, the registered op, the backend's method and the C++ behind it. Medians of
-interleaved rounds in the thread's own processor time, which a neighbour's load does not count in. Beside them what no
-machine changes: how many PyTorch ops a forward calls, how many functions of this package, in how many files, and how
-often the call moves from one file to another.
+It measures microseconds of a forward, and of a forward and a backward, of the losses, and of the layers under two of
+them: the functional op, the autograd Function, the registered op, the backend's method and the C++ behind it. Times are
+medians of interleaved rounds in the processor time of the thread, which excludes the load of neighbours. In addition it
+counts what does not depend on the machine: how many PyTorch ops a forward calls, how many functions of this package, in
+how many files, and how often the call moves from one file to another.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Call = Callable[[], Any]
 
 
 class Hops(NamedTuple):
-    """Of one call: functions of the package, files entered, moves from one file to another."""
+    """What one call does in the package: functions called, files entered, moves from one file to another."""
 
     calls: int
     files: int
@@ -57,7 +57,7 @@ class Hops(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """The ops that a call reaches PyTorch's dispatcher with, and their arguments."""
+    """Records the ops that reach PyTorch's dispatcher, and their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class Recorder(TorchDispatchMode):
 
 
 def ops_of(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every op of a call, in order; those inside another op are not seen."""
+    """All ops of a call, in order, apart from those inside another op."""
     with Recorder() as recorder:
         call()
     return recorder.seen
 
 
 def called(call: Call) -> list[CodeType]:
-    """Every function of the package that a call enters, in order; counted by the interpreter's own hook."""
+    """All functions of the package that a call enters, in order, as the interpreter's profiling hook sees them."""
     found: list[CodeType] = []
 
     def note(frame: Any, event: str, _: Any) -> None:
@@ -92,19 +92,19 @@ def called(call: Call) -> list[CodeType]:
 
 
 def hops(call: Call) -> Hops:
-    """How far a call goes through the package."""
+    """Count the functions, files and moves of a call."""
     files = [code.co_filename for code in called(call)]
     return Hops(len(files), len(set(files)), sum(a != b for a, b in itertools.pairwise(files)))
 
 
 def batch(family: str) -> tuple[Tensor, Tensor]:
-    """Embeddings that need a gradient, and labels: a class each, or some of each class."""
+    """Make embeddings that need a gradient, and labels: one embedding of each class, or some of each."""
     x = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).requires_grad_()
     return x, torch.arange(SIZE) // (1 if family == "proxies" else PER_CLASS)
 
 
 def of_losses(wanted: Sequence[str]) -> dict[str, Call]:
-    """The forward of each loss."""
+    """Make the forward of each loss."""
     found: dict[str, Call] = {}
     for family in ("proxies", "pairs"):
         x, y = batch(family)
@@ -116,7 +116,7 @@ def of_losses(wanted: Sequence[str]) -> dict[str, Call]:
 
 
 def layers(name: str, call: Call) -> dict[str, Call]:
-    """What lies under a call that ends in the registered op ``name``, from the autograd Function down."""
+    """The layers under a call that ends in the registered op ``name``, from the autograd Function down."""
     module, tensors, numbers = UNDER[name]
     args = next(args for op, args in ops_of(call) if op == module.fwd)
     inputs, spec = tensors(*args[: len(tensors._fields)]), numbers(*args[len(tensors._fields) :])
@@ -134,7 +134,7 @@ def layers(name: str, call: Call) -> dict[str, Call]:
 
 
 def contenders(wanted: Sequence[str]) -> dict[str, Call]:
-    """Every forward, by what it is called in the table."""
+    """All forwards, by their names in the table."""
     x, y = batch("proxies")
     w = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
     functions = {
@@ -161,7 +161,7 @@ def _repeated(call: Call) -> Call:
 
 
 def measure(forwards: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
-    """Median microseconds: name -> forward, step (none where nothing of the result has a gradient)."""
+    """Median microseconds: name -> (forward, step); there is no step where no result has a gradient."""
     steps = {n: lambda f=f: _backward(f()) for n, f in forwards.items() if n.endswith(("Loss", "function", "Function"))}
     variants = {("forward", n): _repeated(f) for n, f in forwards.items()}
     variants |= {("step", n): _repeated(f) for n, f in steps.items()}

@@ -22,8 +22,8 @@ from .case import Case, Contender, Outputs, Step, training_step
 from .problem import Problem, Size
 
 PER_CLASS = 8
-# Every pair or triplet is active, the most work for us: where a hinge passes 0 among millions the slope jumps, rounding
-# decides on the nearest, and no two methods' gradients agree to rounding.
+# Every pair or triplet is active, which is the most work for our kernels. Where a hinge passes 0 among millions of
+# terms the slope jumps, rounding decides about the nearest terms, and the gradients of two methods do not agree.
 OPTIONS = {
     "ContrastiveLoss": {"neg_margin": 2.0},
     "MarginLoss": {"beta": 1.5, "margin": 0.45},
@@ -32,16 +32,16 @@ OPTIONS = {
 
 
 def _listed_triplets(size: Size) -> float:
-    """Three int64 lists of every triplet, twice while they are joined."""
+    """The memory of three int64 lists of every triplet, twice while they are joined."""
     return (PER_CLASS - 1) * max(size.n - PER_CLASS, 0) * 6 * 8 / (4 * size.m)
 
 
 def _pairs_with_pairs(size: Size) -> float:
-    """The negatives for each positive, their mask as booleans and as numbers, and the masked negatives, in fp32."""
+    """The memory of each positive's negatives in fp32, their mask as booleans and numbers, and the masked negatives."""
     return (PER_CLASS - 1) * max(size.n - PER_CLASS, 0) * size.n * (1 + 3 * 4) / (4 * size.m)
 
 
-# The losses with their own suites: how many N x N fp32 matrices pytorch-metric-learning holds at its peak, at least.
+# The losses with a suite of their own -> how many N x N fp32 matrices pytorch-metric-learning holds at least.
 SUITE = "pairs"
 APART: dict[str, Callable[[Size], float]] = {
     "TripletMarginLoss": _listed_triplets,
@@ -74,7 +74,7 @@ def _contenders(name: str, prefix: str = "") -> list[Contender]:
     def reference(problem: Problem) -> Outputs:
         return _step(functools.partial(entry.reference, **options), problem)()
 
-    def theirs(problem: Problem) -> Step:
+    def pml_step(problem: Problem) -> Step:
         from pytorch_metric_learning import losses
 
         return _step(getattr(losses, name)(**options), problem)
@@ -83,12 +83,12 @@ def _contenders(name: str, prefix: str = "") -> list[Contender]:
     found = [Contender(f"{prefix}ours", case, lambda p: _step(entry.loss(**options), p), variant="ours", passes=4)]
     if importlib.util.find_spec("pytorch_metric_learning"):
         title, dense = f"{prefix}pytorch-metric-learning", APART.get(name, DENSE.get(name, 20.0))
-        found.append(Contender(title, case, theirs, kind="peer", variant="theirs", dense=dense, passes=4))
+        found.append(Contender(title, case, pml_step, kind="peer", variant="PML", dense=dense, passes=4))
     return found
 
 
 def contenders(suite: str) -> list[Contender]:
-    """The floor, then the losses of a suite, ours and theirs."""
+    """The floor, then the losses of a suite, each of this package and of pytorch-metric-learning."""
     if suite in APART:
         return [floor.four_contender(), *_contenders(suite)]
     together = (name for name in family("pairs") if name not in APART)

@@ -1,6 +1,4 @@
-"""Peak extra memory of one contender, in a process of its own: `python -m bench.peak SUITE NAME SIZE DTYPE
-THREADS`.
-"""
+"""The peak extra memory of one contender, in a fresh process: `python -m bench.peak SUITE NAME SIZE DTYPE THREADS`."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from .problem import DTYPES, Size, make
 
 
 def in_child(suite: str, name: str, size: Size, dtype: str, threads: int = 0) -> int:
-    """Bytes the step adds at its peak to the resident inputs: gradients, results and work space of every
-    allocator.
-    """
+    """The bytes that the step adds to the resident inputs at its peak: gradients, results and work space."""
     return int(run_in_child("bench.peak", suite, name, str(size), dtype, str(threads)).splitlines()[-1])
 
 
@@ -27,7 +23,7 @@ def main(suite: str, name: str, size: str, dtype: str, threads: str) -> int:
         torch.set_num_threads(int(threads))
     contender = next(c for c in contenders(suite) if c.name == name)
     problem = make(Size.parse(size), DTYPES[dtype])
-    # What make() allocates is part of it: the floor's outputs, for one.
+    # What make() allocates counts, for example the outputs of the floor.
     print(peak_extra_bytes(lambda: contender.make(problem)(), warmup=lambda: contender.warm(contender, problem)))
     return 0
 

@@ -21,8 +21,8 @@ from .bars import MEMORY_SPARE, OURS
 from .harness import OPS, Record
 from .report import mebibytes, seconds
 
-# Okabe and Ito's colours, told apart by every kind of colour vision; the dtype is told by lightness and
-# hatching.
+# The colours are those of Okabe and Ito, which people with any colour vision can tell apart; lightness and hatching
+# tell the dtype.
 COLOURS = {
     "floor": "#999999",
     "ours (cpu)": "#0072B2",
@@ -34,11 +34,11 @@ COLOURS = {
 OTHERS = ("#009E73", "#F0E442", "#000000")
 HATCHES = ("", "////", "....")
 INK = "#333333"
-TEXT_WIDTH = 0.16  # of an axis: the text after a bar
+TEXT_WIDTH = 0.16  # the width of the text after a bar, as a share of the axis
 
 
 def draw(records: Sequence[Record], machine: str, out: Path) -> list[Path]:
-    """One picture for each loss and one for the ops, where more than the floor was measured; the paths written."""
+    """Draw one picture for each loss and one for the ops, where more than the floor was measured; return the paths."""
     saved = []
     for suite in dict.fromkeys(r.group.suite for r in records if r.kind != "floor"):
         own = [r for r in records if r.group.suite == suite]
@@ -89,13 +89,13 @@ def _alpha(index: int) -> float:
 
 
 def _offsets(count: int) -> tuple[list[float], float]:
-    """Centres of `count` bars around 0, and their thickness."""
+    """The centres of `count` bars around 0, and their thickness."""
     thick = 0.8 / count
     return [(i - (count - 1) / 2) * thick for i in range(count)], thick * 0.92
 
 
 class Bar(NamedTuple):
-    """A bar, the text after it, and two marks: the gradients alone, the most that is allowed."""
+    """A bar, the text after it, and two marks: the size of the gradients, and the limit."""
 
     value: float
     text: str
@@ -103,7 +103,7 @@ class Bar(NamedTuple):
     limit: float | None = None
 
     def end(self, axis: Axes | None = None) -> float:
-        """Where its text goes: after the bar, or after the limit's mark where that is in the way."""
+        """Where the text goes: after the bar, or after the mark of the limit where that is in the way."""
         if self.limit is None or self.limit <= self.value:
             return self.value
         if axis is not None:
@@ -140,7 +140,7 @@ def _bars(ax: Axes, bars: dict[tuple[str, str], Bar], names, dtypes, label: str)
 
 
 def _statuses(ax: Axes, found, names, dtypes) -> None:
-    """Why a bar is not there."""
+    """Write why a bar is missing."""
     offsets, _ = _offsets(len(dtypes))
     for (name, dtype), record in found.items():
         if record.status != "ok":
@@ -192,7 +192,7 @@ def _tidy(ax: Axes) -> None:
 
 
 def _finish(figure, title: str, handles, machine: str, path: Path) -> None:
-    """Title and legend above, the machine below, each in its own strip; lengths in inches."""
+    """Add title and legend above and the machine below, each in its own strip (lengths in inches), and save."""
     width, height = figure.get_size_inches()
     columns = len(handles) if width > 8 else 2
     note = textwrap.wrap(machine, int(width * 17))

@@ -1,4 +1,4 @@
-"""What is measured on: sizes, dtypes, and the tensors of one problem."""
+"""What the contenders are measured on: sizes, dtypes, and the tensors of a problem."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
 
 
 class Size(NamedTuple):
-    """N rows, M bank entries, D dimensions; written 512x100kx128."""
+    """A size: N rows, M bank entries, D dimensions; written 512x100kx128."""
 
     n: int
     m: int
@@ -54,10 +54,17 @@ BATCH_SIZES = tuple(Size.parse(s) for s in ("128x128x128", "512x512x128", "2048x
 
 @dataclass(frozen=True)
 class Problem:
-    """x (N, D) rows near their bank entry, w (M, D) bank, y (N,) labels, c (M,) bank labels of a few classes.
+    """The tensors of a problem.
 
-    A row is its own bank entry plus as much noise again: at scale 8 and 100 thousand entries the softmax is
-    then neither flat nor one-hot, as half-way through a training.
+    A row is the bank entry of its label plus noise of the same size: at scale 8 and 100 thousand entries the softmax is
+    then neither flat nor one-hot, as half-way through training.
+
+    Attributes:
+        size: N, M and D.
+        x: (N, D) rows.
+        w: (M, D) bank.
+        y: (N,) labels, the bank entry of each row.
+        c: (M,) labels of the bank entries, of a few classes.
     """
 
     size: Size
@@ -75,7 +82,7 @@ class Problem:
         return self.x.nbytes + self.w.nbytes
 
     def part(self, n: int, m: int) -> Problem:
-        """The problem of the first n rows and m bank entries, or of all where there are fewer."""
+        """The problem of the first n rows and m bank entries; all of them where there are fewer."""
         size = Size(min(n, self.size.n), min(m, self.size.m), self.size.d)
         x, w = self.x[: size.n].clone(), self.w[: size.m].clone()
         return Problem(size, x, w, self.y[: size.n] % size.m, self.c[: size.m])
@@ -85,7 +92,7 @@ class Problem:
 
 
 def make(size: Size, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """The same numbers for every dtype, rounded to it."""
+    """Make a problem; its numbers are the same for every dtype, rounded to it."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(size.m, size.d, generator=generator)
     y = torch.randint(size.m, (size.n,), generator=generator)

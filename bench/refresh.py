@@ -1,8 +1,9 @@
 """`python -m bench.refresh`: what a refresh of the cluster index costs, compared with faiss alone.
 
-Per 100 thousand embeddings: the first refresh (k-means++), a warm one after every embedding has moved a little, and
-what anybody has to pay for the same clusters: one bare `faiss.Kmeans` a class on rows gathered beforehand, k-means++ as
-well, on one thread. All interleaved in one run; medians. Both must reach the same inertia before they are timed.
+It times, per 100 thousand embeddings, the first refresh (k-means++), a warm one after every embedding has moved a
+little, and the least that the same clusters cost: one bare `faiss.Kmeans` a class on rows gathered beforehand, with
+k-means++ as well, on one thread. Times are medians of interleaved rounds. Both must reach the same inertia before they
+are timed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from .busy import Usage, share_of_others
 
 RUNS = Path(__file__).resolve().parent.parent / "runs" / "bench"
 ITERATIONS = 10
-# Both are local optima from random starts: their inertias agree within this.
+# Both reach local optima from random starts; their inertias agree within this.
 INERTIA_TOLERANCE = 0.02
 
 
 class Problem:
-    """n embeddings of `classes` classes, each of three modes, in random order."""
+    """n embeddings of `classes` classes in random order; each class has three modes."""
 
     def __init__(self, n: int, classes: int, d: int, clusters: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -46,11 +47,11 @@ class Problem:
         self.gathered = [self.x[rows].numpy() for rows in by_class if len(rows)]
 
     def index(self) -> ClusterIndex:
-        """An index before its first refresh."""
+        """Make an index, without its first refresh."""
         return ClusterIndex(self.labels, clusters_per_class=self.clusters, iterations=ITERATIONS)
 
     def bare_faiss(self) -> float:
-        """k-means of each class by faiss.Kmeans; the inertia."""
+        """Run faiss.Kmeans on each class; return the inertia."""
         import faiss
 
         inertia = 0.0
@@ -65,14 +66,14 @@ class Problem:
 
 
 def measure(problem: Problem, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round. Raises AssertionError where the index's clusters are worse than faiss's own."""
+    """The seconds of each round. Raises AssertionError where the clusters of the index are worse than faiss's own."""
     import faiss
 
     faiss.omp_set_num_threads(1)
     index = problem.index()
     index.refresh(problem.x)
-    ours, theirs = index.variance * (len(problem.x) - 1), problem.bare_faiss()
-    assert ours <= theirs * (1 + INERTIA_TOLERANCE), f"inertia {ours:.4g}, faiss alone {theirs:.4g}: not timed"
+    ours, bare = index.variance * (len(problem.x) - 1), problem.bare_faiss()
+    assert ours <= bare * (1 + INERTIA_TOLERANCE), f"inertia {ours:.4g}, faiss alone {bare:.4g}: not timed"
     sides: list[Tensor] = [problem.moved, problem.x]
 
     def warm() -> None:

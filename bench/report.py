@@ -15,7 +15,7 @@ HEADER = ("problem", "contender", "median", "runs", "x floor", "peak / grads MiB
 
 
 def show(records: Sequence[Record]) -> None:
-    """A table for the losses, a row for each contender, and one for the ops, a row for each op."""
+    """Print a table for the losses, a row for each contender, and one for the ops, a row for each op."""
     losses = [r for r in records if r.group.suite != OPS]
     for suite in dict.fromkeys(r.group.suite for r in losses):
         rows = _loss_rows([r for r in losses if r.group.suite == suite])
@@ -56,7 +56,7 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 
 def _show_ops(title: str, records: Sequence[Record]) -> None:
-    """Backends side by side; a cell is time, times the bare product, peak MiB."""
+    """Print the backends side by side; a cell has the time, its ratio to the bare product, and the peak MiB."""
     floor = next(r for r in records if r.kind == "floor")
     variants = [v for v in dict.fromkeys(r.variant for r in records) if v]
     cases: dict[str, dict[str, Record]] = {}
@@ -92,7 +92,7 @@ def mebibytes(count: int | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Three figures, in the unit that suits."""
+    """A time with three significant digits, in a fitting unit."""
     if value is None:
         return ""
     for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
@@ -102,12 +102,12 @@ def seconds(value: float | None) -> str:
 
 
 def figures(value: float) -> str:
-    """Three figures and no exponent."""
+    """A number with three significant digits and no exponent."""
     return f"{value:.2f}" if value < 0.995 else f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def busy_note(records: Iterable[Record]) -> str:
-    """A line where others used the machine while a group was timed, or nothing."""
+    """A line that says that others used the machine while a group was timed, or nothing."""
     shares = {r.group: r.others for r in records if is_busy(r)}
     if not shares:
         return ""

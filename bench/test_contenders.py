@@ -1,4 +1,4 @@
-"""Every contender of every group; see conftest.py for how times get here."""
+"""One test for every contender of every group; conftest.py says where the times come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: every proof and every figure that needs a GPU, in stages that can be taken up again."""
+"""`python -m bench.gpu`: every check and every figure that needs a GPU, in stages that can be resumed."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ STAGES = {
     "step": speed.steps,
     "small": small.cases,
 }
-# Not run unless asked for: minutes of compiling, for whoever means to change the table of tiles.
+# Run only on request: minutes of compiling, to change the table of tiles.
 OPTIONAL = {"autotune": tiles.tasks}
 EPILOG = """\
-status: 0; 1 where a case of ours is wrong or raises; 75 where the time ran out: run the same command again, it goes on
-where it was. Results of other sources than today's are dropped. Peers (cut-cross-entropy, liger-kernel, quack-kernels)
-take part where they are installed. Figures of --dry-run say nothing of a GPU.
+status: 0; 1 where a case of ours is wrong or raises; 75 where the time ran out: run the same command again to continue.
+Results of older sources are dropped. Peers (cut-cross-entropy, liger-kernel, quack-kernels) take part where they are
+installed. Figures of --dry-run say nothing about a GPU.
 """
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine and versions behind the figures."""
     name = torch.cuda.get_device_name() if device == "cuda" else "dry run on the CPU"
     return {
         "device": name,
@@ -50,7 +50,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages asked for; see EPILOG for the status."""
+    """Run the requested stages; EPILOG explains the status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__.splitlines()[0], epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

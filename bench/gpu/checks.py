@@ -1,4 +1,4 @@
-"""Is it right on this GPU: build, fp64 truth up to 10 million classes, same bits, streams, graphs, sanitizers."""
+"""Checks on this GPU: build, fp64 truth up to 10 million classes, same bits, streams, graphs, sanitizers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 LIMITS = {**TOLERANCES, torch.float16: TOLERANCES[torch.bfloat16]}
 SIZES = ("33x1000x128", "128x100x128", "512x100kx128", "1024x20kx512", "64x10kx1024", "5x7x3")
 HUGE = "64x10Mx16"
-# What is small enough for the interpreter of a dry run.
+# Sizes that are small enough for the interpreter of a dry run.
 DRY_SIZES, DRY_HUGE = ("5x7x3", "33x100x16"), "4x2kx16"
 METRICS = ("cosine", "dot", "sqeuclidean", "euclidean")
 
 
 def build() -> None:
-    """The extension, in place, for this GPU alone."""
+    """Build the extension, in place, for this GPU alone."""
     environment = dict(os.environ)
     if torch.cuda.is_available():
         environment.setdefault("TORCH_CUDA_ARCH_LIST", ".".join(map(str, torch.cuda.get_device_capability())))
@@ -40,7 +40,7 @@ def build() -> None:
 
 
 def built() -> dict[str, Any]:
-    """What the extension holds; an error where it is missing."""
+    """What the extension holds; raises an error where it is missing."""
     extension = build_info.load()
     if extension.module is None:
         raise RuntimeError(f"the extension is {extension.reason}")
@@ -57,13 +57,13 @@ def _moved(problem: Problem, device: str) -> tuple[torch.Tensor, ...]:
 
 
 def problem_on(size: str, dtype: torch.dtype, device: str) -> Problem:
-    """The benchmarks' problem, on the device."""
+    """The problem of the benchmarks, on the device."""
     found = make(Size.parse(size), dtype)
     return Problem(found.size, *_moved(found, device))
 
 
 def lse_step(problem: Problem, metric: str, backend: str, few: bool) -> tuple[torch.Tensor, ...]:
-    """Both log-sum-exps and both gradients."""
+    """Compute both log-sum-exps and both gradients."""
     x, w = problem.x.detach().requires_grad_(), problem.w.detach().requires_grad_()
     y, c = (problem.c[problem.y], problem.c) if few else (problem.y, None)
     scale = 8.0 / problem.size.d if metric == "dot" else 8.0
@@ -73,14 +73,14 @@ def lse_step(problem: Problem, metric: str, backend: str, few: bool) -> tuple[to
 
 
 def loss_step(problem: Problem, backend: str | None, **options: Any) -> tuple[torch.Tensor, ...]:
-    """Proxy-NCA and both gradients."""
+    """Compute Proxy-NCA and both gradients."""
     x, w = problem.x.detach().requires_grad_(), problem.w.detach().requires_grad_()
     value = F.proxy_nca_loss(x, w, problem.y, softmax_scale=8.0, backend=backend, **options)
     return value.detach(), *torch.autograd.grad(value, (x, w))
 
 
 def magnet_step(problem: Problem, backend: str | None) -> tuple[torch.Tensor, ...]:
-    """Magnet of the batch's own means, and its gradient."""
+    """Compute Magnet with the means of the batch, and its gradient."""
     x = problem.x.detach().requires_grad_()
     value = F.magnet_loss(x, problem.y, torch.arange(problem.size.m, device=x.device) // 3, backend=backend)
     return value.detach(), *torch.autograd.grad(value, x)
@@ -97,7 +97,7 @@ def _compare(
 
 
 def correctness(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(name, run) of every case."""
+    """Yield (name, run) of every case."""
     for size in DRY_SIZES if dry else SIZES:
         for label, dtype in DTYPES.items():
             for backend in names("masked_logsumexp", device, dtype):
@@ -124,7 +124,7 @@ def correctness(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict
 
 
 def same_bits(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Twice the same bits; on another stream; from a captured graph; under deterministic algorithms."""
+    """Yield cases that must give the same bits: twice, on another stream, from a captured graph, deterministically."""
     for label in ("fp32", "bf16"):
         for backend in names("proxy_nca_loss", device, DTYPES[label]):
             for size in DRY_SIZES if dry else SIZES[:4]:
@@ -156,7 +156,7 @@ def _on_a_stream(step: Callable[[], Any]) -> Any:
 
 
 def _captured(step: Callable[[], Any]) -> Any:
-    """step()'s results from a replayed graph; the capture raises where the host waits for the device."""
+    """The results of step() from a replayed graph; the capture raises where the host waits for the device."""
     _on_a_stream(step)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -170,7 +170,7 @@ def _captured(step: Callable[[], Any]) -> Any:
 
 
 def sanitizer(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """compute-sanitizer over a small run of every backend."""
+    """Yield the run of compute-sanitizer over a small step of every backend."""
     for tool in ("memcheck", "racecheck", "synccheck"):
 
         def run(tool=tool):

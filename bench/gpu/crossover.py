@@ -1,8 +1,9 @@
-"""``python -m bench.gpu.crossover``: from which size on Triton's kernels should beat the C++ ones, by a model.
+"""``python -m bench.gpu.crossover``: the size from which Triton's kernels should beat the C++ ones, by a model.
 
-A step (forward and backward of the fused loss, both gradients) takes its launches, and beside them the largest of what
-its instructions, its reads from the level-2 cache and its matrix products take. Every input is stated below, none is
-measured; `python -m bench.gpu --stages small` measures what this predicts. `ops.backend.SMALL` is read off the table.
+The time of a step (forward and backward of the fused loss, both gradients) is that of its launches, plus the largest of
+the times of its instructions, its reads from the level-2 cache and its matrix products. Every input is stated below,
+and none is measured; `python -m bench.gpu --stages small` measures what this predicts. `ops.choice.SMALL` comes from
+the table.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dml_kernels.ops.choice import SMALL
 
 
 class Chip(NamedTuple):
-    """Datasheet rates: multiprocessors, clock in Hz; a second: flops of bf16, of fp32 as three tf32; bytes of cache."""
+    """Datasheet rates: multiprocessors, Hz; per second flops of bf16, flops of fp32 (as three tf32), bytes of cache."""
 
     processors: int
     clock: float
@@ -30,9 +31,10 @@ CHIPS = {
     "B200": Chip(148, 1.92e9, 2250e12, 1125e12 / 3, 9.0e12),
 }
 LANES = 128  # instructions a clock and multiprocessor
-# Launches of a step: one each way; norms of both sides twice, forward, merge, gradient, two projections, two products.
+# Launches of a step. C++: one each way. Triton: norms of both sides twice, forward, merge, gradient, two projections,
+# two products.
 CPP_LAUNCHES, TRITON_LAUNCHES = 2, 11
-# Seconds a launch: replayed in a graph, whatever launches; from Python, through the op's C++ or Triton's own launcher.
+# Seconds a launch: replayed in a graph; from Python through the C++ of the op; from Python through Triton's launcher.
 GRAPH, FROM_CPP, FROM_TRITON = 3e-6, 5e-6, 20e-6
 # Instructions a product, from the inner loops (subtract and multiply-add, and the loads of 16 bytes from shared memory
 # that feed them): scores of 2 x 2 pairs forward; scores of 1 x 2 and sums of 8 rows backward, once for either side.
@@ -42,7 +44,7 @@ PRODUCTS = 8  # flops of N M D in a step: 2 forward, 6 backward
 
 
 def cpp(chip: Chip, n: int, m: int, d: int, size: int) -> float:
-    """Seconds of a step of the C++ kernels on the device; one block at least fills its multiprocessor's issue slots."""
+    """Seconds of a step of the C++ kernels on the device; one block fills the issue slots of its multiprocessor."""
     nmd = n * m * d
     slices = min(-(-m // BANK_TILE), max(2 * chip.processors // -(-n // FORWARD_ROWS), 1), 32)
     parts = (
@@ -61,15 +63,15 @@ def triton(chip: Chip, n: int, m: int, d: int, size: int) -> float:
 
 
 def step(chip: Chip, n: int, m: int, d: int, size: int, graph: bool) -> tuple[float, float]:
-    """(C++, Triton) seconds. From Python a launch costs the CPU its time, and the device works beside it."""
-    ours, theirs = cpp(chip, n, m, d, size), triton(chip, n, m, d, size)
+    """(C++, Triton) seconds. From Python the CPU spends the time of a launch, and the device works at the same time."""
+    by_cpp, by_triton = cpp(chip, n, m, d, size), triton(chip, n, m, d, size)
     if graph:
-        return ours + CPP_LAUNCHES * GRAPH, theirs + TRITON_LAUNCHES * GRAPH
-    return max(ours, CPP_LAUNCHES * FROM_CPP), max(theirs, TRITON_LAUNCHES * FROM_TRITON)
+        return by_cpp + CPP_LAUNCHES * GRAPH, by_triton + TRITON_LAUNCHES * GRAPH
+    return max(by_cpp, CPP_LAUNCHES * FROM_CPP), max(by_triton, TRITON_LAUNCHES * FROM_TRITON)
 
 
 def crossover(chip: Chip, d: int, size: int, graph: bool) -> int:
-    """The smallest N M D, N = M, in steps of 8 rows, at which Triton is ahead."""
+    """The smallest N M D, with N = M in steps of 8 rows, at which Triton is faster."""
     n = 8
     while (times := step(chip, n, n, d, size, graph))[0] <= times[1]:
         n += 8
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         times = [1e6 * t for graph in (True, False) for t in step(CHIPS[name], n, m, d, 4, graph)]
         print(f"N {n:4} M {m:5} D {d:4} fp32 {n * m * d / SMALL:8.3f} x 2^26 {times[0]:8.1f}{times[1]:8.1f}"
               f"{times[2]:17.1f}{times[3]:8.1f}")  # fmt: skip
-    print(f"\nTriton ahead from N M D (N = M), in units of ops.backend.SMALL = {SMALL:,}:   graph  Python")
+    print(f"\nTriton ahead from N M D (N = M), in units of ops.choice.SMALL = {SMALL:,}:   graph  Python")
     for dtype, size in (("fp32", 4), ("bf16", 2)):
         for d in (64, 128, 512):
             found = [crossover(CHIPS[name], d, size, graph) / SMALL for graph in (True, False)]

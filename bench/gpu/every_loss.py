@@ -1,4 +1,4 @@
-"""Every registered loss on this GPU against itself in fp64, on the backends that would run it by themselves."""
+"""Every registered loss on this GPU, compared with itself in fp64, on the backends that would be chosen for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _step(entry: LossEntry, inputs: tuple[torch.Tensor, ...], gradients: bool) -
 
 
 def every_loss(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(name, run) of every case: defaults of each loss in fp32 and bf16; Magnet has cases of its own."""
+    """Yield (name, run) of every case: the defaults of each loss in fp32 and bf16, apart from Magnet."""
     for name, entry in REGISTRY.items():
         if entry.family == "clusters":
             continue
@@ -42,7 +42,7 @@ def every_loss(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[
 
             def run(entry=entry, dtype=DTYPES[label]):
                 inputs = _inputs(entry, DRY_SIZE if dry else SIZE, dtype, device)
-                # In half precision a hinge or a maximum turns at another place than in fp64, and its gradient jumps.
+                # In half precision a hinge or a maximum switches at another place than in fp64, and its gradient jumps.
                 gradients = dtype == torch.float32
                 with backends.use_backend("torch"):
                     wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)

@@ -1,6 +1,6 @@
-"""Who else computes positive-in Proxy-NCA: a cross-entropy over 2 scale x^.w^, given to each peer as it likes it.
+"""Other implementations of Proxy-NCA with the positive in the sum: a cross-entropy over 2 scale x^.w^.
 
-A peer is make(problem) -> step() -> (value, grad x, grad w), the normalisation counted in time and memory.
+A peer is make(problem) -> step() -> (value, grad x, grad w); time and memory include the normalisation.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _quack(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 def _cublas_loop(problem: Problem) -> Step:
-    """The fairest: a loop of the vendor's products over bank chunks, forward and backward by hand."""
+    """The fairest peer: a loop of the vendor's products over chunks of the bank, forward and backward by hand."""
 
     def step() -> tuple[Tensor, ...]:
         x, w, y = problem.x, problem.w, problem.y
@@ -105,7 +105,7 @@ def _installed(module: str) -> bool:
 
 
 def peers(dtype: torch.dtype) -> dict[str, tuple[Callable[[Problem], Step], float]]:
-    """name -> (make, N x M fp32 matrices it holds at its peak)."""
+    """name -> (make, how many N x M fp32 matrices it holds at its peak)."""
     found: dict[str, tuple[Callable[[Problem], Step], float]] = {
         "cuBLAS over bank chunks": (_cublas_loop, 0.0),
         "torch.compile": (_autograd(lambda *a: _compiled()(*a)), 3.5),

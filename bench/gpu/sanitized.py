@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: a step of each loss on each backend, at sizes that leave every tile partly empty."""
+"""The program that compute-sanitizer watches: a step of each loss on each backend, with partly empty tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .checks import DTYPES, METRICS, loss_step, lse_step, magnet_step, names, pr
 
 
 def main() -> int:
-    """Run them all; the tool around this process says what is wrong."""
+    """Run all steps; the tool around this process reports what is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in DTYPES.values():
         for backend in names("masked_logsumexp", device, dtype):

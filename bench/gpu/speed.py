@@ -1,4 +1,4 @@
-"""How fast and in how much memory: this GPU's ceilings, then a training step of Proxy-NCA, compared with the peers."""
+"""Time and memory: the ceilings of this GPU, then a training step of Proxy-NCA, compared with the peers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .peers import peers
 SIZES = ("4096x1Mx512", "512x1Mx512", "4096x1Mx128", "4096x100kx128", "512x100kx128", "1024x20kx512")
 DRY_SIZES = ("16x200x8",)
 ROUNDS = 10
-SECONDS = 20.0  # of timing for one contender
+SECONDS = 20.0  # the time limit for timing one contender
 
 
 def clock(step: Callable[[], Any], device: str, rounds: int = ROUNDS, seconds: float = SECONDS) -> list[float]:
-    """Seconds of each call after two warm ones, by device events; fewer rounds for a slow step."""
+    """The seconds of each call after two warm-up calls, by device events; a slow step gets fewer rounds."""
     step()
     _wait(device)
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def _wait(device: str) -> None:
 
 
 def ceilings(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The vendor's product rate and the copy bandwidth: what the rest is measured against."""
+    """Yield the rate of the vendor's product and the bandwidth of a copy, which the other figures are compared with."""
     side = 256 if dry else 8192
 
     def product(dtype: torch.dtype) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def ceilings(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[st
 
 
 def _peak(step: Callable[[], Any], device: str) -> int | None:
-    """Bytes above what is held before, gradients included."""
+    """The peak bytes of a step in addition to what is held before it, gradients included."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -92,10 +92,10 @@ def _measure(
     kind = {"peer": True} if peer else {}
     if short := _short(matrices, problem, device):
         return {**kind, "status": "skipped", "reason": short}
-    truth = loss_step(problem, "torch")  # the same dtype: fp64 of 1M x 512 is another's task, see checks
+    truth = loss_step(problem, "torch")  # in the same dtype; `checks` compares with fp64
     step = make(problem)
     limits = TOLERANCES[problem.dtype]
-    # Two results of one dtype may differ by both their errors; peers keep less in fp32.
+    # Two results in one dtype may differ by the sum of their errors; peers keep less in fp32.
     slack = 2 * (PEER_SLACK if peer else 1)
     wrong = check(
         compare(step(), tuple(t.double() for t in truth)), Tolerance(limits.value * slack, limits.rows * slack)
@@ -113,13 +113,13 @@ def _measure(
 
 
 def steps(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Forward and backward of Proxy-NCA, every backend of ours and every peer."""
+    """Yield the forward and backward of Proxy-NCA on every backend of ours and by every peer."""
     for size in DRY_SIZES if dry else SIZES:
         for label in ("bf16", "fp32"):
             dtype = DTYPES[label]
             ours = {f"ours ({b})": (_ours(b), 0.0, False) for b in names("proxy_nca_loss", device, dtype)}
-            theirs = {name: (make, matrices, True) for name, (make, matrices) in peers(dtype).items()}
-            for name, (make, matrices, peer) in {**ours, **theirs}.items():
+            others = {name: (make, matrices, True) for name, (make, matrices) in peers(dtype).items()}
+            for name, (make, matrices, peer) in {**ours, **others}.items():
 
                 def run(size=size, dtype=dtype, make=make, matrices=matrices, peer=peer):
                     try:
@@ -141,7 +141,7 @@ def _ours(backend: str) -> Callable[[Problem], Callable[[], Any]]:
 
 
 def forwards(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The forward alone, 2NMD, as a share of the measured product rate."""
+    """Yield the forward alone, 2NMD, as a share of the measured rate of the product."""
     from dml_kernels import functional as F
 
     for size in DRY_SIZES if dry else SIZES[:3]:

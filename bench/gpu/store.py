@@ -1,4 +1,4 @@
-"""Results of a run, by stage and case, written after every case: so that an interrupted run continues."""
+"""The results of a run, by stage and case, written after every case so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class OutOfTime(Exception):
-    """The time of this call is used up; what was measured is saved."""
+    """The time of this command is used up; what was measured is saved."""
 
 
 def source_hash() -> str:
-    """Of everything that decides a result: Python, C++ and CUDA sources."""
+    """The hash of all that determines a result: Python, C++ and CUDA sources."""
     digest = hashlib.sha256()
     for folder in ("dml_kernels", "csrc", "bench/gpu"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -30,7 +30,7 @@ def source_hash() -> str:
 
 
 class Store:
-    """One JSON file for a device. Cases of other sources are dropped, so that no figure outlives its code."""
+    """One JSON file for a device. Results of other sources are dropped, so that no figure outlives its code."""
 
     def __init__(self, folder: Path, machine: dict[str, Any], budget: float) -> None:
         name = re.sub(r"[^a-z0-9]+", "-", str(machine["device"]).lower()).strip("-")
@@ -43,7 +43,11 @@ class Store:
                 self.content = old
 
     def case(self, stage: str, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The saved result of a case, or that of run(), saved; a failure is a result too. Raises OutOfTime."""
+        """Return the saved result of a case, or run it and save the result; a failure is a result too.
+
+        Raises:
+            OutOfTime: the case is not saved, and the time is used up.
+        """
         cases = self.content["stages"].setdefault(stage, {})
         if name in cases:
             return cases[name]
@@ -63,7 +67,7 @@ class Store:
         return cases[name]
 
     def failures(self) -> list[str]:
-        """Cases of ours that are wrong or raise; peers may fail."""
+        """The cases of this package that are wrong or raise; peers may fail."""
         return [
             f"{stage}: {name}: {case.get('reason', case['status'])}"
             for stage, cases in self.content["stages"].items()

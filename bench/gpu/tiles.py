@@ -15,7 +15,7 @@ N, M = 4096, 200_000
 
 
 def tasks(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """A case for each bf16 entry of the table; nothing to time in a dry run."""
+    """Yield a case for each bf16 entry of the table; there is nothing to time in a dry run."""
     for kernel in autotune.KERNELS:
         for distance in (False, True):
             for width in (w or autotune.WIDEST for w in configs.WIDTHS):
