@@ -74,8 +74,8 @@ class Miner(Recorded):
             raise ValueError(f"{type(self).__name__} needs labels: they say which pairs are positive")
         batch = make_batch(embeddings, labels, None, ref_emb, ref_labels)
         if batch.w.size(0) == 0:  # a batch without rows is compared with one reference that is in no pair
-            nobody = torch.full((1,), IGNORE_INDEX, device=batch.x.device)
-            batch = batch._replace(w=batch.x.new_zeros(1, batch.x.size(1)), c=nobody, exclude=None)
+            ignored = torch.full((1,), IGNORE_INDEX, device=batch.x.device)
+            batch = batch._replace(w=batch.x.new_zeros(1, batch.x.size(1)), c=ignored, exclude=None)
         found = self.mine(batch)
         pairs = len(found) == 4
         self.num_triplets = 0 if pairs else len(found[0])
