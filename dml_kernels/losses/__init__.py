@@ -1,4 +1,4 @@
-"""The losses, by the names people already use. Each is one file; this package finds them by itself.
+"""The losses, under pytorch-metric-learning's names. Each is one file, which this package finds by itself.
 
 A loss file defines its Module, its function, a dense reference from the paper, and ``ENTRY``, which the tests and
 benchmarks walk.

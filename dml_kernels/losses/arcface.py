@@ -52,8 +52,8 @@ def arcface_loss(
     """ArcFace of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        margin: in degrees, added to the positive's angle. scale: a positive number, or a () tensor, which gets a
-            gradient.
+        margin: in degrees, added to the positive's angle.
+        scale: a positive number, or a () tensor, which gets a gradient.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """

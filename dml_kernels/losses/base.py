@@ -22,7 +22,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @dataclass(frozen=True)
 class LossEntry:
-    """One loss for the tests and benchmarks to walk.
+    """One loss, as tests and benchmarks see it.
 
     ``function`` is the loss, ``reference`` the dense version from the paper with the same arguments, ``options`` the
     settings worth testing. ``family`` says what the loss compares embeddings with, and so the arguments it takes before
@@ -58,7 +58,7 @@ class LossEntry:
 
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
-    """Refuse what is no finite floating (num_classes,) tensor or None. Values are read on the CPU, in eager mode."""
+    """Refuse anything but None or a finite floating (num_classes,) tensor; values are read on the CPU in eager mode."""
     if class_weight is None:
         return
     check_tensor("class_weight", class_weight)
@@ -78,7 +78,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse labels other than classes or ``ignore_index``. Values are read on the CPU, in eager mode."""
+    """Refuse labels other than classes or ``ignore_index``; values are read on the CPU, in eager mode."""
     if not values_can_be_read(labels):
         return
     bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= num_classes))]
@@ -90,7 +90,7 @@ def check_label_range(labels: Tensor, num_classes: int, ignore_index: int) -> No
 
 
 def check_smoothing(label_smoothing: float) -> float:
-    """A share of the target, from 0 to under 1."""
+    """Check the share of the target that is smoothed: from 0 to under 1."""
     share = check_number("label_smoothing", label_smoothing)
     if not 0 <= share < 1:
         raise ValueError(f"label_smoothing must be in [0, 1); got {share}")
@@ -104,8 +104,12 @@ def row_weight(class_weight: Tensor, labels: Tensor, like: Tensor) -> Tensor:
 
 
 def reduce_rows(rows: Tensor, mass: Tensor, reduction: str) -> Tensor:
-    """``mean``: the sum over the sum of ``mass`` (N,), numbers or booleans, 0 where that is 0. ``sum``. ``none``: the
-    rows.
+    """Reduce the values of rows.
+
+    Args:
+        rows: (N,) values.
+        mass: (N,) numbers or booleans: what each row counts in the mean.
+        reduction: ``mean``: the sum divided by the sum of ``mass``, 0 where that is 0; ``sum``; ``none``: the rows.
     """
     if reduction == "none":
         return rows

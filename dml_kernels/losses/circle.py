@@ -35,15 +35,17 @@ class CircleLoss(MetricLoss):
     See the module for the formula. A pair that a miner lists several times counts once, as in pytorch-metric-learning.
 
     Args:
-        m: the relaxation. gamma: the scale. The paper has (0.25, 256) for faces, (0.25, 128) for persons, (0.4, 80) for
+        m: the relaxation.
+        gamma: the scale. In the paper (m, gamma) is (0.25, 256) for faces, (0.25, 128) for persons, and (0.4, 80) for
             fine-grained retrieval.
         options: those of :class:`MetricLoss`; the distance is CosineSimilarity, the reducer AvgNonZeroReducer.
 
     Attributes:
-        op, on: the optima. delta_p, delta_n: the margins. All follow from m; none of the five can be assigned.
+        op, on: the optima of positives and of negatives.
+        delta_p, delta_n: their margins. All four follow from m; neither they nor m can be assigned.
 
     Raises:
-        ValueError: another distance than the cosine.
+        ValueError: a distance other than the cosine.
     """
 
     distance_kinds = (distances.CosineSimilarity,)

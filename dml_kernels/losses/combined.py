@@ -16,10 +16,11 @@ class MultipleLosses(torch.nn.Module):
     """sum_k weight_k loss_k(embeddings, labels, tuples_k), with the arguments of pytorch-metric-learning 2.9's class.
 
     Args:
-        losses: modules called with (embeddings, labels, indices_tuple), of either library: a dict or a sequence.
-        miners: called with (embeddings, labels), for ``indices_tuple``. For a dict a dict of some of its keys, for a
-            sequence one of the same length, with None where a loss takes all pairs.
-        weights: numbers, for all keys or places. None: 1.
+        losses: a dict or a sequence of modules that are called with (embeddings, labels, indices_tuple), of this
+            package or of pytorch-metric-learning.
+        miners: modules that are called with (embeddings, labels) and return ``indices_tuple``. For a dict of losses, a
+            dict of some of its keys; for a sequence, one of the same length, with None where a loss takes all pairs.
+        weights: a number for each key or place; None: 1.
 
     Raises:
         ValueError, TypeError: keys, lengths or kinds that do not fit together.
@@ -70,8 +71,8 @@ class SelfSupervisedLoss(torch.nn.Module):
 
     Args:
         loss: a pair loss of this package.
-        symmetric: the rows of both views are anchors, each compared with all other rows of both. If False, only the
-            rows of the first view are anchors, each compared with the second view.
+        symmetric: whether the rows of both views are anchors, each compared with all other rows of both views. If
+            False, only the rows of the first view are anchors, each compared with the second view.
 
     Raises:
         TypeError: anything but a pair loss that takes references.

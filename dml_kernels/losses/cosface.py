@@ -29,7 +29,8 @@ def cosface_loss(
     """CosFace of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        margin: subtracted from the positive's cosine. scale: a positive number, or a () tensor, which gets a gradient.
+        margin: subtracted from the positive's cosine.
+        scale: a positive number, or a () tensor, which gets a gradient.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """

@@ -47,20 +47,24 @@ class CrossBatchMemory(Recorded):
     copies the buffers of rank 0 over those of the other ranks before each step.
 
     Args:
-        loss: a loss of this package that takes ``ref_emb``. embedding_size: D. memory_size: M.
+        loss: a loss of this package that takes ``ref_emb``.
+        embedding_size: D.
+        memory_size: M.
         miner: called with (embeddings, labels, memory embeddings, memory labels), for the filled part of the memory;
             returns the pairs or triplets to compare.
-        collect_stats: taken as pytorch-metric-learning takes it; nothing of a step is recorded.
+        collect_stats: accepted as in pytorch-metric-learning; nothing of a step is recorded.
 
     Attributes:
-        embedding_memory: (M, D). label_memory: (M,) int64.
+        embedding_memory: (M, D), the stored embeddings.
+        label_memory: (M,) int64, their labels; -100 in places that are not filled yet.
         queue_idx: int, the next place.
         has_been_filled: bool; while it is False, only the places before ``queue_idx`` are compared with. Both may be
             assigned; on a GPU, reading them waits for the device.
         curr_batch_idx: (N,) int64, the places of the rows stored last.
 
     Raises:
-        TypeError: a loss that is not one of this package's pair losses. ValueError: sizes that are not positive.
+        TypeError: a loss that is not one of this package's pair losses.
+        ValueError: sizes that are not positive.
     """
 
     embedding_memory: Tensor
@@ -136,12 +140,13 @@ class CrossBatchMemory(Recorded):
         indices_tuple: Any = None,
         enqueue_mask: Tensor | None = None,
     ) -> Tensor:
-        """Stores the batch and returns the loss of embeddings (N, D) against the memory.
+        """Store the batch, and compute the loss of the batch compared with the memory.
 
         Args:
+            embeddings: (N, D) floating point.
             labels: (N,) integers. Rows labelled -100 are stored, but are in no pair.
-            indices_tuple: pairs or triplets to compare in addition to all others (or the miner's), positives and
-                negatives as places of the memory. They join a list of all pairs: O(N M) memory.
+            indices_tuple: pairs or triplets to compare in addition to all others (or to the miner's), with positives
+                and negatives as places of the memory. They join a list of all pairs, which takes O(N M) memory.
             enqueue_mask: (N,) bool: only these rows are stored, and only the others are compared (for example the keys
                 of a momentum encoder, and the queries). Not together with ``indices_tuple``.
 
@@ -219,7 +224,10 @@ class CrossBatchMemory(Recorded):
         """The pairs or triplets to compare: the miner's, or all pairs, joined by the given ones.
 
         Args:
-            embeddings: (N, D) with labels (N,), int64. E_mem, L_mem: the filled part of the memory.
+            embeddings: (N, D).
+            labels: (N,) int64.
+            E_mem: the embeddings of the filled part of the memory.
+            L_mem: their labels.
             input_indices_tuple: pairs or triplets to add, or None.
             do_remove_self_comparisons: leave out the copies at ``curr_batch_idx``.
         """

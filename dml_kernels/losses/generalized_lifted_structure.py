@@ -34,8 +34,8 @@ class GeneralizedLiftedStructureLoss(MetricLoss):
     See the module for the formula. A pair that a miner lists several times counts once, as in pytorch-metric-learning.
 
     Args:
-        neg_margin: added to the negatives' logits. pos_margin: subtracted from the positives'. In units of the
-            distance.
+        neg_margin: added to the negatives' logits, in units of the distance.
+        pos_margin: subtracted from the positives' logits, in units of the distance.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer MeanReducer.
     """
 

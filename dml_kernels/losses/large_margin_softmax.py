@@ -66,8 +66,8 @@ def large_margin_softmax_loss(
     """Large-margin softmax of embeddings (N, D) against proxies (C, D); see the module.
 
     Args:
-        margin: a positive integer up to 180, multiplies the positive's angle. scale: a positive number, or a () tensor,
-            which gets a gradient.
+        margin: a positive integer up to 180, multiplies the positive's angle.
+        scale: a positive number, or a () tensor, which gets a gradient.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """

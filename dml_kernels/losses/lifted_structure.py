@@ -38,8 +38,8 @@ class LiftedStructureLoss(MetricLoss):
     See the module for the formula; the mean is over positive pairs.
 
     Args:
-        neg_margin: added to the negatives' logits. pos_margin: subtracted from the positive's. In units of the
-            distance.
+        neg_margin: added to the negatives' logits, in units of the distance.
+        pos_margin: subtracted from the positive's logit, in units of the distance.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer MeanReducer.
     """
 
@@ -71,7 +71,7 @@ class LiftedStructureLoss(MetricLoss):
 
 
 def _turned(batch: Batch) -> Batch:
-    """References against rows."""
+    """The batch with the two sides exchanged: references compared with rows."""
     tuples = batch.tuples
     if tuples is not None:
         a1, p, a2, n = (tuples[0], tuples[1], tuples[0], tuples[2]) if len(tuples) == 3 else tuples

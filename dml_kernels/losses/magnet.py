@@ -140,7 +140,8 @@ def magnet_loss(
         min_variance: in squared units of the embeddings.
         ignore_index: examples of this cluster id, and clusters of this class with their examples, take no part.
         reduction: ``mean`` over the examples that take part, ``sum``, or ``none`` for (N,), 0 for those that do not.
-        eps: guards the division by the norm. backend: overrides the choice of backend.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend.
 
     Returns:
         The loss in fp32, or fp64 where either input is. An example without clusters of other classes contributes 0,

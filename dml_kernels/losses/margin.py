@@ -37,12 +37,12 @@ class MarginLoss(MetricLoss):
 
     Args:
         margin: half the width between positives and negatives.
-        nu: weight of the regulariser of beta; used if ``learn_beta``. With a beta for each class it is summed over
-            triplets and divided as they are.
-        beta: the boundary, or where it starts.
-        triplets_per_anchor: ``all``, or how many to draw for each anchor if no miner chooses them.
-        learn_beta: beta is a parameter.
-        num_classes: a beta for each class; labels must then be below it.
+        nu: the weight of the regulariser of beta, which is used if ``learn_beta``. With a beta for each class it is
+            summed over triplets and divided as they are.
+        beta: the boundary, or its initial value if it is learned.
+        triplets_per_anchor: ``all``, or how many triplets to draw for each anchor if no miner chooses them.
+        learn_beta: whether beta is a parameter.
+        num_classes: None: one beta; a number: a beta for each of that many classes, and labels must be below it.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer DivisorReducer.
 
     Attributes:
@@ -94,7 +94,7 @@ class MarginLoss(MetricLoss):
         return parts
 
     def _row_beta(self, batch: Batch) -> Tensor:
-        """() where there is one beta, else (N,)."""
+        """The beta of each row: () where there is one beta, else (N,)."""
         if self.beta.numel() == 1:
             return self.beta[0]
         if batch.y is None:

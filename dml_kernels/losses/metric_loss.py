@@ -15,15 +15,16 @@ from ..reducers import Terms
 
 
 class MetricLoss(Recorded):
-    """A loss with the call of pytorch-metric-learning 2.9; a subclass states its ``terms``.
+    """A loss that is called as in pytorch-metric-learning 2.9; a subclass defines its ``terms``.
 
     Args:
         distance: one of :mod:`dml_kernels.distances`, or the class of the same name in pytorch-metric-learning; None:
             the default of the loss.
         reducer: one of :mod:`dml_kernels.reducers`, or of pytorch-metric-learning; None: the default of the loss.
-        embedding_regularizer: called on the embeddings; its value times ``embedding_reg_weight`` is added.
-        collect_stats: accepted as in pytorch-metric-learning, whose record keepers find the settings in any case. Of a
-            step, only NPairsLoss records anything: its ``num_pairs``.
+        embedding_regularizer: called on the embeddings; its value is added to the loss.
+        embedding_reg_weight: multiplies that value.
+        collect_stats: accepted as in pytorch-metric-learning, whose record keepers find the settings in any case. Only
+            NPairsLoss records a number of a step, its ``num_pairs``.
     """
 
     # Whether ``ref_emb`` makes sense, and so a memory.
@@ -77,15 +78,20 @@ class MetricLoss(Recorded):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of embeddings (N, D), in fp32, or fp64 where they or ``ref_emb`` are.
+        """Compute the loss of a batch.
 
         Args:
+            embeddings: (N, D) floating point.
             labels: (N,) integers, on any device; needed unless ``indices_tuple`` is given.
             indices_tuple: a miner's triplets (a, p, n) or pairs (a1, p, a2, n): indices of rows; p and n index
                 ``ref_emb`` where that is given.
-            ref_emb: (M, D) to compare with instead of the batch. ref_labels: (M,) their labels. The same tensor as
+            ref_emb: (M, D) what the embeddings are compared with instead of the batch. The same tensor as
                 ``embeddings`` means the batch: each row's own copy is left out. Any other tensor, even a detached or
                 cloned one, is compared in full, including row i with reference i, the second view of example i.
+            ref_labels: (M,) integers, the labels of ``ref_emb``.
+
+        Returns:
+            The loss in fp32, or fp64 where ``embeddings`` or ``ref_emb`` is.
 
         Raises:
             ValueError, TypeError: a wrong shape, dtype or combination; the message names the fix.

@@ -89,14 +89,18 @@ def proxy_anchor_loss(
     """Proxy-Anchor of embeddings (N, D) and proxies (M, D), one for each class; see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (M, D), likewise; the dtypes may differ.
+        embeddings: (N, D), of any norm.
+        proxies: (M, D), of any norm; the dtypes may differ.
         labels: (N,) integers, rows of ``proxies``.
-        margin: on the score. alpha: multiplies the scores. bias: (N,), added to the exponents of each embedding.
+        margin: the margin on the score.
+        alpha: multiplies the scores.
+        bias: (N,), added to the exponents of each embedding.
         metric, normalize: other scores, as in :func:`functional.masked_logsumexp`.
         ignore_index: embeddings with this label are neither positives nor negatives.
         reduction: ``mean``: that of the paper, each sum over its number of proxies. ``sum``: both terms, summed over
             the proxies. ``none``: (M,), both terms of each proxy.
-        eps: guards the division by the norm. backend: overrides the choice of backend.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend.
 
     Returns:
         The loss in fp32, or fp64 where either input is. A proxy without positives, or without negatives, contributes 0
@@ -161,12 +165,15 @@ class ProxyAnchorLoss(ProxyLoss):
     of proxies. A miner's tuple adds its weights less 1 to the exponents.
 
     Args:
-        num_classes: C. embedding_size: D. margin: on the cosine. alpha: multiplies the cosines.
+        num_classes: C.
+        embedding_size: D.
+        margin: the margin on the cosine.
+        alpha: multiplies the cosines.
         options: of :class:`~dml_kernels.losses.proxy_loss.ProxyLoss`, ``class_weight`` left out: a
             ClassWeightedReducer weighs each proxy's terms by its class. ``distance``: any.
 
     Attributes:
-        proxies: (C, D) parameter. People train it at 100 times the network's learning rate.
+        proxies: (C, D) parameter, usually trained at 100 times the learning rate of the network.
     """
 
     bank_name, transposed_name, other_names = "proxies", None, ("weight",)
@@ -181,7 +188,7 @@ class ProxyAnchorLoss(ProxyLoss):
 
     @staticmethod
     def default_weight_init(weight: Tensor) -> Any:
-        """Normal, with the deviation sqrt(2 / C)."""
+        """Normal, with standard deviation sqrt(2 / C)."""
         return torch.nn.init.kaiming_normal_(weight, mode="fan_out")
 
     def default_distance(self) -> distances.Distance:
@@ -189,12 +196,12 @@ class ProxyAnchorLoss(ProxyLoss):
         return distances.CosineSimilarity()
 
     def default_reducer(self) -> reducers.Reducer:
-        """Each part over its number of proxies."""
+        """The reducer that divides each part by its number of proxies."""
         return reducers.DivisorReducer()
 
     def options(self) -> Mapping[str, Any]:
-        """The function's keyword arguments."""
-        # A margin on a distance is one on minus the score.
+        """The keyword arguments of the function."""
+        # A margin on a distance is a margin on minus the score.
         return {
             "margin": self.distance.threshold(self.margin), "alpha": self.alpha, "metric": self.distance.metric,
             "normalize": self.distance.normalize_embeddings, "ignore_index": self.ignore_index,

@@ -30,17 +30,20 @@ class ProxyLoss(MetricLoss):
     """A loss of embeddings (N, D) with a learned bank (M, D); a subclass names its ``function`` and ``options``.
 
     Args:
-        num_classes: C. embedding_size: D.
+        num_classes: C.
+        embedding_size: D.
         bank_rows: M; None: one for each class.
         proxies: (M, D) starting values. None: from ``weight_init_func``.
         weight_init_func: called on a new tensor, which it fills. The tensor has the shape of the parameter in
             pytorch-metric-learning, (D, M) where that is called ``W`` or ``fc``, so that the same seed gives the same
             initial values.
         weight_regularizer: one of :mod:`dml_kernels.regularizers`, or of pytorch-metric-learning, or any callable on
-            the bank (M, D); its value times ``weight_reg_weight`` is added.
-        class_weight, ignore_index, reduction: as in the loss's function. Where a ``reducer`` is given, ``reduction``
-            stays ``mean``.
-        device, dtype: of the parameter, which keeps its dtype whatever that of the embeddings.
+            the bank (M, D); its value is added to the loss.
+        weight_reg_weight: multiplies that value.
+        class_weight, ignore_index, reduction: as in the function of the loss. Where a ``reducer`` is given,
+            ``reduction`` stays ``mean``.
+        device: the device of the parameter.
+        dtype: the dtype of the parameter, which it keeps whatever the dtype of the embeddings.
         metric_options: ``distance``, ``reducer``, ``embedding_regularizer``, ``embedding_reg_weight``, as in
             :class:`~dml_kernels.losses.metric_loss.MetricLoss`.
 
@@ -122,7 +125,7 @@ class ProxyLoss(MetricLoss):
 
     @property
     def bank(self) -> Tensor:
-        """The (M, D) parameter, by whatever name."""
+        """The (M, D) parameter, whatever its name."""
         return getattr(self, self.bank_name)
 
     # --- the transpose under its known name
@@ -186,16 +189,21 @@ class ProxyLoss(MetricLoss):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of embeddings (N, D), in fp32, or fp64 where they or the parameter are.
+        """Compute the loss of a batch.
 
         Args:
+            embeddings: (N, D) floating point.
             labels: (N,) integers, on any device.
             indices_tuple: a miner's triplets (a, p, n) or pairs (a1, p, a2, n). As in pytorch-metric-learning 2.9 they
-                choose no pairs, but weigh each row by how often they name it, over the largest count.
+                choose no pairs, but weigh each row by how often they name it, divided by the largest count.
+            ref_emb: None or ``embeddings``, because the proxies are the references.
+            ref_labels: None or ``labels``.
+
+        Returns:
+            The loss in fp32, or fp64 where the embeddings or the parameter are.
 
         Raises:
-            ValueError, TypeError: ``ref_emb`` or ``ref_labels`` other than those of the batch, because the proxies are
-                the references; labels missing or out of range; a wrong shape or dtype.
+            ValueError, TypeError: other references; labels missing or out of range; a wrong shape or dtype.
         """
         for name, value, own in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
             if value is not None and value is not own:
@@ -217,9 +225,9 @@ class ProxyLoss(MetricLoss):
         return reducer({**parts, **self._regularisation(embeddings)})
 
     def parts(self, embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None) -> Mapping[str, Terms]:
-        """One term for each row, for a reducer: what ``reduction="none"`` gives times the tuple's weights.
+        """One term for each row, for a reducer: what ``reduction="none"`` gives, times the weights of the tuple.
 
-        The number of a row is its class weight, so that the mean is weighted.
+        The ``number`` of a row is its class weight, so that the mean is weighted.
         """
         rows = self.function(embeddings, self.bank, labels, **self.options(), reduction="none")
         several = labels.dim() == 2
@@ -245,7 +253,7 @@ class ProxyLoss(MetricLoss):
         return found
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """The (N, C) matrix that this method of pytorch-metric-learning gives: here that of the distance."""
+        """The (N, C) matrix of the distance, as this method of pytorch-metric-learning returns."""
         return self.distance(embeddings, self.bank)
 
     def extra_repr(self) -> str:

@@ -100,8 +100,8 @@ def proxy_nca_loss(
     """Proxy-NCA of embeddings (N, D) against proxies (M, D); see the module for the formula.
 
     Args:
-        embeddings: (N, D), any norm: unit vectors are formed inside. proxies: (M, D), likewise; the
-            dtypes may differ.
+        embeddings: (N, D), of any norm: the loss computes their unit vectors.
+        proxies: (M, D), of any norm; the dtypes may differ.
         labels: (N,) integers: rows of ``proxies``, or of ``label_to_proxy`` where given.
         softmax_scale: a number, or a () or (N,) tensor, which gets a gradient. 1 is the paper's.
         exclude_positive: leave the positive out of the sum, as the 2017 paper does.
@@ -112,7 +112,8 @@ def proxy_nca_loss(
         label_to_proxy: (number of classes,) int64, the proxy of each label; several may share one.
         metric, normalize: other scores, as in :func:`functional.masked_logsumexp`; the default is the fused op.
         reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
-        eps: guards the division by the norm. backend: overrides the choice of backend.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend.
 
     Returns:
         The loss in fp32, or fp64 where either input is. A row without negatives (one proxy) contributes 0; with every
@@ -155,7 +156,7 @@ def proxy_nca_loss(
         factor=factor, exclude_positive=exclude_positive, label_smoothing=label_smoothing, eps=eps,
         ignore_index=ignored, reduction=reduction, dtype=dtype, backend=chosen,
     )  # fmt: skip
-    # The batch as its own proxies: Dynamo wants each argument to be a tensor of its own.
+    # The batch may be its own proxies, and Dynamo needs each argument to be a separate tensor.
     return proxy_nca(Proxied(embeddings, apart(proxies, embeddings), y, scale, weight), spec)
 
 
@@ -163,7 +164,7 @@ def _composed_rows(
     out: MaskedLogSumExp, counted: Tensor, weight: Tensor | None, exclude_positive: bool, label_smoothing: float,
     classes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(N,) losses and what each counts in the mean, of scores that the fused op does not take."""
+    """The losses (N,), and what each counts in the mean, for scores that the fused op does not take."""
     if exclude_positive:
         some = counted & (out.different != -math.inf)
         rows = torch.where(some, torch.where(some, out.different, 0) - torch.where(some, out.same, 0), 0)
@@ -252,8 +253,9 @@ class ProxyNCALoss(ProxyLoss):
     formula and options.
 
     Args:
-        num_classes: C. embedding_size: D.
-        softmax_scale: multiplies the squared distances; a number, or a () parameter, which is learned.
+        num_classes: C.
+        embedding_size: D.
+        softmax_scale: multiplies the squared distances: a number, or a () parameter, which is learned.
         exclude_positive, label_smoothing: as in :func:`proxy_nca_loss`.
         label_to_proxy: (C,) int64, the proxy of each class; the number of proxies is its largest entry plus 1.
         options: of :class:`~dml_kernels.losses.proxy_loss.ProxyLoss`; ``distance``: any, a similarity or a distance.
@@ -300,11 +302,13 @@ class ProxyNCALoss(ProxyLoss):
 
     @torch.no_grad()
     def init_from_data(self, embeddings: Tensor, labels: Tensor, how: str = "mean") -> None:
-        """Set each proxy from the embeddings (n, D) of its classes; proxies without any keep their values.
+        """Set each proxy from the embeddings of its classes; proxies without embeddings keep their values.
 
         Args:
-            how: ``mean``: the mean of their unit vectors. ``sample``: the first of them. ``nearest``: the one nearest
-                to that mean (a member of the class, as the static proxies of the paper).
+            embeddings: (n, D) floating point.
+            labels: (n,) integers.
+            how: ``mean``: the mean of the unit vectors. ``sample``: the first embedding. ``nearest``: the embedding
+                nearest to that mean (a member of the class, as the static proxies of the paper).
         """
         check_matrix("embeddings", embeddings)
         if embeddings.size(1) != self.embedding_size:
@@ -333,7 +337,7 @@ class ProxyNCALoss(ProxyLoss):
         self.proxies.copy_(torch.where((count > 0)[:, None], values, self.proxies))
 
     def options(self) -> Mapping[str, Any]:
-        """The function's keyword arguments."""
+        """The keyword arguments of the function."""
         distance = self.distance
         return {
             **super().options(), "softmax_scale": self.softmax_scale, "exclude_positive": self.exclude_positive,

@@ -43,14 +43,16 @@ def proxy_ranking_loss(
     """The ranking loss of embeddings (N, D) and proxies (M, D), one for each class; see the module.
 
     Args:
-        embeddings: (N, D), any norm where ``normalize``. proxies: (M, D), likewise; the
-            dtypes may differ.
-        labels: (N,) integers, rows of ``proxies``. margin: on the difference of two scores.
+        embeddings: (N, D).
+        proxies: (M, D); the dtypes may differ.
+        labels: (N,) integers, rows of ``proxies``.
+        margin: the margin on the difference of two scores.
         metric, normalize: as in :func:`functional.masked_hinge_sum`.
         class_weight: (M,), a weight for each label; the mean is then weighted.
         ignore_index: rows with this label contribute 0 and are not counted in the mean.
         reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
-        eps: guards the division by the norm. backend: overrides the choice of backend.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend.
 
     Returns:
         The loss in fp32, or fp64 where either input is. With one class, or every row ignored, it is 0, connected to the
@@ -116,7 +118,9 @@ class ProxyRankingLoss(ProxyLoss):
     """The ranking loss with one learned proxy per class.
 
     Args:
-        num_classes: C. embedding_size: D. margin: on the difference of two scores.
+        num_classes: C.
+        embedding_size: D.
+        margin: the margin on the difference of two scores.
         options: of :class:`~dml_kernels.losses.proxy_loss.ProxyLoss`. ``distance``: any.
 
     Attributes:
@@ -135,7 +139,7 @@ class ProxyRankingLoss(ProxyLoss):
         return distances.CosineSimilarity()
 
     def options(self) -> Mapping[str, Any]:
-        """The function's keyword arguments."""
+        """The keyword arguments of the function."""
         metric, normalize = self.distance.metric, self.distance.normalize_embeddings
         return {**super().options(), "margin": self.margin, "metric": metric, "normalize": normalize}
 

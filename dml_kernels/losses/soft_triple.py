@@ -42,8 +42,10 @@ def soft_triple_loss(
     """SoftTriple of embeddings (N, D) against proxies (C K, D); see the module.
 
     Args:
-        centers_per_class: K. la: multiplies the similarities; a positive number, or a () tensor, which gets a gradient.
-        gamma: temperature of the pooling. margin: taken off the positive's similarity.
+        centers_per_class: K.
+        la: multiplies the similarities: a positive number, or a () tensor, which gets a gradient.
+        gamma: the temperature of the pooling.
+        margin: subtracted from the positive's similarity.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """

@@ -52,7 +52,8 @@ class SoftmaxOptions(TypedDict, total=False):
     label_smoothing (0): as in ``torch.nn.functional.cross_entropy``, except that class weights weigh whole rows.
     ignore_index (-100): rows with this label contribute 0 and are not counted in the mean.
     reduction ("mean"): ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
-    eps (1e-12): guards the division by the norm. backend (None): overrides the choice of backend.
+    eps (1e-12): guards the division by the norm.
+    backend (None): overrides the choice of backend.
     """
 
     class_weight: Tensor | None
@@ -67,14 +68,14 @@ class Logits(NamedTuple):
     """How scores become logits.
 
     Args:
-        scale: multiplies the scores; a number or a () tensor, which gets a gradient.
-        target: the positive's logits (N,) and the scale -> its logits after the margin; None without a margin.
-        metric: of the ops.
-        by_length: the length of the embedding multiplies its scores. Without a margin they are x . w^, linear in x down
-            to the zero vector; with a margin, an embedding shorter than eps has no gradient.
-        by_lengths: the lengths of the embedding and of the proxies multiply the scores, which are then x . w.
+        scale: multiplies the scores: a number, or a () tensor, which gets a gradient.
+        target: (the positive's logits (N,), the scale) -> its logits after the margin; None without a margin.
+        metric: a metric of the ops.
+        by_length: whether the length of the embedding multiplies its scores. Without a margin they are x . w^, linear
+            in x down to the zero vector; with a margin, an embedding shorter than eps has no gradient.
+        by_lengths: whether the lengths of the embedding and of the proxies multiply the scores, which are then x . w.
         policy, policy_params: how the centres of a class are pooled, as in functional.masked_logsumexp; linear where
-            there is one.
+            there is one centre.
     """
 
     scale: float | Tensor
@@ -87,11 +88,11 @@ class Logits(NamedTuple):
 
     @property
     def centres(self) -> int:
-        """Bank rows to a class."""
+        """The number of bank rows of a class."""
         return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
 
     def scale_of(self, embeddings: Tensor, dtype: torch.dtype, eps: float = 1e-12) -> float | Tensor:
-        """The number or (N,) that multiplies the cosines."""
+        """The factor that multiplies the cosines: a number, () or (N,)."""
         if not (self.by_length or self.by_lengths):
             return self.scale
         length = torch.linalg.vector_norm(embeddings, dim=1, dtype=accumulate_dtype(dtype))
@@ -118,7 +119,7 @@ class Logits(NamedTuple):
 
 
 def check_scale(name: str, scale: float | Tensor) -> float | Tensor:
-    """A positive number, or a () tensor as it is."""
+    """Check a scale: a positive number; a () tensor stays as it is."""
     if isinstance(scale, Tensor):
         check_tensor(name, scale)
         if scale.dim() or not scale.is_floating_point():
@@ -143,11 +144,12 @@ def softmax_loss(
     """The loss of embeddings (N, D) against proxies (C K, D), the K rows of a class together; see the module.
 
     Args:
-        embeddings: (N, D), any norm. proxies: (C K, D), likewise; the dtypes may differ.
+        embeddings: (N, D), of any norm.
+        proxies: (C K, D), of any norm; the dtypes may differ.
         labels: (N,) integers, classes; or (N, L) padded with ``ignore_index``: a row is then the mean over its labels,
             each with its own margin.
-        logits: what the loss makes of the scores; its ``centres`` are K, 1 for most losses.
-        class_weight, label_smoothing, ignore_index, reduction, eps, backend: see :class:`SoftmaxOptions`.
+        logits: how scores become logits; its ``centres`` are K, 1 for most losses.
+        class_weight, label_smoothing, ignore_index, reduction, eps, backend: as in :class:`SoftmaxOptions`.
 
     Returns:
         The loss in fp32, or fp64 where either input is. With one class it is 0; with every row ignored 0, connected to

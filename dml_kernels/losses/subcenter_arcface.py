@@ -33,7 +33,8 @@ def subcenter_arcface_loss(
     """Sub-centre ArcFace of embeddings (N, D) against proxies (C K, D); see the module.
 
     Args:
-        margin, scale: of :func:`~dml_kernels.losses.arcface.arcface_loss`; the margin is in degrees. sub_centers: K.
+        margin, scale: of :func:`~dml_kernels.losses.arcface.arcface_loss`; the margin is in degrees.
+        sub_centers: K.
         embeddings, proxies, labels: of :func:`~dml_kernels.losses.softmax.softmax_loss`, with its result and errors.
         options: of :class:`~dml_kernels.losses.softmax.SoftmaxOptions`.
     """
@@ -80,12 +81,15 @@ class SubCenterArcFaceLoss(AngularLoss):
         """Examples far from the dominant sub-centre of their class, the one nearest to most of its examples.
 
         Args:
-            embeddings: (n, D). labels: (n,); those with ``ignore_index`` are left out. threshold: in degrees.
+            embeddings: (n, D) floating point.
+            labels: (n,) integers; rows labelled ``ignore_index`` are left out.
+            threshold: in degrees.
+            return_dominant_centers: whether to return the dominant sub-centres too.
 
         Returns:
             int64 indices of the examples beyond the threshold, class by class; and with ``return_dominant_centers``
-            (D, C) dominant sub-centres, zeros for a class without examples. (pytorch-metric-learning 2.9 returns both
-            whatever is asked for, and undefined values for such a class.)
+            (D, C) dominant sub-centres, zeros for a class without examples. (pytorch-metric-learning 2.9 always returns
+            both, with undefined values for such a class.)
 
         Raises:
             ValueError, TypeError: labels out of range, a wrong shape or dtype.

@@ -10,7 +10,7 @@ from .metric_loss import MetricLoss
 
 
 class TemperatureLoss(MetricLoss):
-    """A loss of z = s / temperature; a subclass states its ``terms``.
+    """A loss of z = s / temperature; a subclass defines its ``terms``.
 
     Args:
         temperature: divides the similarity.

@@ -45,14 +45,14 @@ class Transposed(Tensor):
     """The transpose of a parameter, which stands for it.
 
     Raises:
-        RuntimeError: what only the parameter itself can do: stand in an optimiser, have hooks, be differentiated by.
+        RuntimeError: at what only the parameter itself can do: stand in an optimiser, have hooks, be differentiated by.
     """
 
     bank: Tensor
 
     @staticmethod
     def of(bank: Tensor) -> Tensor:
-        """Of ``weight`` (M, D); a plain view where that is no parameter of its own, as inside ``torch.func``."""
+        """The transpose of ``weight`` (M, D); a plain view where that is no Parameter, as inside ``torch.func``."""
         view = bank.t()
         if type(bank) is not torch.nn.Parameter or torch.compiler.is_compiling():
             return view
@@ -62,7 +62,7 @@ class Transposed(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Everything gives plain tensors."""
+        """Every function returns plain tensors."""
         if func in REFUSED:
             raise _refuse(func.__name__)
         with torch._C.DisableTorchFunctionSubclass():
@@ -74,7 +74,7 @@ class Transposed(Tensor):
 
     @property
     def grad(self) -> Tensor | None:
-        """The parameter's gradient, transposed: a view, so that it can be scaled in place."""
+        """The gradient of the parameter, transposed: a view, so that it can be scaled in place."""
         return None if self.bank.grad is None else self.bank.grad.t()
 
     @grad.setter
@@ -92,7 +92,7 @@ class Transposed(Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        """That of the parameter."""
+        """Whether the parameter requires a gradient."""
         return self.bank.requires_grad
 
     @requires_grad.setter
@@ -100,13 +100,13 @@ class Transposed(Tensor):
         self.bank.requires_grad = value
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        """Set it on the parameter."""
+        """Set whether the parameter requires a gradient."""
         self.bank.requires_grad_(requires_grad)
         return self
 
     @property
     def retains_grad(self) -> bool:  # type: ignore[override]
-        """Only optimisers read this; they would step a tensor that is not the parameter."""
+        """Refused: only optimisers read this, and they would step a tensor that is not the parameter."""
         raise _refuse("an optimiser")
 
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,5 +118,5 @@ class Transposed(Tensor):
         return torch.nn.Parameter(self.data.clone(), self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Saved as a separate parameter, (D, M)."""
+        """Pickled as a separate parameter, (D, M)."""
         return self.__deepcopy__({}).__reduce_ex__(protocol)

@@ -44,9 +44,10 @@ class TripletMarginLoss(MetricLoss):
     See the module for the formula.
 
     Args:
-        margin: in units of the distance.
-        swap, smooth_loss: the variants, see the module.
-        triplets_per_anchor: ``all``, or how many random ones of each anchor, by PyTorch's default generator.
+        margin: the margin, in units of the distance.
+        swap: whether d_pn may replace d_an; see the module.
+        smooth_loss: whether log(1 + exp v) replaces the hinge; see the module.
+        triplets_per_anchor: ``all``, or how many random triplets of each anchor, by PyTorch's default generator.
         options: those of :class:`MetricLoss`; the distance is LpDistance, the reducer AvgNonZeroReducer.
 
     Raises:
@@ -112,8 +113,9 @@ class TripletMarginLoss(MetricLoss):
 
 
 def _all_of_lists(pairs: Listed, margin: float) -> Terms:
-    """Every triplet that listed pairs of an anchor make, in O(pairs) memory: negatives sorted by anchor and score,
-    a binary search for each positive, differences of prefix sums in fp64.
+    """Sum every triplet that listed pairs of an anchor make, in O(pairs) memory.
+
+    Negatives are sorted by anchor and score; a binary search for each positive gives a difference of prefix sums, fp64.
     """
     near, far = pairs.same, pairs.different
     t, s = near.s.double() - margin, far.s.double()
