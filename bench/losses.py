@@ -125,7 +125,7 @@ def _ours(entry: LossEntry, case: Case, backend: str, options: Mapping[str, Any]
 
 def _runs(entry: LossEntry, backend: str) -> bool:
     """Whether a backend has the op and policy of a loss; one that failed to load is kept, so that the table says so."""
-    refusal = backends.BACKENDS[backend].can_run(entry.op, torch.device("cpu"), torch.float32, entry.policy)
+    refusal = backends.refusal(backend, entry.op, torch.device("cpu"), torch.float32, entry.asked)
     return refusal is None or "not implemented" not in refusal
 
 

@@ -123,7 +123,7 @@ def layers(name: str, call: Call) -> dict[str, Call]:
     method = getattr(backend.BACKENDS[spec.backend], f"{name}_fwd")
     compiled = [(op, args) for op, args in ops_of(lambda: method(inputs, spec)) if "dml_kernels" in str(op)]
     found = {
-        "autograd Function": lambda: getattr(module, name)(inputs, spec),
+        "autograd Function": lambda: module.differentiable(inputs, spec),
         "registered op": lambda: module.fwd(*args),
         f"the {spec.backend} backend's method": lambda: method(inputs, spec),
     }

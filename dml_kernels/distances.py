@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
 from .elsewhere import explain
 from .foreign import pml_name
 from .ops.checks import check_flag, check_number
 from .ops.contract import accumulate_dtype, check_pair, product_dtype
+from .ops.normalized_distance import normalized_distance
 from .records import Recorded
 
 # The settings of a distance in pytorch-metric-learning.
@@ -115,7 +115,7 @@ class Distance(Recorded):
         ref_emb = query_emb if ref_emb is None else ref_emb
         if self.metric == "cosine":
             return cosines(query_emb, ref_emb)
-        return functional.normalized_distance(query_emb, ref_emb, self.metric, normalize=self.normalize_embeddings)
+        return normalized_distance(query_emb, ref_emb, self.metric, normalize=self.normalize_embeddings)
 
     def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
         """The values of corresponding rows, (N,).

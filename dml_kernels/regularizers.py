@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distances, functional, reducers
+from . import distances, reducers
 from .elsewhere import explain
 from .foreign import pml_name
 from .ops.checks import check_integer, check_number
 from .ops.contract import accumulate_dtype, check_matrix
+from .ops.masked_argmax import masked_argmax
+from .ops.normalize import normalize as unit_rows
 from .records import Recorded
 from .reducers import Terms
 
@@ -112,10 +114,10 @@ class RegularFaceRegularizer(Regularizer):
     def terms(self, weights: Tensor) -> Terms:
         """The cosine of each row with its nearest other row."""
         own = torch.arange(weights.size(0), device=weights.device)
-        found = functional.masked_argmax(weights.detach(), weights.detach(), own, metric="cosine", which="different")
+        found = masked_argmax(weights.detach(), weights.detach(), own, metric="cosine", which="different")
         assert found.different is not None
         nearest = found.different.index
-        unit = functional.normalize(weights)
+        unit = unit_rows(weights)
         cosines = torch.linalg.vecdot(unit, unit[nearest.clamp_min(0)])
         return Terms.elements(torch.where(nearest >= 0, cosines, 0), None)
 
@@ -159,7 +161,7 @@ class SparseCentersRegularizer(Regularizer):
         c, k = self.num_classes, self.centers_per_class
         if weights.size(0) != c * k:
             raise ValueError(f"weights must have {c} x {k} rows, the centres class by class; got {weights.size(0)}")
-        unit = functional.normalize(weights).view(c, k, -1)
+        unit = unit_rows(weights).view(c, k, -1)
         squared = 2 - 2 * torch.bmm(unit, unit.mT)
         apart = torch.ones_like(squared, dtype=torch.bool).triu(1) & (squared > 4 * torch.finfo(squared.dtype).eps)
         distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)

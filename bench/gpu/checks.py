@@ -115,7 +115,7 @@ def correctness(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict
                         lambda s=size, d=dtype, b=backend, f=step: _compare(f, problem_on(s, d, device), b),
                     )
     for label in ("bf16", "fp32"):
-        for backend in names("proxy_nca_loss", device, DTYPES[label]):
+        for backend in names("proxy_nca", device, DTYPES[label]):
             size = DRY_HUGE if dry else HUGE
             yield (
                 f"proxy-nca {size} {label} {backend}",
@@ -126,7 +126,7 @@ def correctness(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict
 def same_bits(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield cases that must give the same bits: twice, on another stream, from a captured graph, deterministically."""
     for label in ("fp32", "bf16"):
-        for backend in names("proxy_nca_loss", device, DTYPES[label]):
+        for backend in names("proxy_nca", device, DTYPES[label]):
             for size in DRY_SIZES if dry else SIZES[:4]:
 
                 def run(label=label, backend=backend, size=size):

@@ -18,11 +18,11 @@ REPEATS = 50
 def cases(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield Proxy-NCA at 128 x 100 x 128 and 512 x 1,000 x 512, and Magnet with 12 clusters x 4, in fp32."""
     for size in ("16x12x8",) if dry else ("128x100x128", "512x1000x512"):
-        for backend in names("proxy_nca_loss", device, torch.float32):
+        for backend in names("proxy_nca", device, torch.float32):
             yield f"{size}: ours ({backend})", _case(lambda p, b=backend: lambda: loss_step(p, b), size, device, False)
         for name, (make, _) in peers(torch.float32).items():
             yield f"{size}: {name}", _case(make, size, device, True)
-    for backend in names("magnet_loss", device, torch.float32):
+    for backend in names("magnet", device, torch.float32):
         make = lambda p, b=backend: lambda: magnet_step(p, b)  # noqa: E731
         yield f"magnet 48x12x64: ours ({backend})", _case(make, "48x12x64", device, False)
 

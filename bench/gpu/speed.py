@@ -117,7 +117,7 @@ def steps(device: str, dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, 
     for size in DRY_SIZES if dry else SIZES:
         for label in ("bf16", "fp32"):
             dtype = DTYPES[label]
-            ours = {f"ours ({b})": (_ours(b), 0.0, False) for b in names("proxy_nca_loss", device, dtype)}
+            ours = {f"ours ({b})": (_ours(b), 0.0, False) for b in names("proxy_nca", device, dtype)}
             others = {name: (make, matrices, True) for name, (make, matrices) in peers(dtype).items()}
             for name, (make, matrices, peer) in {**ours, **others}.items():
 

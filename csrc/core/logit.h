@@ -1,4 +1,4 @@
-// The score and the logit of a pair of a row and a bank entry, for the CPU and the GPU alike.
+// Scores and logits of one (row, bank entry) pair; shared by every compiled backend. No torch, no allocation.
 //
 //   raw   x.w, as the matrix product gives it
 //   s     score, larger is closer:  r_i r_j raw  |  -(sq_i + sq_j - 2 r_i r_j raw)  |  -sqrt of that
@@ -12,8 +12,7 @@ namespace dml {
 
 enum class Metric : std::int64_t { dot = 0, sqeuclidean = 1, euclidean = 2 };
 
-// A squared distance below this share of |u|^2 + |p|^2 is summed from differences, because the expanded form has lost 4
-// bits by cancellation.
+// Below this share of |u|^2 + |p|^2 a squared distance is summed from differences: expanding has cancelled 4 bits.
 constexpr double near_share = 1.0 / 16;
 
 template <class A>

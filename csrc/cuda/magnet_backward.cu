@@ -1,6 +1,5 @@
-// The gradients of the Magnet loss in one cooperative launch. The blocks compute the squared distances again and wait
-// for each other, because every gradient needs that of the variance, and so all distances. Then each block takes one
-// cluster at a time.
+// The Magnet loss's gradients in one cooperative launch: the blocks write the squared distances anew, meet, and take a
+// cluster at a time each, whose gradients all need the variance's and with it all distances.
 #include <algorithm>
 
 #include "grid_barrier.cuh"
@@ -11,10 +10,10 @@ namespace {
 
 using namespace magnet;
 
-// The gradient of the distance between a row and the centre of a slot; g is the gradient of the row's hinge.
+// The gradient of the distance between a row and a slot's centre, from the hinge's gradient g of the row.
 template <class A>
 struct Slopes {
-  A scale, per_distance;  // per_distance: of each row to its centre, through the variance
+  A scale, per_distance;  // per_distance: through the variance, of every own distance
 
   __device__ A same_cluster(A g) const { return g * scale + per_distance; }
   __device__ A other_class(A g, A distance, A lse) const {
@@ -22,7 +21,7 @@ struct Slopes {
   }
 };
 
-// What a block works on once the distances are complete.
+// What a block works on once the distances are there.
 template <class A>
 struct Context {
   const MagnetArgs& args;
@@ -33,14 +32,14 @@ struct Context {
   const A *distances, *different;  // (N, slots), (N,)
   std::int64_t slots;
   A* grad_rows;  // scratch (N, D)
-  // In shared memory behind the centres: the gradients of the hinges (N,), the factors of all rows for one centre (N,),
-  // and those of all centres for one row (slots,).
+  // Shared, behind the centres: gradients of the hinges (N,), factors of all rows for one centre (N,), of all centres
+  // for one row (slots,).
   A *g, *factors, *row_factors;
 
   __device__ A distance(int i, int slot) const { return distances[i * slots + slot]; }
 };
 
-// Computes the gradients of the hinges and, from all pairs, that of the variance; the same in every block.
+// The hinges' gradients, and from all pairs the variance's; the same in every block.
 template <class A>
 __device__ Slopes<A> hinges(const Context<A>& p, const Vector& grad, double* parts) {
   const MagnetArgs& args = p.args;
@@ -69,7 +68,7 @@ __device__ Slopes<A> hinges(const Context<A>& p, const Vector& grad, double* par
   return {variance.scale, A(args.variance.data ? 0 : grad_variance / BatchVariance<A>::degrees(batch))};
 }
 
-// Writes the gradients, zero, of the rows and the given centres that take no part.
+// Zero gradients of the rows and given centres that take no part.
 template <class A>
 __device__ void zero_the_rest(const Context<A>& p) {
   const Target x = p.targets.x, centers = p.targets.centers;
@@ -82,7 +81,7 @@ __device__ void zero_the_rest(const Context<A>& p) {
   }
 }
 
-// The gradient of column k of the cluster's centre. The distance of row i adds -2 factor (u - mu) to it.
+// The gradient of column k of the cluster's centre; its distance of row i moves it by -2 factor (u - mu).
 template <class A>
 __device__ A center_gradient(const Context<A>& p, int current, std::int64_t k, A center) {
   A total = 0;
@@ -93,8 +92,8 @@ __device__ A center_gradient(const Context<A>& p, int current, std::int64_t k, A
   return total;
 }
 
-// Computes the gradients of the unit rows of cluster `current`, and of its centre where that is given. With `staged`,
-// all columns of the centres are in shared memory already.
+// The gradients of the unit rows of cluster `current`, and of its centre where that is given. `staged`: all columns of the
+// centres are in shared memory already.
 template <class A>
 __device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, int current, bool staged) {
   const MagnetArgs& args = p.args;
@@ -111,16 +110,16 @@ __device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, 
     p.factors[i] = factor;
   }
   for (std::int64_t begin = 0; begin < args.x.cols; begin += p.work.columns) {
-    const std::int64_t k = begin + threadIdx.x;  // a chunk has no more columns than the block has threads
+    const std::int64_t k = begin + threadIdx.x;  // a chunk has at most a block's threads of columns, each its own
     const bool inside = int(threadIdx.x) < p.work.columns && k < args.x.cols;
     const A* mu = p.work.centers() + threadIdx.x;
     A grad_mu = 0;
-    __syncthreads();  // factors are complete; row factors of the previous chunk have been read
+    __syncthreads();  // factors are there; row factors of the chunk before have been read
     if (!staged) stage_centers(args, batch, p.work, p.sizes, begin);
     if (inside) grad_mu = center_gradient(p, current, k, mu[current * stride]);
     for (int i = 0; p.targets.x.data && i < n; ++i) {
       if (batch.slot_of[i] != current) continue;
-      __syncthreads();  // the factors of the previous row have been read
+      __syncthreads();  // the row before has been read
       for (int slot = threadIdx.x; slot < batch.slots; slot += block_threads)
         p.row_factors[slot] = slot == current ? p.factors[i]
                               : batch.classes[slot] == batch.classes[current]
@@ -136,7 +135,7 @@ __device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, 
   }
 }
 
-// Turns the gradients of unit rows into those of the rows as they came, and writes them. A warp takes a row.
+// The gradients of unit rows taken to the rows as they came, and written; a warp a row.
 template <class A>
 __device__ void write_rows(const Context<A>& p, int current) {
   const MagnetArgs& args = p.args;
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   DML_BATCH(batch);
   const int n = int(args.x.rows), groups = (n + rows_per_block - 1) / rows_per_block;
   const Workspace<A> work(dynamic, n, columns);
-  // Scratch: distances (N, slots), gradients of unit rows (N, D), r (N,) for blocks that compute no distances.
+  // Scratch: distances (N, slots), gradients of unit rows (N, D), r (N,) for blocks that measure no distance.
   A *grad_rows = distances + n * slots, *r = grad_rows + n * args.x.cols;
   const bool measures = int(blockIdx.x) < groups;
   if (args.normalize && measures) norms(args, work.r);
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     for (int i = threadIdx.x; i < n; i += block_threads) r[i] = work.r[i];
   grid_barrier(ticket, gridDim.x);
   if (args.normalize && !measures)
-    for (int i = threadIdx.x; i < n; i += block_threads) work.r[i] = r[i];  // in place after the barriers of hinges()
+    for (int i = threadIdx.x; i < n; i += block_threads) work.r[i] = r[i];  // known after the barriers of hinges()
 
   A* g = work.rows(batch.slots);
   const Context<A> context{args,      targets, batch,     work, sizes, distances,
@@ -188,7 +187,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   const bool whole = args.x.cols <= columns;
   bool staged = whole && measures;  // by distances_of
   for (int current = blockIdx.x; current < batch.slots; current += gridDim.x) {
-    __syncthreads();  // factors of the previous cluster have been read
+    __syncthreads();  // factors of the cluster before have been read
     cluster_gradients(context, slopes, current, staged);
     __syncthreads();
     if (targets.x.data) write_rows(context, current);

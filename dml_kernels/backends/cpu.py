@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,36 +20,38 @@ from .compiled import (
     proxy_numbers,
     wanted,
 )
-from .torch import scale_grad
+from .torch.logsumexp import scale_grad
 
 name = "cpu"
 POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
-PAIR_OPS = {"masked_hinge_sum": "hinge_fwd", "masked_argmax": "argmax_fwd"}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = (
-    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
-    "magnet_loss",
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca", "magnet",
 )  # fmt: skip
+OPTIONS = ("sums", "keep", "policy", "policy_params")
+METRICS = tuple(METRIC_CODES)
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
+def can_run(op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, object]) -> str | None:
     if device.type != "cpu":
         return f"runs on the CPU; the tensors are on {device.type}"
     if dtype not in DTYPES:
         return f"multiplies float32, float64, bfloat16 and float16; not {dtype}"
-    if op not in OPS:
-        return f"{op} is not implemented here"
-    if policy != "linear" and op != "masked_logsumexp":
-        return f"{op} has no logit policy, such as {policy!r}"
     if EXTENSION.module is None:
         return f"the extension is {EXTENSION.reason}"
-    if op in PAIR_OPS and not hasattr(_ops(), PAIR_OPS[op]):
-        return "the extension was built before this op was written; build it again"
     return None
 
 
 def describe() -> str:
     return f"fused C++; {EXTENSION.reason}"
+
+
+def fuses(loss: str, inputs: object) -> bool:
+    return True
+
+
+def keeps_mean(bank: Bank, spec: Spec) -> bool:
+    return False
 
 
 def _ops():
@@ -78,7 +82,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     return _ops().mlse_fwd(_kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), spec.sums)
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
     if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
@@ -117,11 +121,11 @@ def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
     return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
 
 
-def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
+def proxy_nca_bwd(grad, lse, needs, inputs, spec) -> list[Tensor | None]:
     targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
     if needs[2]:
         targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().proxy_nca_bwd(*targets, grad, same, different, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
+    _ops().proxy_nca_bwd(*targets, grad, *lse, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], inputs)
     return wanted(targets, needs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,22 +10,29 @@ from torch import Tensor
 from ..ops.contract import accumulate_dtype
 from ..ops.library import EXTENSION, gradients_like
 from ..ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
-from .compiled import clustered, distance_numbers, labelled, lse_numbers, magnet_numbers, proxy_numbers, wanted
-from .torch import scale_grad
+from .compiled import (
+    METRIC_CODES,
+    clustered,
+    distance_numbers,
+    labelled,
+    lse_numbers,
+    magnet_numbers,
+    proxy_numbers,
+    wanted,
+)
+from .torch.logsumexp import scale_grad
 
 name = "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca_loss", "magnet_loss")
+OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca", "magnet")
+OPTIONS = ("sums", "keep")
+METRICS = tuple(METRIC_CODES)
 OLDEST = (8, 0)  # compute capability of the oldest architecture that is built
 # Where the ops are, and the device they serve; the tests' emulator has the same ops for CPU tensors.
 namespace, device_type = "dml_kernels_cuda", "cuda"
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
-    if policy != "linear":
-        return f"logit policy {policy!r} is not implemented here"
-    if op not in OPS:
-        return f"{op} is not implemented here"
+def can_run(op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, object]) -> str | None:
     if device.type != device_type:
         return f"runs on NVIDIA GPUs; the tensors are on {device.type}"
     if dtype not in DTYPES:
@@ -49,11 +56,15 @@ def describe() -> str:
     return "CUDA C++ kernels, one launch each way"
 
 
-def composed(loss: str):
-    # Imported late: the compositions are written on the ops, whose choice of backend imports this module.
-    from ..ops.fused import composed as composition
+def fuses(loss: str, inputs) -> bool:
+    """Whether one launch holds the batch: Magnet's at most 512 rows and clusters, Proxy-NCA's at least one row."""
+    if loss == "magnet":
+        return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
+    return inputs.x.size(0) > 0
 
-    return composition(loss)
+
+def keeps_mean(bank: Bank, spec: Spec) -> bool:
+    return False
 
 
 def _ops():
@@ -86,7 +97,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
     return _ops().mlse_fwd(*_plain(bank), *lse_numbers(spec), spec.sums)
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
+def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
     if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
@@ -101,19 +112,15 @@ def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> list[Tens
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
     """In one launch."""
-    if inputs.x.size(0) == 0:
-        return composed("proxy_nca").proxy_nca_fwd(inputs, spec)
     return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *proxy_numbers(spec))
 
 
-def proxy_nca_bwd(grad, same, different, needs, inputs, spec) -> list[Tensor | None]:
+def proxy_nca_bwd(grad, lse, needs, inputs, spec) -> list[Tensor | None]:
     """In one launch, but for the sum of a scalar scale's gradient."""
-    if inputs.x.size(0) == 0:
-        return composed("proxy_nca").proxy_nca_bwd(grad, same, different, needs, inputs, spec)
     targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
     if needs[2]:
         targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    saved = (same.contiguous(), different.contiguous())
+    saved = (t.contiguous() for t in lse)
     _ops().proxy_nca_bwd(*targets, grad, *saved, *_plain_proxied(inputs), *proxy_numbers(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], inputs)
@@ -126,23 +133,15 @@ def _plain_proxied(inputs):
 
 
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    """In one launch; batches of more than 512 rows or clusters as the composition of the other ops."""
-    if not _fits(inputs):
-        return composed("magnet").magnet_fwd(inputs, spec)
+    """In one launch."""
     return _ops().magnet_fwd(*clustered(inputs), *magnet_numbers(spec))
 
 
 def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
-    """In one launch: distances, a barrier of all blocks, gradients; larger batches as the composition."""
-    if not _fits(inputs):
-        return composed("magnet").magnet_bwd(grad, different, needs, inputs, spec)
+    """In one launch: distances, a barrier of all blocks, gradients."""
     targets = gradients_like((inputs.x, *inputs[3:]), needs, inputs.x)
     _ops().magnet_bwd(*targets, grad, different.contiguous(), *clustered(inputs), *magnet_numbers(spec))
     return wanted(targets, needs)
-
-
-def _fits(inputs) -> bool:
-    return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
 
 
 def _zeroed(targets: Iterable[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import pkgutil
 
 from ..elsewhere import explain
 from .arcface import ArcFaceLoss
-from .base import LossEntry
+from .base import REGISTRY, LossEntry, family
 from .circle import CircleLoss
 from .combined import MultipleLosses, SelfSupervisedLoss
 from .contrastive import ContrastiveLoss
@@ -36,18 +36,11 @@ from .subcenter_arcface import SubCenterArcFaceLoss
 from .supcon import SupConLoss
 from .triplet_margin import TripletMarginLoss
 
-REGISTRY: dict[str, LossEntry] = {}
-
 for _info in pkgutil.iter_modules(__path__):
     _entry = getattr(importlib.import_module(f"{__name__}.{_info.name}"), "ENTRY", None)
     if _entry is not None:
         REGISTRY[_entry.loss.__name__] = _entry
         globals()[_entry.loss.__name__] = _entry.loss
-
-
-def family(name: str) -> dict[str, LossEntry]:
-    """The registered losses of one family: ``proxies``, ``clusters`` or ``pairs``; see LossEntry."""
-    return {loss: entry for loss, entry in REGISTRY.items() if entry.family == name}
 
 
 __all__ = [

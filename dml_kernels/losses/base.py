@@ -56,6 +56,20 @@ class LossEntry:
     op: str = "masked_logsumexp"
     policy: str = "linear"
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """The options that a backend must know, as :func:`dml_kernels.ops.choice.choose` takes them."""
+        return {} if self.policy == "linear" else {"policy": self.policy}
+
+
+# Filled by the package, which finds every file with an ENTRY.
+REGISTRY: dict[str, LossEntry] = {}
+
+
+def family(name: str) -> dict[str, LossEntry]:
+    """The registered losses of one family: ``proxies``, ``clusters`` or ``pairs``; see LossEntry."""
+    return {loss: entry for loss, entry in REGISTRY.items() if entry.family == name}
+
 
 def check_class_weight(class_weight: Tensor | None, num_classes: int) -> None:
     """Refuse anything but None or a finite floating (num_classes,) tensor; values are read on the CPU in eager mode."""

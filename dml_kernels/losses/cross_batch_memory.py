@@ -20,7 +20,7 @@ from ..pairs.batch import check_tuples
 from ..pairs.comparisons import IGNORED
 from ..pairs.tuples import as_triplets, without_own
 from ..records import Recorded
-from .base import check_labels
+from .base import check_labels, family
 from .metric_loss import MetricLoss, check_takes_references
 
 
@@ -94,8 +94,6 @@ class CrossBatchMemory(Recorded):
     @staticmethod
     def supported_losses() -> list[str]:
         """The names of the losses that take a memory."""
-        from . import family
-
         known = {name: entry.loss for name, entry in family("pairs").items()}
         return sorted(name for name, loss in known.items() if getattr(loss, "takes_references", False))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.composed.magnet import measure
-from ..ops import choice as backends
+from ..ops import choice, engines
 from ..ops.checks import (
     check_choice,
     check_flag,
@@ -36,7 +36,7 @@ from ..ops.contract import (
     check_vector,
     product_dtype,
 )
-from ..ops.magnet import magnet
+from ..ops.magnet import differentiable
 from ..ops.signatures import Clustered, MagnetSpec
 from .base import LossEntry, as_int64, check_reduction
 
@@ -100,13 +100,13 @@ def _loss_and_variance(
     variance = _variance_tensor(variance, embeddings, accumulate_dtype(dtype))
     n, d = embeddings.shape
     size = (n, min(n, classes.numel()) if centers is None else classes.numel(), d)
-    chosen = backends.choose("magnet_loss", embeddings.device, dtype, argument=backend, size=size)
+    chosen = choice.choose("magnet", embeddings.device, dtype, backend, size)
     inputs = Clustered(embeddings, clusters, classes, centers, variance)
     spec = MagnetSpec(
         alpha=alpha, normalize=normalize, min_variance=min_variance, eps=eps, ignore_index=ignore_index,
         reduction=reduction, dtype=dtype, backend=chosen,
     )  # fmt: skip
-    return _dense(inputs, spec) if chosen == backends.REFERENCE else magnet(inputs, spec)
+    return _dense(inputs, spec) if chosen == choice.REFERENCE else differentiable(inputs, spec)
 
 
 def magnet_loss(
@@ -170,14 +170,14 @@ def batch_variance(
     """sigma^2 of a batch, (), before any floor: a pass over the rows. Arguments as in :func:`magnet_loss`."""
     clusters, classes = _check(embeddings, clusters, cluster_classes, centers)
     dtype = product_dtype(embeddings, embeddings if centers is None else centers)
-    chosen = backends.choose("normalize", embeddings.device, accumulate_dtype(dtype))
-    chosen = "torch" if chosen == backends.REFERENCE else chosen
+    chosen = choice.choose("normalize", embeddings.device, accumulate_dtype(dtype))
+    chosen = "torch" if chosen == choice.REFERENCE else chosen
     normalize, ignore_index = check_flag("normalize", normalize), check_integer("ignore_index", ignore_index)
     spec = MagnetSpec(
         alpha=0.0, normalize=normalize, min_variance=0.0, eps=check_eps(eps), ignore_index=ignore_index,
         reduction="mean", dtype=dtype, backend=chosen,
     )  # fmt: skip
-    measured = measure(Clustered(embeddings, clusters, classes, centers, None), spec).measured
+    measured = measure(Clustered(embeddings, clusters, classes, centers, None), spec, engines.functions()).measured
     return measured.to(accumulate_dtype(dtype))
 
 
@@ -199,7 +199,7 @@ def magnet_reference(
     given = None if variance is None else torch.as_tensor(variance, dtype=embeddings.dtype)
     spec = MagnetSpec(
         alpha=alpha, normalize=normalize, min_variance=min_variance, eps=eps, ignore_index=ignore_index,
-        reduction=reduction, dtype=embeddings.dtype, backend=backends.REFERENCE,
+        reduction=reduction, dtype=embeddings.dtype, backend=choice.REFERENCE,
     )  # fmt: skip
     return _dense(Clustered(embeddings, clusters, cluster_classes, centers, given), spec)[0]
 
@@ -316,7 +316,7 @@ ENTRY = LossEntry(
     reference=magnet_reference,
     paper="Rippel et al. 2016, arXiv 1511.05939",
     family="clusters",
-    op="magnet_loss",
+    op="magnet",
     options=(
         {},
         {"normalize": True, "alpha": 2.0},

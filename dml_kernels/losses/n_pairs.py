@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances, functional
+from .. import distances
 from ..logspace import log1pexp
 from ..ops.contract import accumulate_dtype, check_pair_indices, values_can_be_read
+from ..ops.masked_logsumexp import masked_logsumexp
 from ..pairs.batch import Batch
 from ..pairs.comparisons import IGNORED
 from ..reducers import ELEMENT, Terms, nonzero
@@ -67,7 +68,7 @@ class NPairsLoss(MetricLoss):
             nothing = batch.x.sum(1, dtype=accumulate_dtype(batch.x.dtype)) * 0
             return {"loss": Terms.elements(nothing, batch.y, torch.zeros_like(nothing, dtype=torch.bool))}
         classes = torch.where(used, torch.arange(used.numel(), device=used.device), -1)
-        lse = functional.masked_logsumexp(
+        lse = masked_logsumexp(
             batch.x.index_select(0, anchors), batch.x.index_select(0, positives), classes, classes, ignore_index=-1,
             metric=self.distance.metric, normalize=self.distance.normalize_embeddings,
         )  # fmt: skip

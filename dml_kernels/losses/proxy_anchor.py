@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import distances, logspace, reducers
-from ..functional.logsumexp import logsumexp_of
-from ..ops import choice as backends
+from ..ops import choice
 from ..ops.checks import check_integer, check_number
 from ..ops.contract import check_eps, check_pair, check_vector, product_dtype, split_metric
+from ..ops.masked_logsumexp import logsumexp_of
 from ..ops.signatures import Bank, Spec
 from ..pairs.tuples import row_weights
 from ..reducers import Terms
@@ -50,16 +50,15 @@ def _both_terms(
         return nothing, nothing, nothing.detach().sum()
     # Only an embedding can be ignored: the proxy of that class, if there is one, keeps its negatives.
     y = torch.where(y == ignore_index, -1, y)
-    size, dtype = (m, *embeddings.shape), product_dtype(proxies, embeddings)
-    chosen = backends.choose("masked_logsumexp", y.device, dtype, argument=backend, size=size)
     base, unit_vectors = split_metric(metric, normalize)
     spec = Spec(
         metric=base, normalize=unit_vectors, logit=[-alpha, margin, alpha, -margin], eps=check_eps(eps),
-        ignore_index=-1, dtype=dtype, backend=chosen,
+        ignore_index=-1, dtype=product_dtype(proxies, embeddings),
     )  # fmt: skip
     # That backend keeps copies of its rows, which are usually few. Here the proxies are the rows: give it blocks.
     each = torch.arange(m, device=y.device)
-    split = chosen == "torch" and m > ROWS
+    spec = choice.settle("masked_logsumexp", Bank(proxies, embeddings, each, y), spec, backend)
+    split = spec.backend == "torch" and m > ROWS
     blocks = zip(proxies.split(ROWS), each.split(ROWS), strict=True) if split else [(proxies, each)]
     same, different = [], []
     for block, label in blocks:

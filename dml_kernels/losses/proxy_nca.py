@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances, functional, logspace
-from ..functional.logsumexp import MaskedLogSumExp, logsumexp_of
-from ..ops import choice as backends
+from .. import distances, logspace
+from ..ops import choice
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
 from ..ops.contract import apart, check_eps, check_matrix, check_pair, check_vector, product_dtype, split_metric
-from ..ops.proxy_nca import proxy_nca
+from ..ops.masked_logsumexp import MaskedLogSumExp, logsumexp_of
+from ..ops.normalize import normalize as unit_rows
+from ..ops.proxy_nca import differentiable
 from ..ops.signatures import Bank, Proxied, ProxySpec, Spec
 from .base import (
     LossEntry,
@@ -137,8 +138,8 @@ def proxy_nca_loss(
     base, unit = split_metric(metric, normalize)
     fused = (base, unit) == ("sqeuclidean", True)
     dtype, size = product_dtype(embeddings, proxies), (embeddings.size(0), *proxies.shape)
-    chosen = backends.choose("proxy_nca_loss", embeddings.device, dtype, argument=backend, size=size)
-    if chosen == backends.REFERENCE:
+    chosen = choice.choose("proxy_nca", embeddings.device, dtype, backend, size)
+    if chosen == choice.REFERENCE:
         return proxy_nca_reference(
             embeddings, proxies, labels, softmax_scale=softmax_scale, exclude_positive=exclude_positive,
             label_smoothing=label_smoothing, class_weight=class_weight, ignore_index=ignore_index,
@@ -157,7 +158,7 @@ def proxy_nca_loss(
         ignore_index=ignored, reduction=reduction, dtype=dtype, backend=chosen,
     )  # fmt: skip
     # The batch may be its own proxies, and Dynamo needs each argument to be a separate tensor.
-    return proxy_nca(Proxied(embeddings, apart(proxies, embeddings), y, scale, weight), spec)
+    return differentiable(Proxied(embeddings, apart(proxies, embeddings), y, scale, weight), spec)
 
 
 def _composed_rows(
@@ -320,14 +321,14 @@ class ProxyNCALoss(ProxyLoss):
         y = y.to(self.proxies.device)[keep]
         if y.numel() and (int(y.min()) < 0 or int(y.max()) >= self.proxies.size(0)):
             raise ValueError(f"labels must be in [0, {self.num_classes}); got {int(y.min())} to {int(y.max())}")
-        unit = functional.normalize(embeddings.to(self.proxies)[keep])
+        unit = unit_rows(embeddings.to(self.proxies)[keep])
         total = torch.zeros_like(self.proxies).index_add_(0, y, unit)
         count = torch.bincount(y, minlength=self.proxies.size(0))
         if how == "mean":
             values = total / count.clamp_min(1)[:, None].to(total.dtype)
         else:
             # The smallest key of each proxy wins: the order in the data, or the rank by closeness to the mean.
-            closeness = (unit * functional.normalize(total)[y]).sum(1)
+            closeness = (unit * unit_rows(total)[y]).sum(1)
             rank = torch.arange(y.numel(), device=y.device)
             if how == "nearest":
                 rank = closeness.argsort(descending=True, stable=True).argsort()
@@ -367,5 +368,5 @@ ENTRY = LossEntry(
         {"softmax_scale": 6.0, "metric": "cosine", "label_smoothing": 0.1},
     ),
     at_scale=lambda scale: {"softmax_scale": scale},
-    op="proxy_nca_loss",
+    op="proxy_nca",
 )

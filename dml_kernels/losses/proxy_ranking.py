@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..functional.pairs import hinge_sum_of
-from ..ops import choice as backends
+from ..ops import choice
 from ..ops.checks import check_integer, check_number
 from ..ops.contract import check_eps, check_pair, product_dtype, split_metric
+from ..ops.masked_hinge_sum import hinge_sum_of
 from ..ops.signatures import Hinged, HingeSpec
 from .base import LossEntry, check_class_weight, check_labels, check_reduction, reduce_rows, row_weight
 from .proxy_loss import ProxyLoss
@@ -67,13 +67,12 @@ def proxy_ranking_loss(
     check_class_weight(class_weight, proxies.size(0))
     ignore_index = check_integer("ignore_index", ignore_index)
     base, unit_vectors = split_metric(metric, normalize, plain_dot=True)
-    dtype, size = product_dtype(embeddings, proxies), (embeddings.size(0), *proxies.shape)
-    chosen = backends.choose("masked_hinge_sum", embeddings.device, dtype, argument=backend, size=size)
     spec = HingeSpec(
         metric=base, normalize=unit_vectors, hinge=[0.0, 0.0, 1.0, check_number("margin", margin)], relative=True,
-        eps=check_eps(eps), ignore_index=ignore_index, dtype=dtype, backend=chosen,
+        eps=check_eps(eps), ignore_index=ignore_index, dtype=product_dtype(embeddings, proxies),
     )  # fmt: skip
-    found = hinge_sum_of(Hinged(embeddings, proxies, y, None, None, None, None), spec)
+    inputs = Hinged(embeddings, proxies, y, None, None, None, None)
+    found = hinge_sum_of(inputs, choice.settle("masked_hinge_sum", inputs, spec, backend))
     rows, counted = found.different, y != ignore_index
     mass = counted
     if class_weight is not None:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack as Unpack  # comes with PyTorch; typing has it from Python 3.11
 
-from .. import functional, logspace
+from .. import logspace
 from ..distances import cosines
-from ..functional.logsumexp import logsumexp_of
-from ..ops import choice as backends
+from ..ops import choice
 from ..ops.checks import check_integer, check_number, check_positive, check_tensor
 from ..ops.contract import (
     accumulate_dtype,
@@ -33,6 +32,8 @@ from ..ops.contract import (
     product_dtype,
     split_metric,
 )
+from ..ops.masked_logsumexp import logsumexp_of
+from ..ops.normalized_distance import normalized_distance
 from ..ops.signatures import Bank, Spec
 from .base import (
     as_int64,
@@ -106,7 +107,7 @@ class Logits(NamedTuple):
         if self.metric == "cosine":
             s = cosines(embeddings, bank)
         else:
-            s = functional.normalized_distance(embeddings, bank, self.metric)
+            s = normalized_distance(embeddings, bank, self.metric)
         if self.metric.endswith("euclidean"):
             s = -s
         if self.centres > 1:
@@ -176,13 +177,12 @@ def softmax_loss(
     factor = logits.scale if logits.by_lengths else scale
     tensor, k = (factor, 1.0) if isinstance(factor, Tensor) else (None, check_number("scale", factor))
     check_vector("scale", tensor, embeddings.size(0), embeddings, integer=False, scalar=True)
-    size = (embeddings.size(0), *proxies.shape)
-    chosen = backends.choose("masked_logsumexp", embeddings.device, dtype, logits.policy, backend, size, centres)
     spec = Spec(
         metric=metric, normalize=unit, logit=[k, 0.0, k, 0.0], eps=eps, ignore_index=ignore_index, dtype=dtype,
-        backend=chosen, sums=label_smoothing > 0, policy=logits.policy, policy_params=[*logits.policy_params],
+        sums=label_smoothing > 0, policy=logits.policy, policy_params=[*logits.policy_params],
     )  # fmt: skip
-    out = logsumexp_of(Bank(embeddings, proxies, y, scale=tensor), spec)
+    bank = Bank(embeddings, proxies, y, scale=tensor)
+    out = logsumexp_of(bank, choice.settle("masked_logsumexp", bank, spec, backend))
     counted = y != ignore_index
     ignored = ~counted
     if logits.by_lengths:  # (M,) lengths, whose gradient takes tensors of the bank's size

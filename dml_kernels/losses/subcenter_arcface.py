@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional
 from ..ops.checks import check_flag, check_integer, check_number
 from ..ops.contract import accumulate_dtype, check_pair, product_dtype
+from ..ops.normalize import normalize as unit_rows
 from .arcface import AngularLoss, angular_logits, turned
 from .base import LossEntry, check_label_range, check_labels
 from .softmax import Logits, SoftmaxOptions, Unpack, dense_cross_entropy, on_targets, softmax_loss
@@ -119,7 +119,7 @@ class SubCenterArcFaceLoss(AngularLoss):
         """(n, K) cosines to the sub-centres of each row's own class."""
         own = self.weight.view(self.num_classes, self.sub_centers, -1)[y]
         dtype = accumulate_dtype(product_dtype(x, own))
-        return torch.linalg.vecdot(functional.normalize(x.to(dtype))[:, None], functional.normalize(own.to(dtype)))
+        return torch.linalg.vecdot(unit_rows(x.to(dtype))[:, None], unit_rows(own.to(dtype)))
 
 
 ENTRY = LossEntry(

@@ -26,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances, functional, reducers, reference
+from .. import distances, reducers, reference
 from ..ops import segments
 from ..ops.checks import check_flag, check_number
+from ..ops.pair_scores import pair_scores
+from ..ops.triplet_sum import triplet_sum
 from ..pairs.batch import Batch
 from ..pairs.comparisons import Listed, Streamed
 from ..pairs.tuples import as_triplets, check_per_anchor, random_triplets
@@ -75,7 +77,7 @@ class TripletMarginLoss(MetricLoss):
         if pairs.c.numel() == 0:
             empty = pairs.pair_terms(*[pairs._empty()] * 3)
             return {"loss": empty._replace(kind=TRIPLET)}
-        found = functional.triplet_sum(
+        found = triplet_sum(
             batch.x, batch.w, pairs.y, pairs.c, margin=self.margin, smooth=self.smooth_loss, swap=self.swap,
             **pairs.call,
         )  # fmt: skip
@@ -100,7 +102,7 @@ class TripletMarginLoss(MetricLoss):
         return Terms(total, bounds.diff().to(total), active, TRIPLET, batch.y)
 
     def _scores(self, x: Tensor, w: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return functional.pair_scores(
+        return pair_scores(
             x, w, i, j, self.distance.metric, normalize=self.distance.normalize_embeddings
         )  # fmt: skip
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional
 from ..ops.checks import check_choice, check_number, shown
 from ..ops.contract import accumulate_dtype, product_dtype
+from ..ops.masked_argmax import masked_argmax
 from ..pairs.batch import Batch
 from .base import Miner
 
@@ -100,7 +100,7 @@ class BatchEasyHardMiner(Miner):
             else:
                 low = other if low is None else torch.maximum(low, other)
         assert batch.y is not None
-        found = functional.masked_argmax(
+        found = masked_argmax(
             batch.x, batch.w, batch.y, batch.c, metric=self.distance.metric,
             normalize=self.distance.normalize_embeddings, which=kind, largest_same=largest, largest_different=largest,
             bounds=(low, high), exclude=batch.exclude,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import distances, functional
+from .. import distances
 from ..ops.checks import check_integer, check_positive
+from ..ops.masked_argmax import masked_argmax
 from ..pairs.batch import Batch
 from ..pairs.tuples import random_triplets
 from .base import Miner
@@ -78,7 +79,7 @@ class DistanceWeightedMiner(UniformMiner):
         self._check_distance()
         a, p, _ = random_triplets(batch, self.triplets_per_anchor)
         assert batch.y is not None
-        found = functional.masked_argmax(
+        found = masked_argmax(
             batch.x[a], batch.w, batch.y[a], batch.c, metric=self.distance.metric, which="different",
             exclude=None if batch.exclude is None else batch.exclude[a], noise_seed=int(torch.randint(1 << 62, ())),
             cutoff=self.cutoff, nonzero_loss_cutoff=self.nonzero_loss_cutoff,

@@ -1,9 +1,7 @@
 """The one place that decides which backend runs an op, and can say why.
 
-A backend is a module or object with a ``name``, ``can_run(op, device, dtype, policy, centres)``, which gives the reason
-that it cannot, or None, and the ops' forward and backward functions. The choice is made in the forward and travels as
-an op argument, so that the backward, which may run on another thread or after a ``with use_backend(...)`` has ended,
-uses the same one.
+:class:`Backend` says what a backend has. The choice is made in the forward and travels as an op argument, so that the
+backward, which may run on another thread or after a ``with use_backend(...)`` has ended, uses the same one.
 """
 
 from __future__ import annotations
@@ -11,28 +9,100 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..backends import cpu as cpu_backend
-from ..backends import cuda as cuda_backend
-from ..backends import torch as torch_backend
-from ..backends import triton as triton_backend
+from ..backends import cpu, cuda, reference, triton
+from ..backends import torch as plain
 from .library import Choices
-from .signatures import Bank, Spec
-
-OPS = (
-    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax",
-    "proxy_nca_loss", "magnet_loss", "positive_pair_sum", "triplet_sum",
-)  # fmt: skip
-REFERENCE = "reference"
-# In order of preference: the first that can run an op runs it.
-BACKENDS: dict[str, Any] = Choices(
-    "backend", {b.name: b for b in (cpu_backend, cuda_backend, triton_backend, torch_backend)}
+from .signatures import (
+    OPS,
+    ArgmaxSpec,
+    Bank,
+    Clustered,
+    DistanceSpec,
+    HingeSpec,
+    Lines,
+    MagnetSpec,
+    Matrices,
+    NormalizeSpec,
+    Pairs,
+    PairSpec,
+    Points,
+    Proxied,
+    ProxySpec,
+    Rows,
+    Search,
+    Slopes,
+    Spec,
+    TripletSpec,
 )
+
+Needs = Sequence[bool]
+Vectors = Sequence[Tensor]
+Gradients = Sequence[Tensor | None]
+
+
+class Backend(Protocol):
+    """What a backend has: four facts, four questions, and two methods for each op in ``OPS``.
+
+    A forward takes the op's tensors and its numbers. A backward takes in front of them what autograd brings: the
+    incoming gradients, what the forward kept, and ``needs``, which gradients are wanted; it returns these, in order,
+    None for the others. Of an op that is not in ``OPS`` the methods may be missing. ``proxy_nca`` and ``magnet`` are
+    composed of other ops where ``fuses`` says no, and their methods may then be missing, too.
+    """
+
+    name: str
+    OPS: tuple[str, ...]
+    OPTIONS: tuple[str, ...]  # numbers with a default that it takes at other values; others are refused
+    METRICS: tuple[str, ...]
+
+    def can_run(self, op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]) -> str | None:
+        """Why it cannot run an op in OPS on this device and product dtype, or None; ``asked`` are options by name."""
+
+    def describe(self) -> str:
+        """What it is, for people."""
+
+    def fuses(self, loss: str, inputs: Any) -> bool:
+        """Whether it has the whole loss ("proxy_nca", "magnet") in one piece for these tensors."""
+
+    def keeps_mean(self, bank: Bank, spec: Spec) -> bool:
+        """Whether masked_logsumexp_fwd returns ``mean``, which the backward then gets; see :func:`keeps_mean`."""
+
+    def normalize_fwd(self, inputs: Rows, spec: NormalizeSpec) -> Tensor: ...
+    def normalize_bwd(self, grad: Tensor, inputs: Rows, spec: NormalizeSpec) -> Tensor: ...
+    def normalized_distance_fwd(self, inputs: Matrices, spec: DistanceSpec) -> Tensor: ...
+    def normalized_distance_bwd(
+        self, grad: Tensor, needs: Needs, inputs: Matrices, spec: DistanceSpec
+    ) -> Gradients: ...
+    def masked_logsumexp_fwd(self, inputs: Bank, spec: Spec) -> Sequence[Tensor]: ...
+    def masked_logsumexp_bwd(
+        self, grads: Vectors, lse: Vectors, mean: Tensor | None, needs: Needs, inputs: Bank, spec: Spec
+    ) -> Gradients: ...
+    def masked_hinge_sum_fwd(self, inputs: Lines, spec: HingeSpec) -> Sequence[Tensor]: ...
+    def masked_hinge_sum_bwd(self, slopes: Slopes, needs: Needs, inputs: Lines, spec: HingeSpec) -> Gradients: ...
+    def masked_argmax_fwd(self, inputs: Search, spec: ArgmaxSpec) -> Sequence[Tensor]: ...
+    def proxy_nca_fwd(self, inputs: Proxied, spec: ProxySpec) -> Sequence[Tensor]: ...
+    def proxy_nca_bwd(
+        self, grad: Tensor, lse: Vectors, needs: Needs, inputs: Proxied, spec: ProxySpec
+    ) -> Gradients: ...
+    def magnet_fwd(self, inputs: Clustered, spec: MagnetSpec) -> Sequence[Tensor]: ...
+    def magnet_bwd(
+        self, grad: Tensor, different: Tensor, needs: Needs, inputs: Clustered, spec: MagnetSpec
+    ) -> Gradients: ...
+    def positive_pair_sum_fwd(self, inputs: Pairs, spec: PairSpec) -> Sequence[Tensor]: ...
+    def positive_pair_sum_bwd(self, grad: Tensor, needs: Needs, inputs: Pairs, spec: PairSpec) -> Gradients: ...
+    def triplet_sum_fwd(self, inputs: Points, spec: TripletSpec) -> Sequence[Tensor]: ...
+    def triplet_sum_bwd(self, grad: Tensor, needs: Needs, inputs: Points, spec: TripletSpec) -> Gradients: ...
+
+
+REFERENCE = reference.name
+# In order of preference: the first that can run an op runs it.
+BACKENDS: dict[str, Any] = Choices("backend", {b.name: b for b in (cpu, cuda, triton, plain)})
 
 # N M D up to which a GPU waits for launches rather than computes: there the C++ kernels, a launch each way, come before
 # Triton's. A model, to be replaced by a measurement: counted in instructions, their step takes some 30 us at this size,
@@ -118,26 +188,38 @@ def keeps_mean(bank: Bank, spec: Spec) -> bool:
     mean_i is the mean, under the softmax of ``different``, of the bank entries, as unit vectors where the scores are
     cosines: d different_i / d x_i but for the scale. A function of shapes and dtypes.
     """
-    backend = BACKENDS[spec.backend]
-    return hasattr(backend, "keeps_mean") and backend.keeps_mean(bank, spec)
+    return BACKENDS[spec.backend].keeps_mean(bank, spec)
 
 
-def explain(op: str, device: torch.device | str, dtype: torch.dtype, policy: str = "linear") -> list[Verdict]:
-    """Every backend's verdict on one op, in order of preference."""
+def refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]) -> str | None:
+    """Why a backend cannot run an op, or None; ``asked``: fields of its spec that are not at their defaults."""
+    backend = BACKENDS[name]
+    if op not in backend.OPS:
+        return f"{op} is not implemented here"
+    for option, value in asked.items():
+        if option not in OPS[op][1]._fields:  # type: ignore[attr-defined]
+            return f"{op} has no option {option}, such as {value!r}"
+        if value not in backend.METRICS if option == "metric" else option not in backend.OPTIONS:
+            return f"{option} {value!r} is not implemented here"
+    return backend.can_run(op, device, dtype, asked)
+
+
+def explain(op: str, device: torch.device | str, dtype: torch.dtype, **asked: Any) -> list[Verdict]:
+    """Every backend's verdict on one op, in order of preference; ``asked``: options, such as ``policy="quadratic"``."""
     device = torch.device(device)
     verdicts = []
     for name, backend in BACKENDS.items():
-        refusal = backend.can_run(op, device, dtype, policy)
-        verdicts.append(Verdict(name, refusal is None, refusal or backend.describe()))
+        why = refusal(name, op, device, dtype, asked)
+        verdicts.append(Verdict(name, why is None, why or backend.describe()))
     return verdicts
 
 
 def order(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int] | None = None) -> list[str]:
     """The backends' names, the one to be preferred for N x M x D first."""
     names = list(BACKENDS)
-    if device.type == "cpu":  # Triton's interpreter is there to prove kernels: whoever wants it asks for it
-        names.remove(triton_backend.name)
-        return [*names, triton_backend.name]
+    if device.type == "cpu":  # Triton's interpreter is there to prove kernels: it runs where it is asked for
+        names.remove(triton.name)
+        return [*names, triton.name]
     large = size is not None and size[0] * size[1] * size[2] > SMALL
     if device.type == "cuda" and large and dtype != torch.float64:
         names.sort(key=lambda name: {"cuda": 1, "torch": 2}.get(name, 0))
@@ -148,23 +230,47 @@ def choose(
     op: str,
     device: torch.device,
     dtype: torch.dtype,
-    policy: str = "linear",
     argument: str | None = None,
     size: tuple[int, int, int] | None = None,
-    centres: int = 1,
+    **asked: Any,
 ) -> str:
-    """The backend for an op on tensors of this device, product dtype and size N x M x D, and centres a class.
+    """The backend for an op on tensors of this device, product dtype and size N x M x D.
+
+    Args:
+        op: its name in ``OPS``.
+        device, dtype, size: of the tensors; ``dtype`` is that of the products.
+        argument: the backend that the caller asks for.
+        asked: options of the op that are not at their defaults, and perhaps its metric.
 
     Raises:
         RuntimeError: the requested backend, or every one, refuses; the message holds the reasons.
     """
-    asked = requested(argument)
-    if asked == REFERENCE:
+    wanted = requested(argument)
+    if wanted == REFERENCE:
         return REFERENCE
     refusals = []
-    for name in (asked,) if asked else order(device, dtype, size):
-        refusal = BACKENDS[name].can_run(op, device, dtype, policy, centres)
-        if refusal is None:
+    for name in (wanted,) if wanted else order(device, dtype, size):
+        why = refusal(name, op, device, dtype, asked)
+        if why is None:
             return name
-        refusals.append(f"{name}: {refusal}")
-    raise RuntimeError(f"no backend runs {op} for {dtype} on {device} with policy {policy!r}: " + "; ".join(refusals))
+        refusals.append(f"{name}: {why}")
+    with_what = "".join(f", {option} {value!r}" for option, value in asked.items())
+    raise RuntimeError(f"no backend runs {op} for {dtype} on {device}{with_what}: " + "; ".join(refusals))
+
+
+_Spec = TypeVar("_Spec", DistanceSpec, Spec, HingeSpec, ArgmaxSpec, PairSpec, TripletSpec)
+
+
+def settle(op: str, inputs: Any, spec: _Spec, argument: str | None = None) -> _Spec:
+    """The spec with its backend: chosen by the tensors, the metric, and the options that are not at their defaults.
+
+    Raises:
+        RuntimeError: as :func:`choose`.
+    """
+    asked = {"metric": spec.metric}
+    for name, default in spec._field_defaults.items():
+        value = getattr(spec, name)
+        if value != default:
+            asked[name] = value
+    size = (inputs.x.size(0), *inputs.w.shape)
+    return spec._replace(backend=choose(op, inputs.x.device, spec.dtype, argument, size, **asked))

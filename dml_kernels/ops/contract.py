@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .checks import (
     check_choice,
     check_flag,
+    check_integer,
     check_number,
     check_positive,
     check_tensor,
@@ -113,6 +114,34 @@ def check_members(x: Tensor, m: int, y: Tensor, c: Tensor | None, exclude: Tenso
     check_vector("y", y, x.size(0), x, integer=True)
     check_vector("c", c, m, x, integer=True)
     check_vector("exclude", exclude, x.size(0), x, integer=True)
+
+
+def check_comparison(
+    x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, metric: str, normalize: bool, eps: float,
+    ignore_index: int, *, columns: int | None = None, plain_dot: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """What every comparison of rows with a bank takes, checked; returns the fields that all their specs have.
+
+    ``columns`` (default: the rows of w) is the length of c. ``plain_dot`` is that of :func:`split_metric`.
+    """
+    check_pair(x, w)
+    check_members(x, w.size(0) if columns is None else columns, y, c, exclude)
+    base, unit = split_metric(metric, normalize, plain_dot=plain_dot)
+    return {
+        "metric": base, "normalize": unit, "eps": check_eps(eps),
+        "ignore_index": check_integer("ignore_index", ignore_index), "dtype": product_dtype(x, w),
+    }  # fmt: skip
+
+
+def with_labels(
+    x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, int]:
+    """Labels of rows and bank, and what marks the ignored ones; without ``c`` that is no bank entry's own index."""
+    if c is not None:
+        return y, apart(c, y), ignore_index
+    if values_can_be_read(y):
+        check_values(Bank(x, w, y, exclude=exclude), ignore_index)
+    return torch.where(y == ignore_index, -1, y), torch.arange(w.size(0), device=x.device), -1
 
 
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)

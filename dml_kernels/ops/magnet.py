@@ -1,8 +1,8 @@
 """magnet: the whole Magnet loss as one op; losses/magnet.py has the formula.
 
 ``fwd`` gives the reduced loss, each row's log-sum-exp over the clusters of other classes, and the variance before its
-floor; ``bwd`` the gradients of embeddings, centres and variance. A backend fuses both as it can. Where somebody may
-differentiate again, the backward runs as the composition in composed/magnet.py, every piece of which is differentiable.
+floor; ``bwd`` the gradients of embeddings, centres and variance. Each runs fused where the backend has it so, else as
+the composition in backends/composed/magnet.py; so does a backward that may be differentiated again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.composed import magnet as composed
+from . import choice, engines
 from .contract import accumulate_dtype, check_clusters
-from .fused import composed, fused_or_composed
 from .library import filled, gradients_like, known_signature, register, without_autocast
-from .signatures import Bank, Clustered, MagnetSpec
+from .signatures import Clustered, MagnetSpec
 
 # Positions of the tensors that may need a gradient.
 DIFFERENTIABLE = (0, 3, 4)
@@ -22,7 +23,10 @@ DIFFERENTIABLE = (0, 3, 4)
 def _fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
     check_clusters(inputs.clusters, inputs.classes, inputs.variance, spec.ignore_index)
     with without_autocast(inputs.x.device.type):
-        return fused_or_composed("magnet", spec.backend).magnet_fwd(inputs, spec)
+        backend = choice.BACKENDS[spec.backend]
+        if backend.fuses("magnet", inputs):
+            return backend.magnet_fwd(inputs, spec)
+        return composed.magnet_fwd(inputs, spec, engines.kernels(spec.backend))
 
 
 def _fwd_fake(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
@@ -33,7 +37,11 @@ def _fwd_fake(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
 
 def _bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, ...]:
     with without_autocast(inputs.x.device.type):
-        found = fused_or_composed("magnet", spec.backend).magnet_bwd(grad, different, needs, inputs, spec)
+        backend = choice.BACKENDS[spec.backend]
+        if backend.fuses("magnet", inputs):
+            found = backend.magnet_bwd(grad, different, needs, inputs, spec)
+        else:
+            found = composed.magnet_bwd(grad, different, needs, inputs, spec, engines.kernels(spec.backend))
         return filled(found, inputs.x, len(DIFFERENTIABLE))
 
 
@@ -64,19 +72,14 @@ class _Forward(torch.autograd.Function):
         *tensors, different = ctx.saved_tensors
         need = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         if torch.is_grad_enabled():
-            found = composed("magnet").differentiable_backward(grad, need, Clustered(*tensors), ctx.spec)
+            found = composed.differentiable_bwd(grad, need, Clustered(*tensors), ctx.spec, engines.functions())
         else:
             found = bwd(grad, different, need, *tensors, *ctx.spec)
         g_x, g_centers, g_variance = (g if n else None for g, n in zip(found, need, strict=True))
         return g_x, None, None, g_centers, g_variance, None
 
 
-def magnet(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor]:
+def differentiable(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor]:
     """(loss, variance before its floor) for checked arguments; see functional.magnet_loss."""
     value, _, variance = _Forward.apply(*inputs, spec)
     return value, variance
-
-
-def other_classes(r: Tensor, centers: Tensor, y: Tensor, c: Tensor, scale: Tensor) -> Bank:
-    """The comparison behind L-: logits scale * -|r - mu|^2 against the clusters ``centers`` of classes ``c``."""
-    return Bank(r, centers, y, c, scale=scale)

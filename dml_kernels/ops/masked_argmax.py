@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import choice
-from .contract import accumulate_dtype, check_values
+from .checks import check_choice, check_flag, check_integer, check_number, shown
+from .contract import accumulate_dtype, apart, check_comparison, check_values, check_vector
 from .library import register, without_autocast
 from .signatures import ArgmaxSpec, Bank, Search
 
@@ -26,6 +30,105 @@ def _fwd_fake(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:
 fwd = register("masked_argmax_fwd", Search, ArgmaxSpec, 6, _fwd, _fwd_fake)
 
 
-def masked_argmax(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:
-    """(index, score, count) of same, then of different, for checked arguments; see functional.masked_argmax."""
-    return fwd(*(t if t is None else t.detach() for t in inputs), *spec)
+class Choice(NamedTuple):
+    """One set's choices, (N,) each: the bank index or -1, its score, and the number of candidates."""
+
+    index: Tensor  # type: ignore[assignment]  # the field's names, before a tuple's methods
+    score: Tensor
+    count: Tensor  # type: ignore[assignment]
+
+
+class MaskedArgmax(NamedTuple):
+    """What masked_argmax returns; None for a set that was not asked for."""
+
+    same: Choice | None
+    different: Choice | None
+
+
+def masked_argmax(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    metric: str = "euclidean",
+    normalize: bool = True,
+    which: str = "both",
+    largest_same: bool = False,
+    largest_different: bool = True,
+    bounds: tuple[Tensor | None, Tensor | None] | None = None,
+    noise_seed: int | None = None,
+    cutoff: float = 0.5,
+    nonzero_loss_cutoff: float = 1.4,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> MaskedArgmax:
+    """Each row's hardest, or a sampled, bank entry of its own label and of other labels, in one pass; mining.
+
+    With the score s_ij as in masked_hinge_sum (larger is closer), a set's choice is the candidate of largest score, or
+    of smallest: by default the hardest positive (farthest) and the hardest negative (nearest). ``bounds`` keeps the
+    candidates with low_i < s_ij < high_i: semi-hard negatives (Schroff et al. 2015) are the nearest below the
+    positive's score, ``bounds=(None, s_ap)``.
+
+    With ``noise_seed`` the choice is a draw, the distance-weighted sampling of Wu et al. 2017 on unit vectors: in
+    proportion to w = 1/q(d) with d = max(distance, ``cutoff``), and nothing from ``nonzero_loss_cutoff`` on. It is the
+    argmax of log w plus Gumbel noise, which a counter-based generator makes of (seed, row, column), so that a seed
+    gives one result on any tiling and number of threads.
+
+    Args:
+        x, w, y, c, metric, normalize, exclude, ignore_index, eps, backend: as in masked_hinge_sum.
+        which: ``same``, ``different`` or ``both``.
+        largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
+        bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN
+            leaves the row no candidate.
+        noise_seed: an integer from 0: draw, by distances of unit vectors; None: choose by score.
+        cutoff, nonzero_loss_cutoff: the least distance that a draw weighs by, and the least that it never takes.
+
+    Returns:
+        MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
+        there is none; score (N,) in fp32 (fp64 where either is), detached, -inf where there is none (+inf where the
+        smallest is chosen); count (N,) int64 of the candidates. NaN scores are no candidates, nor is -inf where the
+        largest is chosen, nor +inf where the smallest is. Equal means equal scores: a matrix product may add in another
+        order at the edge of a block, so that copies of one bank row can differ in the last bit of their scores. Which
+        copy is taken then depends on the shapes and the backend; it is the same at every call.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index, plain_dot=True)
+    check_choice("which", which, ("same", "different", "both"))
+    if bounds is not None and (not isinstance(bounds, Sequence) or len(bounds) != 2):
+        raise TypeError(f"bounds must be a pair (low, high); got {shown(bounds)}")
+    low, high = (None, None) if bounds is None else bounds
+    for t in (low, high):
+        check_vector("bounds", t, x.size(0), x, integer=False)
+    seed = None if noise_seed is None else check_integer("noise_seed", noise_seed, 0)
+    spec = ArgmaxSpec(
+        **numbers,
+        wanted=[which != "different", which != "same"],
+        largest=[check_flag("largest_same", largest_same), check_flag("largest_different", largest_different)],
+        noise=seed is not None,
+        seed=seed or 0,
+        cutoffs=_check_draw(seed, cutoff, nonzero_loss_cutoff, numbers["metric"], numbers["normalize"]),
+    )
+    inputs = Search(*(t if t is None else t.detach() for t in (x, apart(w, x), y, apart(c, y), exclude, low, high)))
+    spec = choice.settle("masked_argmax", inputs, spec, backend)
+    found = choice.reference.masked_argmax(inputs, spec) if spec.backend == choice.REFERENCE else fwd(*inputs, *spec)
+    return MaskedArgmax(*(Choice(*found[3 * i : 3 * i + 3]) if spec.wanted[i] else None for i in range(2)))
+
+
+def _check_draw(seed: int | None, cutoff: float, nonzero_loss_cutoff: float, metric: str, unit: bool) -> list[float]:
+    cutoffs = [check_number("cutoff", cutoff),
+               check_number("nonzero_loss_cutoff", nonzero_loss_cutoff)]  # fmt: skip
+    if seed is not None:
+        if not unit:
+            raise ValueError(
+                f"noise_seed draws by the distances of unit vectors; got metric={metric!r} of vectors as they are. "
+                "Use normalize=True, or metric='cosine'"
+            )
+        if min(cutoffs) <= 0:
+            raise ValueError(f"cutoff and nonzero_loss_cutoff must be positive; got {cutoff} and {nonzero_loss_cutoff}")
+    return cutoffs

@@ -8,11 +8,23 @@ into the row's offset, and its gradient, minus k g times the count of positive t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import choice
-from .contract import accumulate_dtype, check_thresholds, check_values
+from .checks import check_flag, shown
+from .contract import (
+    accumulate_dtype,
+    apart,
+    check_comparison,
+    check_line,
+    check_thresholds,
+    check_values,
+    check_vector,
+)
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import Bank, Hinged, HingeSpec, Lines, Slopes
 
@@ -159,6 +171,110 @@ class _Forward(torch.autograd.Function):
         return x, w, None, None, None, t_same, t_different, None
 
 
-def masked_hinge_sum(inputs: Hinged, spec: HingeSpec) -> TensorTuple:
-    """(same, different, count_same, count_different) for checked arguments; see functional.masked_hinge_sum."""
+def differentiable(inputs: Hinged, spec: HingeSpec) -> TensorTuple:
+    """(same, different, count_same, count_different) for checked arguments, on compiled or PyTorch kernels."""
     return _Forward.apply(*inputs, spec)[:4]
+
+
+Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
+
+
+class MaskedHingeSum(NamedTuple):
+    """What masked_hinge_sum returns: (N,) each."""
+
+    same: Tensor
+    different: Tensor
+    count_same: Tensor
+    count_different: Tensor
+
+
+def masked_hinge_sum(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    metric: str = "euclidean",
+    normalize: bool = True,
+    same: tuple[float, float] | None = None,
+    different: tuple[float, float] | None = None,
+    threshold: Threshold = None,
+    relative: bool = False,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> MaskedHingeSum:
+    """Each row's sum of hinges over the bank entries of its own label, and over all others, in one pass.
+
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors if ``normalize``), each
+    set has its own factor k and offset o::
+
+        same_i      = sum_{j: c_j  = y_i} relu(k_same s_ij + o_same + t_same_i)
+        different_i = sum_{j: c_j != y_i} relu(k_different s_ij + o_different + t_different_i)
+
+    and with ``relative`` s_ij - s_{i,y_i} in place of s_ij. A contrastive loss (Hadsell et al. 2006) of distances -s is
+    ``same=(-1, -pos_margin), different=(1, neg_margin)``; a margin loss (Wu et al. 2017) learns its boundary through
+    ``threshold``; triplets of a row, its proxy and every other proxy are ``different=(1, margin), relative=True``.
+    Nothing of size N x M is built, in the forward, the backward or the double backward.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
+        c: (M,) int64 labels of the bank; None: each entry's own index.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
+        same, different: (k, o) of each set; None leaves the set out: its sum and count are 0.
+        threshold: t, a () or (N,) tensor for both sets, or a pair of these (each may be None); it gets a gradient.
+        relative: subtract the row's own positive's score; needs ``c=None``. The positive's gradient is part of the same
+            pass: no gather of ``w`` is needed outside.
+        exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
+        ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 where either is), differentiable twice, and the numbers
+        of their positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index, plain_dot=True)
+    if same is None and different is None:
+        raise ValueError("neither set is asked for: give same=(k, o), different=(k, o) or both")
+    relative = check_flag("relative", relative)
+    if relative and c is not None:
+        raise ValueError("relative=True compares with the row's own bank entry: it needs c=None")
+    t_same, t_different = _thresholds(threshold)
+    t_same, t_different = (None if s is None else t for s, t in ((same, t_same), (different, t_different)))
+    for t in (t_same, t_different):
+        check_vector("threshold", t, x.size(0), x, integer=False, scalar=True)
+    lines = (("same", same), ("different", different))
+    hinge = [number for name, line in lines for number in check_line(name, line, optional=True)]
+    inputs = Hinged(x, w, y, c, exclude, t_same, t_different)
+    spec = HingeSpec(**numbers, hinge=hinge, relative=relative)
+    return hinge_sum_of(inputs, choice.settle("masked_hinge_sum", inputs, spec, backend))
+
+
+def _thresholds(threshold: Threshold) -> tuple[Tensor | None, Tensor | None]:
+    if threshold is None or isinstance(threshold, Tensor):
+        return threshold, threshold
+    if not isinstance(threshold, Sequence) or len(threshold) != 2:
+        raise TypeError(
+            f"threshold must be a tensor, a pair of tensors (same, different) or None; got {shown(threshold)}"
+        )
+    return threshold[0], threshold[1]
+
+
+def hinge_sum_of(inputs: Hinged, spec: HingeSpec) -> MaskedHingeSum:
+    """:func:`masked_hinge_sum` of arguments that are checked, on the backend that is chosen: for losses, which check
+    theirs under their own names.
+    """
+    if spec.backend == choice.REFERENCE:
+        return MaskedHingeSum(*choice.reference.masked_hinge_sum(inputs, spec))
+    inputs = inputs._replace(
+        w=apart(inputs.w, inputs.x), c=apart(inputs.c, inputs.y), t_different=apart(inputs.t_different, inputs.t_same)
+    )
+    return MaskedHingeSum(*differentiable(inputs, spec))

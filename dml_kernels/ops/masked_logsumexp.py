@@ -10,11 +10,24 @@ in x that comes from `different`, worked out early. No derivative is taken of it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import choice
-from .contract import accumulate_dtype, check_values
+from .checks import check_flag, check_number
+from .contract import (
+    accumulate_dtype,
+    apart,
+    check_comparison,
+    check_line,
+    check_pair,
+    check_policy,
+    check_values,
+    check_vector,
+)
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import Bank, Spec
 
@@ -44,10 +57,10 @@ def _fwd_fake(bank: Bank, spec: Spec) -> TensorTuple:
 
 
 def _bwd(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Spec) -> TensorTuple:
-    kept = {} if mean is None or mean.numel() == 0 else {"mean": mean}
+    mean = None if mean is None or mean.numel() == 0 else mean
     with without_autocast(bank.x.device.type):
         grads, lse = (g1, g2, g3, g4), (same, different)
-        out = choice.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, needs, bank, spec, **kept)
+        out = choice.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, mean, needs, bank, spec)
     return filled(out, bank.x, len(DIFFERENTIABLE))
 
 
@@ -126,6 +139,126 @@ class _Forward(torch.autograd.Function):
         return x, w, None, None, None, *of_vectors, None
 
 
-def masked_logsumexp(bank: Bank, spec: Spec) -> TensorTuple:
-    """(same, different, sum_same, sum_different) for checked arguments; see functional.masked_logsumexp."""
+def differentiable(bank: Bank, spec: Spec) -> TensorTuple:
+    """(same, different, sum_same, sum_different) for checked arguments, on compiled or PyTorch kernels."""
     return _Forward.apply(*bank, spec)[:4]
+
+
+class MaskedLogSumExp(NamedTuple):
+    """What masked_logsumexp returns: (N,) each; the sums are None unless asked for."""
+
+    same: Tensor
+    different: Tensor
+    sum_same: Tensor | None
+    sum_different: Tensor | None
+
+
+def masked_logsumexp(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    metric: str = "cosine",
+    normalize: bool = False,
+    scale: float | Tensor = 1.0,
+    same: tuple[float, float] = (1.0, 0.0),
+    different: tuple[float, float] = (1.0, 0.0),
+    col_bias: Tensor | None = None,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    sums: bool = False,
+    policy: str = "linear",
+    policy_params: Sequence[float] = (),
+    backend: str | None = None,
+) -> MaskedLogSumExp:
+    """Log-sum-exp of each row's logits over the bank entries of its own label, and over all others, in one pass.
+
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors for ``cosine`` and
+    wherever ``normalize``), each set has its own factor k and offset o::
+
+        z_ij   = k_set scale_i (s_ij - o_set) + col_bias_j
+        same_i = log sum_{j: c_j = y_i} exp(z_ij)          different_i = log sum_{j: c_j != y_i} exp(z_ij)
+
+    Nothing of size N x M is built, in the forward, the backward or the double backward.
+
+    ``policy`` changes what z is made of; with ``policy_params``:
+
+    - ``linear``, (): as above.
+    - ``max_pool``, (K,), and ``softmax_pool``, (K, gamma): K centres a class. w is (M K, D), row c K + k the k-th
+      centre of class c, and every j above is a class: M = w.size(0) / K columns. Before the logit a class's centre
+      scores become one::
+
+          max_pool      S_ij = max_k s_ijk; gradient to the first maximum    (sub-centre ArcFace, Deng et al. 2020)
+          softmax_pool  S_ij = sum_k softmax_k(s_ijk / gamma) s_ijk          (SoftTriple, Qian et al. 2019)
+
+      Of equal scores the first counts; copies of a centre can differ in the last bit of theirs, as in
+      :func:`masked_argmax`.
+
+    - ``quadratic``, (m,): Circle loss (Sun et al. 2020), ``scale`` its gamma::
+
+          same       z_ij = -k scale_i relu(1 + m - s_ij) (s_ij - (1 - m) - o) + col_bias_j
+          different  z_ij =  k scale_i relu(s_ij + m)     (s_ij - m - o)       + col_bias_j
+
+      The relu weights are detached: constants in every derivative.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled. Each may have a dtype of its own: fp64 with anything is
+            computed in fp64, fp16 with bf16 in fp32, half with fp32 in the half (fp16 is widened: where a device adds
+            up in fp16, nothing is multiplied in it). Neither is cast as a whole, and each gets a gradient in its dtype.
+        y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
+        c: (M,) int64 labels of the bank; None: each entry's own index.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
+        scale: a number, or a () or (N,) tensor, which gets a gradient.
+        same, different: (k, o) of each set; k may be negative (Proxy-Anchor's positives).
+        col_bias: (M,), gets a gradient. A bias of -inf leaves the column out.
+        exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
+        ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
+        eps: guards the division by the norm.
+        sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
+            are both that positive's logit; ``sum_same + sum_different`` serves label smoothing.
+        policy, policy_params: the logit policy and its numbers, see above.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        MaskedLogSumExp of (N,) tensors in fp32, fp64 where either input is. An empty set is -inf with a zero gradient,
+        its sum 0.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    check_pair(x, w)
+    policy, params, m = check_policy(policy, policy_params, w)
+    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index, columns=m)
+    check_vector("col_bias", col_bias, m, x, integer=False)
+    logit = [*check_line("same", same), *check_line("different", different)]
+    scale_tensor = None
+    if isinstance(scale, Tensor):
+        scale_tensor = scale
+        check_vector("scale", scale, x.size(0), x, integer=False, scalar=True)
+    else:
+        factor = check_number("scale", scale)
+        logit[0], logit[2] = logit[0] * factor, logit[2] * factor
+    spec = Spec(**numbers, logit=logit, sums=check_flag("sums", sums), policy=policy, policy_params=params)
+    bank = Bank(x, w, y, c, exclude, scale_tensor, col_bias)
+    return logsumexp_of(bank, choice.settle("masked_logsumexp", bank, spec, backend))
+
+
+def logsumexp_of(bank: Bank, spec: Spec) -> MaskedLogSumExp:
+    """:func:`masked_logsumexp` of arguments that are checked, on the backend that is chosen: for losses, which check
+    theirs under their own names. ``logit`` holds factors and offsets as they are stated, whatever the policy.
+    """
+    if spec.backend == choice.REFERENCE:
+        out = choice.reference.masked_logsumexp(bank, spec)
+    else:
+        logit = spec.logit
+        if spec.policy == "quadratic":
+            (m,) = spec.policy_params
+            logit = [-logit[0], logit[1] + 1 - m, logit[2], logit[3] + m]
+        keep = torch.is_grad_enabled() and bank.x.requires_grad
+        bank = bank._replace(w=apart(bank.w, bank.x), c=apart(bank.c, bank.y))
+        out = differentiable(bank, spec._replace(logit=logit, keep=keep))
+    return MaskedLogSumExp(out[0], out[1], *(out[2:4] if spec.sums else (None, None)))

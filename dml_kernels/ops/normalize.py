@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from . import choice
+from .checks import check_tensor
+from .contract import check_eps, check_matrix
 from .library import known_signature, register
 from .signatures import NormalizeSpec, Rows
 
@@ -77,6 +79,32 @@ class _Forward(torch.autograd.Function):
         return g_x, None
 
 
-def normalize(rows: Rows, spec: NormalizeSpec) -> Tensor:
-    """For checked arguments; see functional.normalize."""
+def differentiable(rows: Rows, spec: NormalizeSpec) -> Tensor:
+    """For checked arguments, on compiled or PyTorch kernels."""
     return _Forward.apply(*rows, spec)
+
+
+def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> Tensor:
+    """Unit vectors along the last dimension: x / max(|x|, eps).
+
+    Args:
+        x: (..., D), float32, float64, bfloat16 or float16.
+        eps: the norm below which a vector is divided by ``eps`` instead, with gradient g / eps.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        Tensor like x. Norms are taken in fp32 (fp64 for fp64). Differentiable twice.
+
+    Raises:
+        TypeError: x is not a floating tensor. ValueError: x has no last dimension, or eps is not positive.
+    """
+    check_tensor("x", x)
+    if x.dim() == 0 or x.size(-1) == 0:
+        raise ValueError(f"x must have shape (..., D) with D at least 1; got {tuple(x.shape)}")
+    rows = x.reshape(-1, x.size(-1))
+    check_matrix("x", rows)
+    eps = check_eps(eps)
+    chosen = choice.choose("normalize", x.device, x.dtype, backend)
+    if chosen == choice.REFERENCE:
+        return choice.reference.normalize(x, eps)
+    return differentiable(Rows(rows), NormalizeSpec(eps=eps, backend=chosen)).view(x.shape)

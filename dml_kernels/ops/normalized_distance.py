@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import choice
+from .contract import apart, check_eps, check_pair, product_dtype, split_metric
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import DistanceSpec, Matrices
 
@@ -87,6 +88,53 @@ class _Forward(torch.autograd.Function):
         return g_x if needs[0] else None, g_w if needs[1] else None, None
 
 
-def normalized_distance(inputs: Matrices, spec: DistanceSpec) -> Tensor:
-    """For checked arguments; see functional.normalized_distance."""
+def differentiable(inputs: Matrices, spec: DistanceSpec) -> Tensor:
+    """For checked arguments, on compiled or PyTorch kernels."""
     return _Forward.apply(*inputs, spec)
+
+
+def normalized_distance(
+    x: Tensor,
+    w: Tensor,
+    metric: str = "euclidean",
+    *,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:
+    """All N x M similarities or distances, with no N x M temporary in the backward.
+
+    ``cosine`` x^.w^ and ``dot`` x.w are similarities (larger is closer); ``sqeuclidean`` |u - p|^2 and ``euclidean``
+    |u - p| are distances, on unit vectors u = x^, p = w^ unless ``normalize=False``. Small distances are summed from
+    differences, so identical rows give exactly 0; the gradient at zero distance is 0.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        (N, M) in the product dtype: autocast's if on, else the inputs'; of two dtypes fp64 where one is, the half
+        beside fp32, fp32 for fp16 beside bf16. Differentiable twice.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or metric; the message names the fix.
+    """
+    check_pair(x, w)
+    return matrix_in(product_dtype(x, w), x, w, metric, normalize=normalize, eps=eps, backend=backend)
+
+
+def matrix_in(
+    dtype: torch.dtype, x: Tensor, w: Tensor, metric: str, *, normalize: bool, eps: float = 1e-12,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`normalized_distance` of a checked pair, multiplied and returned in ``dtype`` whatever the inputs'."""
+    base, unit = split_metric(metric, normalize, plain_dot=True)
+    inputs = Matrices(x, apart(w, x))
+    spec = DistanceSpec(metric=base, normalize=unit, eps=check_eps(eps), dtype=dtype)
+    spec = choice.settle("normalized_distance", inputs, spec, backend)
+    if spec.backend == choice.REFERENCE:
+        return choice.reference.normalized_distance(inputs, spec)
+    return differentiable(inputs, spec)

@@ -1,12 +1,6 @@
 """pair_scores: the scores of listed pairs, a block of pairs at a time, with a backward that adds in a fixed order.
 
-With unit vectors (where normalised) u of x and p of w, and the pair's slope a, the gradient on u of one pair is::
-
-    dot  a p, a = g        sqeuclidean  a (p - u), a = 2 g        euclidean  a (p - u), a = g / |u - p|, 0 at distance 0
-
-and the same with u and p exchanged for the bank. The pairs are sorted by their row, each row's are added up from first
-to last, and the sum goes once through the normalisation. Differences are taken before they are weighted, so that close
-pairs keep their direction.
+One implementation serves every device: `dml_kernels/backends/torch/listed.py`, where the formulas are.
 """
 
 from __future__ import annotations
@@ -14,65 +8,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.torch import normalize, tiles
-from . import segments
-from .contract import check_pair_indices
+from . import choice
+from .checks import check_tensor
+from .contract import (
+    accumulate_dtype,
+    apart,
+    check_eps,
+    check_pair,
+    check_pair_indices,
+    check_vector,
+    product_dtype,
+    split_metric,
+)
 from .library import filled, gradients_like, known_signature, register, without_autocast
 from .signatures import Listed, ScoresSpec
 
 
-def _picked(t: Tensor, index: Tensor, spec: ScoresSpec) -> tuple[Tensor, Tensor | float]:
-    """The rows at ``index`` as they came, and what makes unit vectors of them where that is wanted."""
-    t = t.index_select(0, index).to(spec.dtype)
-    return t, tiles.norms(t, spec.eps)[0] if spec.normalize else 1.0
-
-
-def _slope(grad: Tensor, s: Tensor, metric: str) -> Tensor:
-    """a: the gradient on a score, to the factor of p - u (or p)."""
-    if metric == "euclidean":
-        return torch.where(s == 0, 0, -grad / torch.where(s == 0, 1, s))
-    return grad if metric == "dot" else 2 * grad
-
-
 def _fwd(pairs: Listed, spec: ScoresSpec) -> Tensor:
-    x, w, rows, cols = pairs
-    check_pair_indices(rows, cols, x.size(0), w.size(0))
-    step = max(1, tiles.CHUNK_ELEMENTS // x.size(1))
-    out = x.new_empty(rows.numel(), dtype=spec.dtype)
-    with without_autocast(x.device.type):
-        for k in (slice(start, start + step) for start in range(0, rows.numel(), step)):
-            u, p = (t.index_select(0, i[k]).to(spec.dtype) for t, i in ((x, rows), (w, cols)))
-            out[k] = tiles.listed_scores(u, p, spec.metric, spec.normalize, spec.eps)
-    return out
-
-
-def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor, spec: ScoresSpec) -> Tensor:
-    """The gradient of one side: rows ``at`` of ``own`` against rows ``other_at`` of ``other``."""
-    order = at.argsort(stable=True)
-    at, other_at, a = at[order], other_at[order], a[order]
-    n, d = own.shape
-    total = own.new_zeros((n, d), dtype=spec.dtype)
-    step = max(n, tiles.CHUNK_ELEMENTS // d, 1)  # each block adds n sums: as many pairs or more
-    for k in (slice(start, start + step) for start in range(0, at.numel(), step)):
-        p, rp = _picked(other, other_at[k], spec)
-        if spec.metric == "dot":
-            part = p * rp
-        else:
-            u, ru = _picked(own, at[k], spec)
-            part = tiles.difference(p, u, rp, ru)
-        part = part * a[k, None]
-        places = torch.arange(part.size(0), device=at.device)
-        total += torch.nn.functional.embedding_bag(places, part, segments.offsets(at[k], n)[:-1], mode="sum")
-    return normalize.backward(total, own, spec.eps) if spec.normalize else total.to(own.dtype)
+    check_pair_indices(pairs.rows, pairs.cols, pairs.x.size(0), pairs.w.size(0))
+    with without_autocast(pairs.x.device.type):
+        return choice.BACKENDS["torch"].pair_scores_fwd(pairs, spec)
 
 
 def _bwd(grad, s, needs, pairs: Listed, spec: ScoresSpec) -> tuple[Tensor, ...]:
-    x, w, rows, cols = pairs
-    with without_autocast(x.device.type):
-        a = _slope(grad.to(s.dtype), s, spec.metric)
-        sides = ((x, w, rows, cols), (w, x, cols, rows))
-        found = (_collect(*side, a, spec) if need else None for side, need in zip(sides, needs, strict=True))
-        return filled(found, x, 2)
+    with without_autocast(pairs.x.device.type):
+        return filled(choice.BACKENDS["torch"].pair_scores_bwd(grad, s, needs, pairs, spec), pairs.x, 2)
 
 
 fwd = register(
@@ -84,32 +44,6 @@ bwd = register(
     lambda grad, s, needs, pairs, spec: gradients_like(pairs[:2], needs, pairs.x),
     "Tensor grad, Tensor s, bool[] needs",
 )  # fmt: skip
-
-
-def _differentiable_bwd(grad: Tensor, pairs: Listed, spec: ScoresSpec) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch's own differentiable functions, for whoever differentiates again; O(P D) memory."""
-    x, w, rows, cols = pairs
-    metric, normalize, eps, dtype = spec
-
-    def unit(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r, over = tiles.norms(t.to(dtype), eps) if normalize else (t.new_ones((), dtype=dtype), None)
-        return t.to(dtype) * r, r, over
-
-    def back(g: Tensor, u: Tensor, r: Tensor, over: Tensor | None) -> Tensor:
-        return r * (g if over is None else torch.where(over, g - u * (u * g).sum(1, keepdim=True), g))
-
-    (u, *of_u), (p, *of_p) = unit(x), unit(w)
-    a_row, a_col = u.index_select(0, rows), p.index_select(0, cols)
-    s = grad  # not read but for a root's slope
-    if metric == "euclidean":
-        d2 = (a_row - a_col).square().sum(1)
-        # Equal rows may have norms that differ in the last bits.
-        zero = (d2 == 0) | (x.index_select(0, rows) == w.index_select(0, cols)).all(1)
-        s = torch.where(zero, 0, -torch.where(zero, 1, d2).sqrt())
-    a = _slope(grad.to(dtype), s, metric)[:, None]
-    on_row, on_col = (a_col, a_row) if metric == "dot" else (a_col - a_row, a_row - a_col)
-    g_u, g_p = (torch.zeros_like(t).index_add(0, i, a * on) for t, i, on in ((u, rows, on_row), (p, cols, on_col)))
-    return back(g_u, u, *of_u).to(x.dtype), back(g_p, p, *of_p).to(w.dtype)
 
 
 @known_signature
@@ -130,12 +64,46 @@ class _Forward(torch.autograd.Function):
         s, *tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():
-            g_x, g_w = _differentiable_bwd(grad, Listed(*tensors), ctx.spec)
+            g_x, g_w = choice.BACKENDS["torch"].pair_scores_differentiable_bwd(grad, Listed(*tensors), ctx.spec)
         else:
             g_x, g_w = bwd(grad, s, needs, *tensors, *ctx.spec)
         return g_x if needs[0] else None, g_w if needs[1] else None, None, None, None
 
 
-def pair_scores(pairs: Listed, spec: ScoresSpec) -> Tensor:
-    """For checked arguments; see functional.pair_scores."""
-    return _Forward.apply(*pairs, spec)
+def pair_scores(
+    x: Tensor,
+    w: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    metric: str = "cosine",
+    *,
+    normalize: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """The scores of listed pairs: s_k of row rows[k] of x and row cols[k] of w, larger is closer.
+
+    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order
+    of the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank; x itself for pairs within a batch.
+        rows, cols: (P,) int64, in [0, N) and [0, M); a pair may be there more than once.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``: u.p, x.w, -|u - p|^2 or -|u - p|.
+        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
+        eps: guards the division by the norm.
+
+    Returns:
+        (P,) in fp32, or fp64 where either input is. Differentiable twice, then in O(P D) memory.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device, metric or index; the message names the fix.
+    """
+    check_pair(x, w)
+    for name, index in (("rows", rows), ("cols", cols)):
+        check_tensor(name, index)
+        check_vector(name, index, rows.numel(), x, integer=True)
+    base, unit = split_metric(metric, normalize)
+    w = apart(w, x)
+    acc = accumulate_dtype(product_dtype(x, w))
+    spec = ScoresSpec(metric=base, normalize=unit, eps=check_eps(eps), dtype=acc)
+    return _Forward.apply(x, w, rows, cols, spec)

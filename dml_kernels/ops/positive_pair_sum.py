@@ -6,25 +6,28 @@ expression, which holds the N x M scores.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.torch import positives
-from ..reference import by_class
-from .contract import accumulate_dtype, check_values
+from ..pairs import dense
+from . import choice
+from .checks import check_choice, check_number, check_sequence
+from .contract import accumulate_dtype, apart, check_comparison, check_values, check_vector, with_labels
 from .library import filled, gradients_like, known_signature, register, without_autocast
-from .normalized_distance import normalized_distance
+from .normalized_distance import differentiable
 from .signatures import Bank, DistanceSpec, Matrices, Pairs, PairSpec
 
 DIFFERENTIABLE = (0, 1, 5, 6)
+KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
 
 
 def _fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     check_values(Bank(*pairs[:5]), spec.ignore_index)
     with without_autocast(pairs.x.device.type):
-        return positives.fwd(pairs, spec)
+        return choice.BACKENDS[spec.backend].positive_pair_sum_fwd(pairs, spec)
 
 
 def _fwd_fake(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
@@ -42,7 +45,8 @@ def sums_like(x: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 def _bwd(grad, needs, pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     with without_autocast(pairs.x.device.type):
-        return filled(positives.bwd(grad, needs, pairs, spec), pairs.x, len(DIFFERENTIABLE))
+        found = choice.BACKENDS[spec.backend].positive_pair_sum_bwd(grad, needs, pairs, spec)
+    return filled(found, pairs.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(grad, needs, pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
@@ -57,7 +61,7 @@ def scores(x: Tensor, w: Tensor, spec: Any) -> Tensor:
     """The N x M scores as a Function that can be differentiated twice, in the accumulation dtype."""
     acc = accumulate_dtype(spec.dtype)
     of = DistanceSpec(metric=spec.metric, normalize=spec.normalize, eps=spec.eps, dtype=acc, backend="torch")
-    out = normalized_distance(Matrices(x, w.view_as(w)), of)
+    out = differentiable(Matrices(x, w.view_as(w)), of)
     return out if spec.metric == "dot" else -out
 
 
@@ -69,15 +73,12 @@ def again(total: Tensor, leaves: tuple[Tensor | None, ...], needs: list[bool], g
 
 
 def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> list[Tensor | None]:
-    same, _ = by_class.members(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    same, _ = dense.members(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     acc = accumulate_dtype(spec.dtype)
     # Leaves of their own: what the caller's tensors hang from is not this derivative's.
     x, w, u = (t.view_as(t) for t in (pairs.x, pairs.w, pairs.u))
     v = None if pairs.v is None else pairs.v.view_as(pairs.v)
-    total, _, _ = by_class.positive_pair_sum(
-        scores(x, w, spec), same, u.to(acc), None if v is None else v.to(acc),
-        lambda s, u, v: positives.term(s, u, v, spec),
-    )  # fmt: skip
+    total, _, _ = dense.positive_pair_sum(scores(x, w, spec), same, u.to(acc), None if v is None else v.to(acc), spec)
     return again(total, (x, w, u, v), needs, grad)
 
 
@@ -106,6 +107,72 @@ class _Forward(torch.autograd.Function):
         return g_x, g_w, None, None, None, g_u, g_v, None
 
 
-def positive_pair_sum(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, number, active) for checked arguments; see functional.positive_pair_sum."""
-    return _Forward.apply(*pairs, spec)
+class TermSums(NamedTuple):
+    """Of each row, (N,): the sum of its terms; how many they are, and how many are over 0, as int64."""
+
+    total: Tensor
+    number: Tensor
+    active: Tensor
+
+
+def positive_pair_sum(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None,
+    u: Tensor,
+    v: Tensor | None = None,
+    *,
+    kind: str,
+    params: Sequence[float] = (1.0,),
+    metric: str = "cosine",
+    normalize: bool = False,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> TermSums:
+    """For each row the sum of a term over its positives j (c_j = y_i, j not ``exclude_i``), with s_ij as in
+    :func:`masked_logsumexp`::
+
+        kind="softplus", params=(k,)      log(1 + exp(u_i - k s_ij))
+        kind="lifted",   params=(k, o)    relu(log(exp(u_i) + exp(v_j)) - k s_ij - o)^2 / 2
+
+    Positives are found by class: a sort of the labels, then small products of rows with the entries of their classes.
+    Nothing N x M, nothing of positives x negatives; memory beside the gradients is bounded, also where one class holds
+    everything. A second derivative goes through a dense expression with the N x M scores.
+
+    Args:
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
+            must be bank rows, or ``ignore_index``.
+        u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
+            gradient. -inf stands for no negatives: a softplus of 0, and where neither has any, a logarithm of 0.
+        kind, params: the term and its numbers.
+        metric, normalize: the score. exclude: (N,) int64 bank index that is not the row's positive, -1 for none.
+        ignore_index: rows with this label have no positives. eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        TermSums; total in fp32 (fp64 where either input is), 0 with a zero gradient for a row without positives.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index)
+    y, c, numbers["ignore_index"] = with_labels(x, w, y, c, exclude, numbers["ignore_index"])
+    check_vector("u", u, x.size(0), x, integer=False)
+    check_vector("v", v, w.size(0), x, integer=False)
+    check_choice("kind", kind, KINDS)
+    if (v is None) != (kind == "softplus"):
+        raise ValueError(f"kind {kind!r} {'takes no' if kind == 'softplus' else 'needs'} v")
+    given = check_sequence("params", params, "numbers")
+    terms = [check_number(f"params[{i}]", value) for i, value in enumerate(given)]
+    if len(terms) != KINDS[kind]:
+        raise ValueError(f"kind {kind!r} takes {KINDS[kind]} params; got {len(terms)}")
+    pairs = Pairs(x, apart(w, x), y, c, exclude, u, apart(v, u))
+    spec = choice.settle("positive_pair_sum", pairs, PairSpec(**numbers, kind=kind, params=terms), backend)
+    if spec.backend == choice.REFERENCE:
+        return TermSums(*choice.reference.positive_pair_sum(pairs, spec))
+    return TermSums(*_Forward.apply(*pairs, spec))

@@ -2,7 +2,7 @@
 
 ``fwd`` gives the reduced loss and both log-sum-exps of each row; ``bwd`` the gradients of embeddings, proxies and
 scale. A backend fuses both as it can. Where somebody may differentiate again, the backward runs as the composition in
-composed/proxy_nca.py, every piece of which is differentiable.
+backends/composed/proxy_nca.py, every piece of which is differentiable.
 """
 
 from __future__ import annotations
@@ -10,24 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends.composed import proxy_nca as composed
+from . import choice, engines
 from .contract import accumulate_dtype, check_values
-from .fused import composed, fused_or_composed
 from .library import filled, gradients_like, known_signature, register, without_autocast
-from .signatures import Bank, Proxied, ProxySpec
+from .signatures import Proxied, ProxySpec
 
 # Positions of the tensors that may need a gradient.
 DIFFERENTIABLE = (0, 1, 3)
 
 
-def bank_of(inputs: Proxied) -> Bank:
-    """The rows against the proxies, each its own label."""
-    return Bank(inputs.x, inputs.w, inputs.y, scale=inputs.scale)
-
-
 def _fwd(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, ...]:
-    check_values(bank_of(inputs), spec.ignore_index)
+    check_values(composed.bank_of(inputs), spec.ignore_index)
     with without_autocast(inputs.x.device.type):
-        return fused_or_composed("proxy_nca", spec.backend).proxy_nca_fwd(inputs, spec)
+        backend = choice.BACKENDS[spec.backend]
+        if backend.fuses("proxy_nca", inputs):
+            return backend.proxy_nca_fwd(inputs, spec)
+        return composed.proxy_nca_fwd(inputs, spec, engines.kernels(spec.backend))
 
 
 def _fwd_fake(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, ...]:
@@ -38,7 +37,11 @@ def _fwd_fake(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, ...]:
 
 def _bwd(grad, same, different, needs, inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, ...]:
     with without_autocast(inputs.x.device.type):
-        found = fused_or_composed("proxy_nca", spec.backend).proxy_nca_bwd(grad, same, different, needs, inputs, spec)
+        backend, lse = choice.BACKENDS[spec.backend], (same, different)
+        if backend.fuses("proxy_nca", inputs):
+            found = backend.proxy_nca_bwd(grad, lse, needs, inputs, spec)
+        else:
+            found = composed.proxy_nca_bwd(grad, lse, needs, inputs, spec, engines.kernels(spec.backend))
         return filled(found, inputs.x, len(DIFFERENTIABLE))
 
 
@@ -70,13 +73,13 @@ class _Forward(torch.autograd.Function):
         *tensors, same, different = ctx.saved_tensors
         need = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         if torch.is_grad_enabled():
-            found = composed("proxy_nca").differentiable_backward(grad, need, Proxied(*tensors), ctx.spec)
+            found = composed.differentiable_bwd(grad, need, Proxied(*tensors), ctx.spec, engines.functions())
         else:
             found = bwd(grad, same, different, need, *tensors, *ctx.spec)
         g_x, g_w, g_scale = (g if n else None for g, n in zip(found, need, strict=True))
         return g_x, g_w, None, g_scale, None, None
 
 
-def proxy_nca(inputs: Proxied, spec: ProxySpec) -> Tensor:
+def differentiable(inputs: Proxied, spec: ProxySpec) -> Tensor:
     """The loss for checked arguments; see functional.proxy_nca_loss."""
     return _Forward.apply(*inputs, spec)[0]

@@ -44,7 +44,7 @@ class DistanceSpec(NamedTuple):
     normalize: bool
     eps: float
     dtype: torch.dtype
-    backend: str
+    backend: str = ""
 
 
 class Listed(NamedTuple):
@@ -95,7 +95,7 @@ class Spec(NamedTuple):
     eps: float
     ignore_index: int
     dtype: torch.dtype
-    backend: str
+    backend: str = ""
     sums: bool = False
     keep: bool = False
     policy: str = "linear"
@@ -129,7 +129,7 @@ class HingeSpec(NamedTuple):
     eps: float
     ignore_index: int
     dtype: torch.dtype
-    backend: str
+    backend: str = ""
 
 
 class Lines(NamedTuple):
@@ -179,7 +179,7 @@ class ArgmaxSpec(NamedTuple):
     eps: float
     ignore_index: int
     dtype: torch.dtype
-    backend: str
+    backend: str = ""
 
     def empty_score(self, which: int) -> float:
         """The score of a set without candidates: worse than any."""
@@ -208,7 +208,7 @@ class ProxySpec(NamedTuple):
     ignore_index: int
     reduction: str
     dtype: torch.dtype
-    backend: str
+    backend: str = ""
 
     @property
     def lse(self) -> Spec:
@@ -241,7 +241,7 @@ class MagnetSpec(NamedTuple):
     ignore_index: int
     reduction: str
     dtype: torch.dtype
-    backend: str
+    backend: str = ""
 
 
 class Pairs(NamedTuple):
@@ -266,6 +266,7 @@ class PairSpec(NamedTuple):
     eps: float
     ignore_index: int
     dtype: torch.dtype
+    backend: str = ""
 
 
 class Points(NamedTuple):
@@ -289,3 +290,18 @@ class TripletSpec(NamedTuple):
     eps: float
     ignore_index: int
     dtype: torch.dtype
+    backend: str = ""
+
+
+# Every op that a backend is chosen for, by the name that it has in the registry and as methods of a backend.
+OPS: dict[str, tuple[type, type]] = {
+    "normalize": (Rows, NormalizeSpec),
+    "normalized_distance": (Matrices, DistanceSpec),
+    "masked_logsumexp": (Bank, Spec),
+    "masked_hinge_sum": (Hinged, HingeSpec),
+    "masked_argmax": (Search, ArgmaxSpec),
+    "proxy_nca": (Proxied, ProxySpec),
+    "magnet": (Clustered, MagnetSpec),
+    "positive_pair_sum": (Pairs, PairSpec),
+    "triplet_sum": (Points, TripletSpec),
+}

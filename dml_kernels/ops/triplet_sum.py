@@ -9,18 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.torch import triplets
-from ..reference import by_class
-from .contract import check_values
+from ..pairs import dense
+from . import choice
+from .checks import check_flag, check_number
+from .contract import apart, check_comparison, check_values, with_labels
 from .library import filled, gradients_like, known_signature, register, without_autocast
-from .positive_pair_sum import again, scores, sums_like
+from .positive_pair_sum import TermSums, again, scores, sums_like
 from .signatures import Bank, Points, TripletSpec
 
 
 def _fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
     check_values(Bank(*points), spec.ignore_index)
     with without_autocast(points.x.device.type):
-        return triplets.fwd(points, spec)
+        return choice.BACKENDS[spec.backend].triplet_sum_fwd(points, spec)
 
 
 def _fwd_fake(points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
@@ -29,7 +30,7 @@ def _fwd_fake(points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
 
 def _bwd(grad, needs, points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
     with without_autocast(points.x.device.type):
-        return filled(triplets.bwd(grad, needs, points, spec), points.x, 2)
+        return filled(choice.BACKENDS[spec.backend].triplet_sum_bwd(grad, needs, points, spec), points.x, 2)
 
 
 def _bwd_fake(grad, needs, points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
@@ -41,10 +42,10 @@ bwd = register("triplet_sum_bwd", Points, TripletSpec, 2, _bwd, _bwd_fake, "Tens
 
 
 def _differentiable(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> list[Tensor | None]:
-    same, different = by_class.members(points.y, points.c, points.exclude, spec.ignore_index)
+    same, different = dense.members(points.y, points.c, points.exclude, spec.ignore_index)
     x, w = (t.view_as(t) for t in points[:2])
     between = scores(w, w, spec) if spec.swap else None
-    total, _, _ = by_class.triplet_sum(scores(x, w, spec), same, different, spec.margin, spec.smooth, between)
+    total, _, _ = dense.triplet_sum(scores(x, w, spec), same, different, spec.margin, spec.smooth, between)
     return again(total, (x, w), needs, grad)
 
 
@@ -73,6 +74,54 @@ class _Forward(torch.autograd.Function):
         return g_x, g_w, None, None, None, None
 
 
-def triplet_sum(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, number, active) for checked arguments; see functional.triplet_sum."""
-    return _Forward.apply(*points, spec)
+def triplet_sum(
+    x: Tensor,
+    w: Tensor,
+    y: Tensor,
+    c: Tensor | None = None,
+    *,
+    margin: float,
+    smooth: bool = False,
+    swap: bool = False,
+    metric: str = "cosine",
+    normalize: bool = False,
+    exclude: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    backend: str | None = None,
+) -> TermSums:
+    """For each anchor the sum over all its positives p (c_p = y_i) and negatives n (c_n != y_i), exactly::
+
+        sum_p sum_n relu(s_in - s_ip + margin)          smooth: log(1 + exp(.));  swap: max(s_in, s_pn) for s_in
+
+    with s as in :func:`masked_logsumexp`; s_pn is between two bank entries. Without ``smooth`` and ``swap`` the terms
+    separate: O(N M log K) time beside the products for K positives a row; with either O(N M K). Memory beside the
+    gradients is bounded in both. A second derivative goes through a dense expression with a term for every triplet.
+
+    Args:
+        x: (N, D) anchors. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
+            must be bank rows, or ``ignore_index``.
+        margin: how much closer, as a score, a positive must be. smooth, swap: the variants above.
+        metric, normalize: the score. exclude: (N,) int64 bank index that is in no triplet of the anchor, -1 for none.
+        ignore_index: anchors with this label, and bank entries whose ``c`` is it, are in no triplet.
+        eps: guards the division by the norm.
+        backend: overrides the choice of backend for this call.
+
+    Returns:
+        TermSums; total in fp32 (fp64 where either input is), 0 with a zero gradient for an anchor without positives or
+        negatives.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
+        RuntimeError: no backend, or not the one asked for, runs this combination.
+    """
+    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index)
+    y, c, numbers["ignore_index"] = with_labels(x, w, y, c, exclude, numbers["ignore_index"])
+    margin, smooth, swap = check_number("margin", margin), check_flag("smooth", smooth), check_flag("swap", swap)
+    points = Points(x, apart(w, x), y, c, exclude)
+    spec = TripletSpec(**numbers, margin=margin, smooth=smooth, swap=swap)
+    spec = choice.settle("triplet_sum", points, spec, backend)
+    if spec.backend == choice.REFERENCE:
+        return TermSums(*choice.reference.triplet_sum(points, spec))
+    return TermSums(*_Forward.apply(*points, spec))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..distances import Distance
-from ..functional.distance import matrix_in
 from ..ops.contract import accumulate_dtype, as_int64, check_labels, check_matrix, check_pair, product_dtype
+from ..ops.normalized_distance import matrix_in
 
 # The most scores that are held at once where they are computed tile by tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .. import functional
 from ..distances import Distance
-from ..functional import MaskedHingeSum, MaskedLogSumExp
 from ..logspace import logaddexp
 from ..ops import segments
 from ..ops.contract import accumulate_dtype, product_dtype
+from ..ops.masked_hinge_sum import MaskedHingeSum, masked_hinge_sum
+from ..ops.masked_logsumexp import MaskedLogSumExp, masked_logsumexp
+from ..ops.pair_scores import pair_scores
+from ..ops.positive_pair_sum import positive_pair_sum
 from ..reducers import PAIR, TRIPLET, Terms, nonzero
 from .batch import IGNORE_INDEX, Batch
 from .class_ranges import count_pairs
@@ -143,7 +145,7 @@ class Streamed(Compared):
         """By :func:`functional.masked_logsumexp`."""
         if self.c.numel() == 0:
             return MaskedLogSumExp(*[self._empty()] * 4)
-        return functional.masked_logsumexp(
+        return masked_logsumexp(
             self.batch.x, self.batch.w, self.y, self.c, scale=scale, same=same, different=different, sums=sums,
             policy=policy, policy_params=policy_params, **self.call,
         )  # fmt: skip
@@ -154,7 +156,7 @@ class Streamed(Compared):
         """By :func:`functional.masked_hinge_sum`."""
         if self.c.numel() == 0:
             return MaskedHingeSum(*[self._empty()] * 4)
-        return functional.masked_hinge_sum(
+        return masked_hinge_sum(
             self.batch.x, self.batch.w, self.y, self.c, same=same, different=different, threshold=threshold, **self.call
         )
 
@@ -162,7 +164,7 @@ class Streamed(Compared):
         """By :func:`functional.positive_pair_sum`."""
         if self.c.numel() == 0:
             return self.pair_terms(*[self._empty()] * 3)
-        found = functional.positive_pair_sum(
+        found = positive_pair_sum(
             self.batch.x, self.batch.w, self.y, self.c, u, v, kind=kind, params=params, **self.call
         )
         return self.pair_terms(found.total, found.number.to(self.dtype), found.active)
@@ -182,7 +184,7 @@ class PairSet:
         self.rows, self.cols = rows[order], cols[order]
         self.bounds = segments.offsets(self.rows, batch.x.size(0))
         self.keep = _first_of_equal(self.rows, self.cols, batch.w.size(0)) if unique else None
-        self.s = functional.pair_scores(
+        self.s = pair_scores(
             batch.x, batch.w, self.rows, self.cols, distance.metric, normalize=distance.normalize_embeddings
         )
 

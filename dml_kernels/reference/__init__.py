@@ -5,89 +5,11 @@ No call runs here unless it asks for the backend ``reference`` by name. Memory g
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from .logsumexp import circle_logits, masked_logsumexp, pool
+from .matrix import normalize, normalized_distance, scores
+from .pairs import distance_log_weight, masked_argmax, masked_hinge_sum
 
-import torch
-from torch import Tensor
-
-
-def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
-    """x / max(|x|, eps) over the last dimension."""
-    x = x.contiguous()  # the order of a sum hangs on strides: equal rows would have other norms
-    return x / x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt().clamp_min(eps)
-
-
-def scores(x: Tensor, w: Tensor, metric: str, normalized: bool, eps: float = 1e-12) -> Tensor:
-    """s_ij, larger is closer: u.p, -|u - p|^2 or -|u - p|, on unit vectors when ``normalized``."""
-    if normalized or metric == "cosine":
-        x, w = normalize(x, eps), normalize(w, eps)
-    if metric in ("cosine", "dot"):
-        return x @ w.T
-    d2 = (x[:, None] - w[None]).square().sum(-1)
-    if metric == "sqeuclidean":
-        return -d2
-    return -torch.where(d2 == 0, 0, torch.where(d2 == 0, 1, d2).sqrt())
-
-
-def normalized_distance(x: Tensor, w: Tensor, metric: str = "euclidean", normalized: bool = True, eps: float = 1e-12):
-    """Similarity for cosine and dot, distance for sqeuclidean and euclidean."""
-    s = scores(x, w, metric, normalized, eps)
-    return s if metric in ("cosine", "dot") else -s
-
-
-def _logsumexp(z: Tensor, members: Tensor) -> Tensor:
-    """Row-wise log-sum-exp over ``members``; -inf and no gradient where a row has none."""
-    some = members.any(1)
-    z = torch.where(members, z, -math.inf)
-    return torch.where(some, torch.logsumexp(torch.where(some[:, None], z, 0), 1), -math.inf)
-
-
-def pool(s: Tensor, policy: str, params: Sequence[float]) -> Tensor:
-    """A class's score from its K centres' scores, which stand side by side: SubCenter's max, SoftTriple's softmax."""
-    if not policy.endswith("_pool"):
-        return s
-    s = s.reshape(s.size(0), s.size(1) // int(params[0]), int(params[0]))
-    if policy == "max_pool":
-        return torch.max(s, dim=2).values
-    return torch.sum(torch.softmax(s / params[1], dim=2) * s, dim=2)
-
-
-def circle_logits(s, scale, same, different, m) -> tuple[Tensor, Tensor]:
-    """Circle loss's logits, their weights detached: -alpha_p (s - (1 - m)) and alpha_n (s - m), times the scale."""
-    alpha_p, alpha_n = (1 + m - s).relu().detach(), (s + m).relu().detach()
-    (k_p, o_p), (k_n, o_n) = same, different
-    return -k_p * scale * alpha_p * (s - (1 - m) - o_p), k_n * scale * alpha_n * (s - m - o_n)
-
-
-def masked_logsumexp(
-    x, w, y, c=None, *, metric="cosine", normalized=False, scale=1.0, same=(1.0, 0.0), different=(1.0, 0.0),
-    col_bias=None, exclude=None, ignore_index=-100, eps=1e-12, policy="linear", policy_params=(),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
-    s = pool(scores(x, w, metric, normalized, eps), policy, policy_params)
-    columns = torch.arange(s.size(1), device=w.device)
-    is_same = y[:, None] == (columns if c is None else c)
-    used = (y != ignore_index)[:, None].expand_as(is_same)
-    if c is not None:
-        used = used & (c != ignore_index)
-    if exclude is not None:
-        used = used & (exclude[:, None] != columns)
-    t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
-    if policy == "quadratic":
-        z_same, z_different = circle_logits(s, t, same, different, *policy_params)
-    else:
-        z_same, z_different = (k * t * (s - o) for k, o in (same, different))
-    if col_bias is not None:
-        used = used & (col_bias != -math.inf)
-        bias = torch.where(col_bias == -math.inf, 0, col_bias)
-        z_same, z_different = z_same + bias, z_different + bias
-    sets = ((z_same, is_same & used), (z_different, ~is_same & used))
-    lse = [_logsumexp(z, members) for z, members in sets]
-    return *lse, *(torch.where(members, z, 0).sum(1) for z, members in sets)
-
-
-# Written on the functions above.
-from .pairs import distance_log_weight as distance_log_weight  # noqa: E402
-from .pairs import masked_argmax as masked_argmax  # noqa: E402
-from .pairs import masked_hinge_sum as masked_hinge_sum  # noqa: E402
+__all__ = [
+    "circle_logits", "distance_log_weight", "masked_argmax", "masked_hinge_sum", "masked_logsumexp", "normalize",
+    "normalized_distance", "pool", "scores",
+]  # fmt: skip

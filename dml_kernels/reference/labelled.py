@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from . import matrix
 
 
 class LabelledPairs(NamedTuple):
@@ -25,7 +25,7 @@ class LabelledPairs(NamedTuple):
         """All pairs of the batch but a row with itself, or with all references. A label of -100 is in no pair."""
         own = ref_emb is None
         w, c = (embeddings, labels) if ref_emb is None or ref_labels is None else (ref_emb, ref_labels)
-        s = reference.scores(embeddings, w, distance.metric, distance.normalize_embeddings)
+        s = matrix.scores(embeddings, w, distance.metric, distance.normalize_embeddings)
         match = labels[:, None] == c
         used = (labels != -100)[:, None] & (c != -100)
         if own:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import noise, reference
+from .. import noise
+from . import matrix
 
 
 def _sets(y: Tensor, c: Tensor | None, m: int, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -27,7 +28,7 @@ def masked_hinge_sum(
     t_same=None, t_different=None, relative=False, exclude=None, ignore_index=-100, eps=1e-12,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(same, different, count_same, count_different); see functional.masked_hinge_sum for the formulas."""
-    s = reference.scores(x, w, metric, normalized, eps)
+    s = matrix.scores(x, w, metric, normalized, eps)
     if relative:
         s = s - s.gather(1, y.clamp(0, w.size(0) - 1)[:, None])
     sums, counts = [], []
@@ -53,7 +54,7 @@ def masked_argmax(
     cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12,
 ) -> list[Tensor]:  # fmt: skip
     """index, score, count of same, then of different; see functional.masked_argmax."""
-    s = reference.scores(x, w, metric, normalized, eps)
+    s = matrix.scores(x, w, metric, normalized, eps)
     n, m = s.shape
     usable = ~s.isnan()
     usable = usable if low is None else usable & (s > low[:, None])

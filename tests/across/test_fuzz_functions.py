@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dml_kernels import functional as F
 from dml_kernels import reference
-from dml_kernels.reference import by_class
+from dml_kernels.ops.signatures import PairSpec
+from dml_kernels.pairs import dense as dense_pairs
 from tests.support.backends import on_backends
 from tests.support.fuzzing import cases, check, fuzz
 from tests.support.problems import METRICS, randint
@@ -133,7 +134,7 @@ def test_masked_argmax(case, metric, largest, backend):
 
     def dense(leaves):
         s = reference.scores(*points(leaves), name, normalize)
-        same, different = by_class.members(case.y, case.c, options["exclude"], -100)
+        same, different = dense_pairs.members(case.y, case.c, options["exclude"], -100)
         out = {}
         for key, members, most in (("same", same, largest[0]), ("different", different, largest[1])):
             extreme = (
@@ -171,8 +172,6 @@ def test_pair_scores(case, metric, pairs):
 @fuzz(80)
 @given(case=cases(), metric=metrics, kind=st.sampled_from(["softplus", "lifted"]), infinite=st.booleans())
 def test_positive_pair_sum(case, metric, kind, infinite):
-    from dml_kernels.backends.torch.positives import PairSpec, term
-
     name, normalize = metric
     n, m = len(case.rows), len(case.cols)
     case.other["u"] = case.vector(n, 10)
@@ -194,9 +193,12 @@ def test_positive_pair_sum(case, metric, kind, infinite):
 
     def dense(leaves):
         s = reference.scores(*points(leaves), name, normalize)
-        same, _ = by_class.members(case.y, case.c, exclude, -100)
-        spec = PairSpec(kind, list(params), name, normalize, 1e-12, -100, torch.float64)
-        total, _, _ = by_class.positive_pair_sum(s, same, leaves["u"], leaves.get("v"), lambda *a: term(*a, spec))
+        same, _ = dense_pairs.members(case.y, case.c, exclude, -100)
+        spec = PairSpec(
+            kind=kind, params=list(params), metric=name, normalize=normalize, eps=1e-12, ignore_index=-100,
+            dtype=torch.float64,
+        )  # fmt: skip
+        total, _, _ = dense_pairs.positive_pair_sum(s, same, leaves["u"], leaves.get("v"), spec)
         return {"total": total}
 
     check(case, ours, dense)
@@ -218,7 +220,7 @@ def test_triplet_sum(case, metric, smooth, swap):
     def dense(leaves):
         x, w = points(leaves)
         s, between = (reference.scores(t, w, name, normalize) for t in (x, w))
-        same, different = by_class.members(case.y, case.c, exclude, -100)
-        return {"total": by_class.triplet_sum(s, same, different, 0.1, smooth, between if swap else None)[0]}
+        same, different = dense_pairs.members(case.y, case.c, exclude, -100)
+        return {"total": dense_pairs.triplet_sum(s, same, different, 0.1, smooth, between if swap else None)[0]}
 
     check(case, ours, dense)

@@ -290,9 +290,9 @@ def test_an_option_that_no_softmax_loss_has_is_named(name):
 def test_the_entry_names_the_op_and_policy_that_the_loss_runs_on(name, monkeypatch):
     entry, asked, choose = REGISTRY[name], [], backends.choose
 
-    def choose_and_tell(op, device, dtype, policy="linear", *rest, **more):
+    def choose_and_tell(op, device, dtype, *rest, policy="linear", **more):
         asked.append((op, policy))
-        return choose(op, device, dtype, policy, *rest, **more)
+        return choose(op, device, dtype, *rest, **({} if policy == "linear" else {"policy": policy}), **more)
 
     monkeypatch.setattr(backends, "choose", choose_and_tell)
     x, y = randn(12, 4, seed=1), torch.arange(12) % 3

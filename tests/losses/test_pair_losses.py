@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-from unittest import mock
 
 import pytest
 import torch
 
-from dml_kernels import reference, use_backend
+from dml_kernels import use_backend
 from dml_kernels.losses import REGISTRY, family
 from dml_kernels.profiling import run_in_child
 from tests.support.dtypes import FP32, FP64
 from tests.support.problems import randint, randn
-from tests.support.tolerance import Yardstick, assert_all_accurate, assert_same_bits, dense_forms, worst
+from tests.support.tolerance import Yardstick, assert_all_accurate, assert_same_bits, dense_forms, scores_by, worst
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -62,7 +61,7 @@ def sticks_of(name, which, with_refs, seed, dtype):
         return {k: s.in_fp64(truth[k]) for k, s in sticks_of(name, which, with_refs, seed, torch.float32).items()}
     sticks = []
     for form in dense_forms(options["distance"].metric if "distance" in options else "euclidean"):
-        with mock.patch.object(reference, "scores", form):
+        with scores_by(form):
             dense = evaluate_at(entry.reference, *cast(x, refs, dtype), y, options)
         sticks.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
     return worst(sticks)

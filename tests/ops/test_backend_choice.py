@@ -25,8 +25,8 @@ CALLS = {
     "masked_logsumexp": lambda **k: F.masked_logsumexp(X, W, Y, **k).different,
     "masked_hinge_sum": lambda **k: F.masked_hinge_sum(X, W, Y, different=(1.0, 0.5), **k).different,
     "masked_argmax": lambda **k: F.masked_argmax(X, W, Y, **k).different.index,
-    "proxy_nca_loss": lambda **k: F.proxy_nca_loss(X, W, Y, **k),
-    "magnet_loss": lambda **k: F.magnet_loss(X, Y, Y // 2, **k),
+    "proxy_nca": lambda **k: F.proxy_nca_loss(X, W, Y, **k),
+    "magnet": lambda **k: F.magnet_loss(X, Y, Y // 2, **k),
 }
 
 
@@ -155,14 +155,14 @@ def test_overlapping_blocks_of_two_tasks_do_not_touch_each_other(ran, monkeypatc
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("op", ["masked_logsumexp", "proxy_nca_loss", "masked_hinge_sum"])
+@pytest.mark.parametrize("op", ["masked_logsumexp", "proxy_nca", "masked_hinge_sum"])
 def test_the_backward_honours_the_block_of_its_forward(op, monkeypatch):
     seen = []
     x = X.clone().requires_grad_()
     with use_backend("torch"):
         out = {
             "masked_logsumexp": lambda: F.masked_logsumexp(x, W, Y).different.sum(),
-            "proxy_nca_loss": lambda: F.proxy_nca_loss(x, W, Y),
+            "proxy_nca": lambda: F.proxy_nca_loss(x, W, Y),
             "masked_hinge_sum": lambda: F.masked_hinge_sum(x, W, Y, different=(1.0, 0.5)).different.sum(),
         }[op]()
     for name, backend in backends.BACKENDS.items():
@@ -234,12 +234,12 @@ def test_a_refusal_says_which_backend_and_why():
 @pytest.mark.parametrize("op", [op for op in backends.OPS if op != "masked_logsumexp"])
 @pytest.mark.parametrize("policy", ["quadratic", "max_pool", "softmax_pool"])
 def test_a_policy_nobody_implements_is_refused_by_all_with_reasons(op, policy):
-    verdicts = backends.explain(op, "cpu", torch.float32, policy)
+    verdicts = backends.explain(op, "cpu", torch.float32, policy=policy)
     assert [v.backend for v in verdicts] == list(backends.BACKENDS)
     assert not any(v.ok for v in verdicts)
     assert all(policy in v.reason or "not built" in v.reason or f"{op} is not" in v.reason for v in verdicts)
     with pytest.raises(RuntimeError, match=policy):
-        backends.choose(op, torch.device("cpu"), torch.float32, policy)
+        backends.choose(op, torch.device("cpu"), torch.float32, policy=policy)
 
 
 def test_every_verdict_has_a_reason():
@@ -282,22 +282,25 @@ def test_without_the_extension_everything_works_and_the_reason_is_told():
 
 @pytest.mark.parametrize("policy", ["max_pool", "softmax_pool", "quadratic"])
 def test_a_backend_without_policies_refuses_with_the_reason(policy):
-    verdicts = {v.backend: v for v in backends.explain("masked_logsumexp", "cuda", torch.float32, policy)}
+    verdicts = {v.backend: v for v in backends.explain("masked_logsumexp", "cuda", torch.float32, policy=policy)}
     assert not verdicts["cuda"].ok
     assert policy in verdicts["cuda"].reason
     assert verdicts["torch"].ok
 
 
 def test_more_centres_than_a_tile_of_tritons_holds_go_to_another_backend():
+    def pool(centres):
+        return {"policy": "max_pool", "policy_params": [float(centres)]}
+
     triton = backends.BACKENDS["triton"]
-    refusal = triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 65)
+    refusal = triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, pool(65))
     assert "at most 64 centres" in refusal
     assert "at most 64 centres" not in str(
-        triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", 64)
+        triton.can_run("masked_logsumexp", torch.device("cuda"), torch.float32, pool(64))
     )
-    assert backends.choose("masked_logsumexp", torch.device("cuda"), torch.float32, "max_pool", centres=65) == "torch"
+    assert backends.choose("masked_logsumexp", torch.device("cuda"), torch.float32, **pool(65)) == "torch"
 
 
 def test_other_ops_have_no_policy():
-    with pytest.raises(RuntimeError, match="normalized_distance has no logit policy"):
-        backends.choose("normalized_distance", torch.device("cpu"), torch.float32, "max_pool")
+    with pytest.raises(RuntimeError, match="normalized_distance has no option policy"):
+        backends.choose("normalized_distance", torch.device("cpu"), torch.float32, policy="max_pool")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tests.support.backends import on_backends, on_backends_and
 from tests.support.dtypes import BF16, DTYPES, FP32, FP64, MIXED, MIXES
 from tests.support.features import every_other
 from tests.support.problems import METRICS, draws, on_metrics, randn
-from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, worst
+from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, scores_by, worst
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
@@ -56,7 +55,7 @@ def yardsticks(x, w, metric, dtype, grad, layout):
         return {k: s.in_fp64(truth[k]) for k, s in yardsticks(x, w, metric, FP32, grad, layout).items()}
     sticks = []
     for form in dense_forms(metric[0]):
-        with mock.patch.object(reference, "scores", form):
+        with scores_by(form):
             rounded = lambda x, w: dense(x.to(dtype.product), w.to(dtype.product))  # noqa: E731
             low = run(rounded, x.to(dtype.x), w.to(dtype.w), grad, layout)
         sticks.append({k: Yardstick.of(low[k], t) for k, t in truth.items()})

@@ -14,8 +14,8 @@ from dml_kernels import reference
 from dml_kernels.backends.torch import by_class as blocks
 from dml_kernels.ops import choice as backends
 from dml_kernels.ops import triplet_sum as ops
+from dml_kernels.pairs import dense
 from dml_kernels.profiling import run_in_child
-from dml_kernels.reference import by_class
 from tests.support.class_sums import Labelled, assert_counts_and_all_accurate, sticks, with_gradients
 from tests.support.dtypes import BF16, FP32, FP64, MIXED
 from tests.support.problems import METRIC_IDS, METRICS, on_metrics, randint, randn
@@ -38,7 +38,7 @@ def in_a_gap(p, metric, normalize, swap):
     """A margin that no triplet comes near: which terms are over 0 is then the same in every dtype."""
     w = p.x if p.w is None else p.w
     s, between = (reference.scores(t, w, metric, normalize) for t in (p.x, w))
-    same, different = by_class.members(p.y, p.c, p.exclude, -100)
+    same, different = dense.members(p.y, p.c, p.exclude, -100)
     i, j = same.nonzero(as_tuple=True)
     violation = (torch.maximum(s[i], between[j]) if swap else s[i]) - s[i, j, None]
     v = violation[different[i]].sort().values
@@ -221,7 +221,7 @@ def test_opcheck(variant):
     p = Labelled.random(9, 8, 3, classes=3)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = (p.x.to(dtype).t().contiguous().t(), p.w.to(dtype), p.y, p.c, p.exclude)
-        spec = (0.3, "smooth" in variant, "swap" in variant, "euclidean", True, 1e-12, -100, dtype)
+        spec = (0.3, "smooth" in variant, "swap" in variant, "euclidean", True, 1e-12, -100, dtype, "torch")
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         opcheck(ops.fwd, (*inputs, *spec), test_utils=tests)
         for needs in ([True, True], [True, False], [False, True]):

@@ -50,7 +50,7 @@ def backends_of(entry: LossEntry, dtype: torch.dtype = torch.float32) -> list[An
     return [
         pytest.param(name, marks=mark)
         for name, mark in MARKS.items()
-        if name in absent or backends.BACKENDS[name].can_run(entry.op, device, dtype, entry.policy) is None
+        if name in absent or backends.refusal(name, entry.op, device, dtype, entry.asked) is None
     ]
 
 

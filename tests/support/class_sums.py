@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from dml_kernels import reference
 from tests.support.dtypes import FP32, FP64, Dtype
 from tests.support.problems import randint, randn
-from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, worst
+from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, scores_by, worst
 
 
 class Labelled(NamedTuple):
@@ -58,7 +56,7 @@ def sticks(run: Callable[[Dtype, str], dict[str, Tensor]], truth: dict[str, Tens
         return {k: s.in_fp64(truth[k]) for k, s in sticks(run, truth, metric, FP32).items()}
     found = []
     for form in dense_forms(metric):
-        with mock.patch.object(reference, "scores", form):
+        with scores_by(form):
             dense = run(dtype, "reference")
         found.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
     return worst(found)

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dml_kernels import reference
 from tests.support.features import every_other
 from tests.support.problems import randint, randn
-from tests.support.tolerance import product_scores
+from tests.support.tolerance import product_scores, scores_by
 
 # Of x and w. Every mix is allowed; those that people use come more often.
 DTYPES = tuple(itertools.product((torch.float32, torch.float64, torch.bfloat16, torch.float16), repeat=2))
@@ -262,7 +261,7 @@ def check(case: Case, ours: Call, dense: Call) -> None:
         leaves = case.exact(generator)
         # A distance may be taken from differences, or as every kernel must, from the matrix product.
         form = product_scores if i % 2 else reference.scores
-        with mock.patch.object(reference, "scores", form), Rounding(case.eps, generator) as rounding:
+        with scores_by(form), Rounding(case.eps, generator) as rounding:
             runs.append(derivatives(dense, leaves, case.seed, case.order, rounding))
     for name in {**found, **truth}:
         # A derivative that does not depend on an input is 0, whether autograd knows or not.

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from dml_kernels import functional as F
 from dml_kernels import reference
 from tests.support.dtypes import FP32, Dtype
-from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, worst
+from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, scores_by, worst
 
 # (metric, normalize): all that differ.
 METRICS = (
@@ -116,7 +115,7 @@ class Problem:
             return {k: stick.in_fp64(truth[k]) for k, stick in self.yardsticks(FP32).items()}
         leaves, sticks = self.leaves(dtype), []
         for form in dense_forms(self.options["metric"]):
-            with mock.patch.object(reference, "scores", form):
+            with scores_by(form):
                 dense = self.with_gradients(self.dense(leaves, dtype.product), leaves, dtype)
             sticks.append({k: Yardstick.of(dense[k], t) for k, t in truth.items()})
         return worst(sticks)

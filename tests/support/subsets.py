@@ -212,7 +212,7 @@ def _magnet(given: bool, varied: bool, normalize: bool, reduction: str) -> Case:
             x, clusters, classes, alpha=3.0, normalize=normalize, reduction=reduction, **rest
         )  # fmt: skip
 
-    return Case(tensors, call, "magnet_loss", True)
+    return Case(tensors, call, "magnet", True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -82,6 +84,13 @@ class Yardstick(NamedTuple):
 def worst(sticks: Sequence[Mapping[str, Yardstick]]) -> dict[str, Yardstick]:
     """The first truths, each with the worst dense error."""
     return {k: stick.or_worse(*(s[k] for s in sticks[1:])) for k, stick in sticks[0].items()}
+
+
+@contextlib.contextmanager
+def scores_by(form: Callable[..., Tensor]) -> Iterator[None]:
+    """The dense references take their scores by this form."""
+    with mock.patch.object(reference, "scores", form), mock.patch.object(reference.matrix, "scores", form):
+        yield
 
 
 def dense_forms(metric: str) -> tuple[Callable[..., Tensor], ...]:

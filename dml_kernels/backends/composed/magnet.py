@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ...ops.contract import accumulate_dtype
-from ...ops.magnet import other_classes
-from ...ops.signatures import Clustered, MagnetSpec, NormalizeSpec, Rows, Spec
+from ...ops.signatures import Bank, Clustered, MagnetSpec, NormalizeSpec, Rows, Spec
 from .engine import Engine
 
 
@@ -53,6 +52,11 @@ class State(NamedTuple):
         return torch.where(self.counted[:, None], self.r - self.centers[self.own], 0)
 
 
+def other_classes(r: Tensor, centers: Tensor, y: Tensor, c: Tensor, scale: Tensor) -> Bank:
+    """The comparison behind L-: logits scale * -|r - mu|^2 against the clusters ``centers`` of classes ``c``."""
+    return Bank(r, centers, y, c, scale=scale)
+
+
 def _sum_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
     """(count, D) sums of the rows of each index, in a fixed order on either device."""
     out = rows.new_zeros(count, rows.size(1))
@@ -75,9 +79,8 @@ def _slots(clusters: Tensor, y: Tensor, counted: Tensor, classes: Tensor, ignore
     return place, torch.where(rows_in > 0, classes[:size], ignore), rows_in
 
 
-def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine | None = None) -> State:
-    """Means, own distances and the variance; differentiable with the default engine."""
-    engine = engine or Engine.functions(spec.backend)
+def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine) -> State:
+    """Means, own distances and the variance; differentiable where the engine is."""
     x, clusters, classes, centers, variance = inputs
     acc, ignore = accumulate_dtype(spec.dtype), spec.ignore_index
     r = engine.normalize(Rows(x.to(acc)), _unit_spec(spec)) if spec.normalize else x.to(acc)
@@ -121,9 +124,8 @@ def _different(state: State, spec: MagnetSpec, engine: Engine) -> Tensor:
     return engine.lse(bank, _lse_spec(spec))[1]
 
 
-def magnet_fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor, Tensor]:
+def magnet_fwd(inputs: Clustered, spec: MagnetSpec, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, L- of each row, variance before its floor)."""
-    engine = Engine.kernels(spec.backend)
     state = measure(inputs, spec, engine)
     different = _different(state, spec, engine)
     value = torch.where(state.counted, _hinge(state, different, spec).relu(), 0)
@@ -134,15 +136,13 @@ def magnet_fwd(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor, Ten
     return value, different, state.measured.to(value.dtype, copy=True)  # an op returns no input
 
 
-def magnet_bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec) -> list[Tensor | None]:
+def magnet_bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec, engine: Engine) -> list[Tensor | None]:
     """The gradients of x, centers and variance, each where wanted."""
-    engine = Engine.kernels(spec.backend)
     return _backward(grad, different, needs, inputs, measure(inputs, spec, engine), spec, engine)
 
 
-def differentiable_backward(grad, needs, inputs: Clustered, spec: MagnetSpec) -> list[Tensor | None]:
-    """As magnet_bwd, and differentiable in its turn, in grad and in all inputs."""
-    engine = Engine.functions(spec.backend)
+def differentiable_bwd(grad, needs, inputs: Clustered, spec: MagnetSpec, engine: Engine) -> list[Tensor | None]:
+    """As magnet_bwd; with an engine of Functions differentiable in its turn, in grad and in all inputs."""
     state = measure(inputs, spec, engine)
     return _backward(grad, _different(state, spec, engine), needs, inputs, state, spec, engine)
 

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from ... import logspace
-from ...ops.proxy_nca import bank_of
-from ...ops.signatures import Proxied, ProxySpec
+from ...ops.signatures import Bank, Proxied, ProxySpec
 from .engine import Engine
+
+
+def bank_of(inputs: Proxied) -> Bank:
+    """The rows against the proxies, each its own label."""
+    return Bank(inputs.x, inputs.w, inputs.y, scale=inputs.scale)
 
 
 def _contributes(inputs: Proxied, different: Tensor, spec: ProxySpec) -> tuple[Tensor, Tensor]:
@@ -37,9 +41,9 @@ def _row_factor(inputs: Proxied, counted: Tensor, like: Tensor, reduction: str) 
     return weight / torch.where(mass == 0, 1, mass)
 
 
-def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, Tensor, Tensor]:
+def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, L+, L-)."""
-    same, different, sum_same, sum_different = Engine.kernels(spec.backend).lse(bank_of(inputs), spec.lse)
+    same, different, sum_same, sum_different = engine.lse(bank_of(inputs), spec.lse)
     counted, contributes = _contributes(inputs, different, spec)
     u = (different - same).masked_fill(~contributes, 0 if spec.exclude_positive else -math.inf)
     rows = u if spec.exclude_positive else logspace.log1pexp(u)
@@ -51,14 +55,13 @@ def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, Tensor, Ten
     return value if spec.reduction == "none" else value.sum(), same, different
 
 
-def proxy_nca_bwd(grad, same, different, needs, inputs: Proxied, spec: ProxySpec) -> list[Tensor | None]:
+def proxy_nca_bwd(grad, lse, needs, inputs: Proxied, spec: ProxySpec, engine: Engine) -> list[Tensor | None]:
     """The gradients of x, w and scale, each where wanted."""
-    return _backward(grad, same, different, needs, inputs, spec, Engine.kernels(spec.backend))
+    return _backward(grad, *lse, needs, inputs, spec, engine)
 
 
-def differentiable_backward(grad, needs, inputs: Proxied, spec: ProxySpec) -> list[Tensor | None]:
-    """As proxy_nca_bwd, and differentiable in its turn, in grad and in all inputs."""
-    engine = Engine.functions(spec.backend)
+def differentiable_bwd(grad, needs, inputs: Proxied, spec: ProxySpec, engine: Engine) -> list[Tensor | None]:
+    """As proxy_nca_bwd; with an engine of Functions differentiable in its turn, in grad and in all inputs."""
     same, different, *_ = engine.lse(bank_of(inputs), spec.lse)
     return _backward(grad, same, different, needs, inputs, spec, engine)
 

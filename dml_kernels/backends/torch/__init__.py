@@ -10,35 +10,53 @@ bits at the same number of threads: PyTorch's products split their sums by it.
 | `normalize.py`, `distance.py`, `logsumexp.py`, `hinge.py`, `argmax.py` | the ops |
 | `policies.py` | logits other than linear: pooled centres, Circle's weights |
 | `double.py` | double backward |
+| `listed.py` | scores of listed pairs |
 | `by_class.py`, `positives.py`, `triplets.py` | sums over positives found by class, and over triplets |
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from ...ops.signatures import OPS as ALL
+from ...ops.signatures import Bank, Spec
 from .argmax import masked_argmax_fwd
 from .distance import normalized_distance_bwd, normalized_distance_dbl, normalized_distance_fwd
 from .double import masked_logsumexp_dbl
 from .hinge import masked_hinge_sum_bwd, masked_hinge_sum_dbl, masked_hinge_sum_fwd, positive_scores
-from .logsumexp import masked_logsumexp_bwd, masked_logsumexp_fwd, scale_grad
+from .listed import pair_scores_bwd, pair_scores_differentiable_bwd, pair_scores_fwd
+from .logsumexp import masked_logsumexp_bwd, masked_logsumexp_fwd
 from .normalize import normalize_bwd, normalize_dbl, normalize_fwd
+from .positives import positive_pair_sum_bwd, positive_pair_sum_fwd
+from .triplets import triplet_sum_bwd, triplet_sum_fwd
 
 __all__ = [
-    "can_run", "describe", "masked_argmax_fwd", "masked_hinge_sum_bwd", "masked_hinge_sum_dbl",
+    "can_run", "describe", "fuses", "keeps_mean", "masked_argmax_fwd", "masked_hinge_sum_bwd", "masked_hinge_sum_dbl",
     "masked_hinge_sum_fwd", "masked_logsumexp_bwd", "masked_logsumexp_dbl", "masked_logsumexp_fwd", "name",
     "normalize_bwd", "normalize_dbl", "normalize_fwd", "normalized_distance_bwd", "normalized_distance_dbl",
-    "normalized_distance_fwd", "positive_scores", "scale_grad",
+    "normalized_distance_fwd", "pair_scores_bwd", "pair_scores_differentiable_bwd", "pair_scores_fwd",
+    "positive_pair_sum_bwd", "positive_pair_sum_fwd", "positive_scores", "triplet_sum_bwd", "triplet_sum_fwd",
 ]  # fmt: skip
 
 name = "torch"
+OPS = tuple(ALL)
+OPTIONS = ("sums", "keep", "policy", "policy_params")
+METRICS = ("dot", "sqeuclidean", "euclidean")
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
-    if policy != "linear" and op != "masked_logsumexp":
-        return f"{op} has no logit policy, such as {policy!r}"
+def can_run(op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, object]) -> str | None:
     return None
 
 
 def describe() -> str:
     return "chunk loop in plain PyTorch, bounded memory"
+
+
+def fuses(loss: str, inputs: object) -> bool:
+    return False
+
+
+def keeps_mean(bank: Bank, spec: Spec) -> bool:
+    return False

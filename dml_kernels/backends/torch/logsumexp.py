@@ -95,7 +95,7 @@ def row_grads(grads: tuple[Tensor, ...], chunk: Logits, p: Tensor, sums: bool) -
     return dz
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
+def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
     need_x, need_w, need_t, need_b = needs
     rows = Side.of(bank.x, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = rows.full.dtype, bank.x.size(0), bank.w.size(0) // spec.centres

@@ -11,13 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...logspace import log1pexp, logaddexp
 from ...ops.signatures import Pairs, PairSpec
+from ...pairs import dense
 from ...pairs.class_ranges import ClassRanges
 from . import by_class, tiles
 from .tiles import Gradients, Scores, Side
-
-KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
 
 
 class Slopes(NamedTuple):
@@ -26,13 +24,6 @@ class Slopes(NamedTuple):
     s: Tensor
     u: Tensor
     v: Tensor | None
-
-
-def term(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Tensor:
-    """f(s, u, v), broadcast; differentiable twice by autograd where u or v is -inf, too."""
-    if spec.kind == "softplus":
-        return log1pexp(u - spec.params[0] * s)
-    return torch.relu(logaddexp(u, v, empty=0.0) - spec.params[0] * s - spec.params[1]).square() / 2
 
 
 def slopes(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Slopes:
@@ -67,7 +58,7 @@ def _tiles(block: by_class.Block, a: Side, pairs: Pairs, spec: PairSpec):
         yield Tile(cols, b, tiles.scores(a, b, spec.metric), block.mask(k), u, v)
 
 
-def fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
+def positive_pair_sum_fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's sum, number of positives, and number of terms over 0."""
     ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     n = pairs.x.size(0)
@@ -75,7 +66,7 @@ def fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
     for block in by_class.blocks(ranges, ranges.positives > 0):
         a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
         for tile in _tiles(block, a, pairs, spec):
-            value = term(tile.scores.s, tile.u, tile.v, spec).masked_fill_(~tile.mask, 0)
+            value = dense.term(tile.scores.s, tile.u, tile.v, spec).masked_fill_(~tile.mask, 0)
             total[block.rows] += value.sum(1, dtype=torch.float64)
             active[block.rows] += (value > 0).sum(1)
     return total.to(_acc(spec)), ranges.positives, active
@@ -85,7 +76,7 @@ def _acc(spec) -> torch.dtype:
     return torch.float64 if spec.dtype == torch.float64 else torch.float32
 
 
-def bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
+def positive_pair_sum_bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
     """Gradients in x, w, u and v, of <grad, total>."""
     ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     acc, need_points = _acc(spec), needs[0] or needs[1]

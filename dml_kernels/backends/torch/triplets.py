@@ -125,7 +125,7 @@ def _kept(ranges: ClassRanges) -> Tensor:
     return (ranges.positives > 0) & (ranges.negatives > 0)
 
 
-def fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, Tensor]:
+def triplet_sum_fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Each anchor's sum, number of triplets, and number of terms over 0."""
     ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
     total, active = points.x.new_zeros(points.x.size(0), dtype=torch.float64), torch.zeros_like(points.y)
@@ -165,7 +165,7 @@ def _walked(work: _Block) -> tuple[Tensor, Tensor]:
     return total, active
 
 
-def bwd(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> tuple[Tensor | None, Tensor | None]:
+def triplet_sum_bwd(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> tuple[Tensor | None, ...]:
     """Gradients in x and w of <grad, total>."""
     ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
     acc = _acc(spec)

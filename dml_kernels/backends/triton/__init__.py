@@ -13,9 +13,9 @@
 | ``kernels/logsumexp_owned.py`` | its backward in the owned form, and from what the forward kept |
 | ``kernels/hinge.py``, ``kernels/distance.py`` | masked_hinge_sum; normalized_distance |
 | ``kernels/argmax.py``, ``kernels/noise.py`` | masked_argmax; its draws' bits |
-| ``tools/model.py`` | the cost model, by which the form of the backward is chosen |
-| ``tools/autotune.py`` | timing tiles on a real GPU, for the table |
-| ``tools/aot.py``, ``tools/report.py`` | compiling with no GPU at hand, and the report of what came out |
+| ``triton/tools/model.py`` | the cost model, by which the form of the backward is chosen |
+| ``triton/tools/autotune.py`` | timing tiles on a real GPU, for the table |
+| ``triton/tools/aot.py``, ``triton/tools/report.py`` | compiling with no GPU at hand, and the report of what came out |
 
 Importing this package imports Triton only where it could run: with a PyTorch built for GPUs, or interpreted.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ from ...ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows,
 
 name = "triton"
 OPS = (
-    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca_loss",
-    "magnet_loss",
+    "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca", "magnet",
 )  # fmt: skip
+OPTIONS = ("sums", "keep", "policy", "policy_params")
+METRICS = ("dot", "sqeuclidean", "euclidean")
 POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
 INSTALL = "pip install -r requirements/triton.txt"
 OLDEST = (8, 0)  # compute capability: bf16 tensor cores
@@ -70,15 +72,13 @@ MOST_CENTRES = 64
 MISSING = _load()
 
 
-def can_run(op: str, device: torch.device, dtype: torch.dtype, policy: str, centres: int = 1) -> str | None:
-    if op not in OPS:
-        return f"{op} is not implemented here"
-    if policy != "linear" and op != "masked_logsumexp":
-        return f"{op} has no logit policy, such as {policy!r}"
+def can_run(op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]) -> str | None:
+    policy = asked.get("policy", "linear")
     if policy not in POLICIES:
         return f"logit policy {policy!r} is not implemented here"
+    centres = asked["policy_params"][0] if str(policy).endswith("_pool") and asked.get("policy_params") else 1
     if centres > MOST_CENTRES:
-        return f"pools at most {MOST_CENTRES} centres a class in a tile; got {centres}"
+        return f"pools at most {MOST_CENTRES} centres a class in a tile; got {centres:.0f}"
     if device.type == "cpu" and not INTERPRETED:
         return "runs on GPUs; CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
     if device.type not in ("cpu", "cuda"):
@@ -108,7 +108,11 @@ def status() -> str:
     """One line for ``python -m dml_kernels info``: what runs, or why nothing does."""
     if INTERPRETED:
         return MISSING or describe()
-    return can_run("masked_logsumexp", torch.device("cuda"), torch.float32, "linear") or describe()
+    return can_run("masked_logsumexp", torch.device("cuda"), torch.float32, {}) or describe()
+
+
+def fuses(loss: str, inputs: object) -> bool:
+    return False
 
 
 def _host(module: str) -> Any:
@@ -144,10 +148,10 @@ def keeps_mean(bank: Bank, spec: Spec) -> bool:
     return _host("logsumexp").keeps_mean(bank, spec)
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor | None = None) -> list[Tensor | None]:
+def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     _guard(bank, spec)
     _host("guard").vectors(bank.x.size(0), (*grads, *lse))
-    return _host("logsumexp").masked_logsumexp_bwd(grads, lse, needs, bank, spec, mean)
+    return _host("logsumexp").masked_logsumexp_bwd(grads, lse, mean, needs, bank, spec)
 
 
 def _guard(bank: Bank, spec: Spec) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops.contract import accumulate_dtype
 from ...ops.signatures import Bank, Spec
-from ..torch import scale_grad
+from ..torch.logsumexp import scale_grad
 from . import configs
 from .collect import BUFFER_BYTES, LARGEST_FP16, Block, Gradients, lift, slope_bound
 from .kernels import gradients as backward
@@ -311,7 +311,7 @@ class Backward:
         return out
 
 
-def masked_logsumexp_bwd(grads, lse, needs, bank: Bank, spec: Spec, mean: Tensor | None = None) -> list[Tensor | None]:
+def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     if bank.x.size(0) == 0:
         wanted = (bank.x, bank.w, *bank[5:])
         return [torch.zeros_like(t) if need else None for t, need in zip(wanted, needs, strict=True)]

@@ -117,7 +117,7 @@ def launches(metric: str, monkeypatch: Any) -> Found:
         shared = {"metric": metric, "normalize": True, "eps": 1e-12, "dtype": torch.bfloat16, "backend": "triton"}
         spec = Spec(logit=[2.0, 0.1, 3.0, 0.2], ignore_index=-100, sums=True, **shared)
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
-        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 4, bank, spec)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], None, [True] * 4, bank, spec)
         pair, distance = Matrices(x, w), DistanceSpec(**shared)
         out = matrices.normalized_distance_fwd(pair, distance)
         matrices.normalized_distance_bwd(out, [True, True], pair, distance)
@@ -139,7 +139,7 @@ def owned_launches(monkeypatch: Any) -> Found:
         same, different, *sums, mean = logsumexp.masked_logsumexp_fwd(bank, spec)
         for kept in (None, mean):
             grads, needs = (same, different, *sums), [True, True, False, False]
-            logsumexp.masked_logsumexp_bwd(grads, (same, different), needs, bank, spec, kept)
+            logsumexp.masked_logsumexp_bwd(grads, (same, different), kept, needs, bank, spec)
     assert found["forward_kernel"][3]["KEEP"]
     return found
 

@@ -79,7 +79,7 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
     launches = []
     with recorded(lambda *launch: launches.append(launch)):
         lse = logsumexp.masked_logsumexp_fwd(bank, spec)
-        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 4, bank, spec)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], None, [True] * 4, bank, spec)
         pair = Matrices(x[:9], w[:9])
         matrices.normalized_distance_fwd(pair, distance)
         matrices.normalized_distance_bwd(torch.empty(9, 9, dtype=dtype), [True, True], pair, distance)
@@ -98,7 +98,7 @@ def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
         pools = bank._replace(w=w[: 5 * few], c=c[:few], col_bias=columns[:few])
         pooled = spec._replace(policy="softmax_pool", policy_params=[5.0, 0.1])
         lse = logsumexp.masked_logsumexp_fwd(pools, pooled)
-        logsumexp.masked_logsumexp_bwd(lse, lse[:2], [True] * 4, pools, pooled)
+        logsumexp.masked_logsumexp_bwd(lse, lse[:2], None, [True] * 4, pools, pooled)
     return len(launches)
 
 
@@ -270,10 +270,10 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
                 dtype=torch.bfloat16, backend="triton",
             )  # fmt: skip
             needs = [True, True, False, False]
-            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec)
+            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, None, needs, bank, spec)
             kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))
             assert kept[4].shape == (n, d)
-            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, needs, bank, spec, kept[4])
+            logsumexp.masked_logsumexp_bwd((rows,) * 4, (rows,) * 2, kept[4], needs, bank, spec)
         assert largest <= max(64 << 20, 16 * n * d * 4)
 
 

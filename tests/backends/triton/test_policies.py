@@ -103,8 +103,8 @@ def test_the_promise_holds(promise, arguments):
 
 
 def test_other_ops_have_no_policy():
-    with pytest.raises(RuntimeError, match="normalized_distance has no logit policy"):
-        backends.choose("normalized_distance", torch.device("cpu"), torch.float32, QUADRATIC, B)
+    with pytest.raises(RuntimeError, match="normalized_distance has no option policy"):
+        backends.choose("normalized_distance", torch.device("cpu"), torch.float32, B, policy=QUADRATIC)
 
 
 @pytest.mark.parametrize("policy", promises.POOLS)

@@ -157,10 +157,10 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
                     needs = [True, True, some, some]
                     for part in _parts(bank, form):
                         r = n[: part.x.size(0)]
-                        logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), needs, part, spec)
+                        logsumexp.masked_logsumexp_bwd((r,) * 4, (r, r), None, needs, part, spec)
                     kept = logsumexp.masked_logsumexp_fwd(bank, spec._replace(keep=True))[4:]
                     if kept:
-                        logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), needs, bank, spec, *kept)
+                        logsumexp.masked_logsumexp_bwd((n,) * 4, (n, n), *kept, needs, bank, spec)
         if not some and case.policy == "linear":
             pair, distance = Matrices(x, w), DistanceSpec(normalize=normalize, **shared)
             matrices.normalized_distance_fwd(pair, distance)

@@ -8,6 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..logspace import log1pexp, logaddexp
+from ..ops.signatures import PairSpec
+
+
+def term(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Tensor:
+    """f(s, u, v), broadcast; differentiable twice by autograd where u or v is -inf, too."""
+    if spec.kind == "softplus":
+        return log1pexp(u - spec.params[0] * s)
+    if v is None:
+        raise ValueError(f"kind {spec.kind!r} needs v")
+    return torch.relu(logaddexp(u, v, empty=0.0) - spec.params[0] * s - spec.params[1]).square() / 2
+
 
 def members(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(N, M) bool each: the positives and the negatives of every row."""
@@ -18,10 +30,12 @@ def members(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> 
     return same & used, ~same & used
 
 
-def positive_pair_sum(s: Tensor, same: Tensor, u: Tensor, v: Tensor | None, term) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of term(s, u, v) over ``same``, how many, and how many over 0; O(number of positives) terms."""
+def positive_pair_sum(
+    s: Tensor, same: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of :func:`term` over ``same``, how many, and how many over 0; O(number of positives) terms."""
     i, j = same.nonzero(as_tuple=True)
-    return _by_row(term(s[i, j], u[i], None if v is None else v[j]), i, s.size(0))
+    return _by_row(term(s[i, j], u[i], None if v is None else v[j], spec), i, s.size(0))
 
 
 def triplet_sum(
