@@ -1,6 +1,6 @@
-// The pybind11 module dml_kernels._C: what was built, with what, and what runs here.
-// Importing it runs the static initialisers of the other files of the same library, and so registers the ops.
-// No torch header: this file must not care which torch is there.
+// The pybind11 module dml_kernels._C: what was built, with what, and what runs here. Importing it runs the static
+// initialisers of the other files of the same library, and so registers the ops. It includes no torch header, so that
+// build information is there with any version of PyTorch.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The compiled ops, registered through libtorch's stable ABI as dml_kernels_cpu::*. The public ops, their fake kernels
-// and autograd live in dml_kernels/ops.
+// The ops of the CPU, registered through libtorch's stable ABI as dml_kernels_cpu::*. The public ops, their fake
+// kernels and their derivatives are in dml_kernels/ops.
 #include <tuple>
 
 #include "register_cpu.h"
@@ -48,7 +48,7 @@ void distance_backward(Tensor grad_x, Tensor grad_w, Tensor grad, Tensor x, Tens
   });
 }
 
-// The value check of labels and indices, before a kernel runs: one pass, no temporaries.
+// Checks the values of labels and indices before a kernel runs, in one pass and without temporaries.
 bool all_within(Tensor values, std::int64_t low, std::int64_t high, std::int64_t also) {
   STD_TORCH_CHECK(values.dim() == 1 && values.scalar_type() == ScalarType::Long, "dml_kernels: values must be int64");
   const std::int64_t* v = values.const_data_ptr<std::int64_t>();

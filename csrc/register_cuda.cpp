@@ -1,6 +1,6 @@
-// The CUDA ops, registered through libtorch's stable ABI as dml_kernels_cuda::*, with the schemas of dml_kernels_cpu::*
-// (register.cpp) and the fused Proxy-NCA. Compiled into the extension only with CUDA; under the tests' emulator the same
-// code serves CPU tensors.
+// The CUDA ops, registered through libtorch's stable ABI as dml_kernels_cuda::*. Their schemas are those of
+// register.cpp without `kind` and without a logit policy. The extension contains them only if it is built with CUDA;
+// the tests compile the same code for CPU tensors, with their emulator.
 #if defined(DML_WITH_CUDA) || defined(DML_CUDA_EMULATOR)
 #include "register_cuda.h"
 

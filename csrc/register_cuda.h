@@ -1,4 +1,4 @@
-// From torch's tensors to the plain types of cuda/ops.h, through libtorch's stable ABI: checks, device guard and stream.
+// What the CUDA ops need in addition to tensors.h: the device guard, the stream and scratch memory.
 #pragma once
 #ifndef DML_CUDA_EMULATOR
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -21,7 +21,7 @@ struct Launch {
 #else
 inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 
-// The tensors' device made the current one, and its current stream.
+// Makes the tensor's device the current one, and holds that device's current stream.
 struct Launch {
   explicit Launch(const Tensor& t) : guard(t.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
@@ -49,13 +49,13 @@ struct Checked : CheckedOn<Gpu> {
   }
 };
 
-// A matrix for kernels whose sums are in fp64: one of another dtype is widened value by value.
+// A matrix as kernels whose sums are in fp64 read it: one of another dtype is read value by value.
 inline Matrix widened(Matrix m, bool wide) {
   if (wide && m.dtype != Dtype::f64) m.load_width = 1;
   return m;
 }
 
-// Sums in fp64 where either side is fp64, in fp32 otherwise.
+// Sums are in fp64 where either side is fp64, and in fp32 otherwise.
 inline Comparison comparison_of(const Tensor& x, const Tensor& w, std::int64_t metric, bool normalize, double eps) {
   const Matrix rows = Checked::matrix(x, "x"), bank = Checked::matrix(w, "w");
   STD_TORCH_CHECK(rows.cols == bank.cols && rows.cols > 0, "dml_kernels: x and w must have the same embedding size");

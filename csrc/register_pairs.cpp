@@ -1,4 +1,4 @@
-// The compiled ops of pair and triplet losses, beside those of register.cpp.
+// The ops of the CPU that pair and triplet losses use; register.cpp has the others.
 #include <tuple>
 
 #include "core/noise.h"
@@ -15,7 +15,7 @@ HingeArgs hinge_args(std::int64_t n, const Tensor& offset_same, const Tensor& of
           Checked::vector(offset_different, n, "offset_different")};
 }
 
-// `kind` is an empty tensor whose dtype is the products'.
+// `kind` is an empty tensor whose dtype is the product type.
 std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c,
                                                          OptionalTensor exclude, Tensor offset_same,
                                                          Tensor offset_different, double k_same, double k_different,
@@ -57,7 +57,7 @@ void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slop
   });
 }
 
-// (index, score, count) of same, then of different; empty where a set is not asked for.
+// Returns index, score and count of `same`, then of `different`. The tensors of a set that is not wanted are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
     Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor low,
     OptionalTensor high, bool same, bool different, bool largest_same, bool largest_different, bool noise,
@@ -91,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
   return {index_s, score_s, count_s, index_d, score_d, count_d};
 }
 
-// The generator alone, for the test that holds it to PyTorch's bits: out (rows, columns) int64.
+// The noise generator by itself, for the test that compares its bits with those of dml_kernels/noise.py. `out` is
+// (rows, columns) int64.
 void noise_bits_of(Tensor out, std::int64_t seed, std::int64_t first_row, std::int64_t first_column) {
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.scalar_type() == ScalarType::Long, "out must be int64");
   auto* to = out.mutable_data_ptr<std::int64_t>();

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 
 #include "core/arguments.h"
@@ -139,7 +140,8 @@ void boxed(StableIValue* values, std::uint64_t inputs, std::uint64_t) {
   if constexpr (std::is_void_v<decltype(function(stack))>)
     function(stack);
   else
-    torch::stable::detail::box_from_tuple(values, function(stack));
+    std::apply([&](const auto&... tensors) { ((*values++ = torch::stable::detail::from<Tensor>(tensors)), ...); },
+               function(stack));
 }
 
 // Plain arguments from tensors that are where Device says.

@@ -1,4 +1,4 @@
-// Scores and logits of one (row, bank entry) pair; shared by every compiled backend. No torch, no allocation.
+// The score and the logit of a pair of a row and a bank entry, for the CPU and the GPU alike.
 //
 //   raw   x.w, as the matrix product gives it
 //   s     score, larger is closer:  r_i r_j raw  |  -(sq_i + sq_j - 2 r_i r_j raw)  |  -sqrt of that
@@ -12,7 +12,8 @@ namespace dml {
 
 enum class Metric : std::int64_t { dot = 0, sqeuclidean = 1, euclidean = 2 };
 
-// Below this share of |u|^2 + |p|^2 a squared distance is summed from differences: expanding has cancelled 4 bits.
+// A squared distance below this share of |u|^2 + |p|^2 is summed from differences, because the expanded form has lost 4
+// bits by cancellation.
 constexpr double near_share = 1.0 / 16;
 
 template <class A>

@@ -1,5 +1,5 @@
 // Counter-based noise: a number for (seed, row, column), the same on any tiling, thread count and backend. The hash is
-// splitmix64; dml_kernels/noise.py spells the same in PyTorch.
+// splitmix64; dml_kernels/noise.py computes the same in PyTorch.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -16,7 +16,7 @@ DML_PORTABLE inline std::uint64_t noise_mix(std::uint64_t h) {
   return h ^ (h >> 31);
 }
 
-// Where the row's stream starts.
+// The start of a row's stream of numbers.
 DML_PORTABLE inline std::uint64_t noise_row(std::uint64_t seed, std::int64_t row) {
   return noise_mix(noise_mix(seed) + std::uint64_t(row) * noise_gamma);
 }
@@ -25,7 +25,7 @@ DML_PORTABLE inline std::uint64_t noise_bits(std::uint64_t start, std::int64_t c
   return noise_mix(start + std::uint64_t(column + 1) * noise_gamma);
 }
 
-// The upper 53 bits as a number within (0, 1).
+// The upper 53 bits as a number in (0, 1).
 DML_PORTABLE inline double noise_uniform(std::uint64_t bits) { return (double(bits >> 11) + 0.5) * 0x1p-53; }
 
 // Standard Gumbel noise from a uniform number: large where t is small.

@@ -1,4 +1,4 @@
-// Functions that the CPU and GPU code share.
+// Marks a function that the CPU code and the GPU code share.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,7 +1,9 @@
-// masked_argmax: the best candidate of each set, of equal ones the lowest bank index, by score or drawn by noise.
+// masked_argmax: the best candidate of each set, by score or by a random draw. Of equal candidates the one with the
+// lowest bank index wins.
 //
-// A draw is the largest key log w(s) + G, G Gumbel noise made of a uniform t. As -log(1 - t) >= t, a key above `best`
-// needs t < w exp(-best): with an upper bound of w from a table, nearly every candidate is passed over before a logarithm.
+// A draw takes the candidate with the largest key log w(s) + G, where G is Gumbel noise made from a uniform number t.
+// Because -log(1 - t) >= t, a key above `best` needs t < w exp(-best). With an upper bound of w from a table, nearly
+// every candidate is rejected before a logarithm is computed.
 #include <cmath>
 
 #include "../core/noise.h"
@@ -13,11 +15,11 @@ namespace {
 template <class A>
 struct Best {
   double key = -std::numeric_limits<double>::infinity();
-  double reach = std::numeric_limits<double>::infinity();  // of a draw: Weight::reach_of(key)
+  double reach = std::numeric_limits<double>::infinity();  // for a draw, Weight::reach_of(key)
   std::int64_t index = -1, count = 0;
   A score = 0;
 
-  // True where it is taken: of equal keys the first stays.
+  // Returns whether the candidate was taken. Of equal keys the first stays.
   bool offer(double candidate, std::int64_t j, A s) {
     if (!(candidate > key)) return false;
     key = candidate, index = j, score = s;
@@ -25,21 +27,21 @@ struct Best {
   }
 };
 
-// log w of a squared distance d2 of unit vectors, and an upper bound of w.
+// log w of a squared distance d2 between unit vectors, and an upper bound of w.
 class Weight {
  public:
   Weight(const ArgmaxArgs& args, std::int64_t d)
       : low_(args.cutoff * args.cutoff), high_(std::min(args.nonzero_loss_cutoff * args.nonzero_loss_cutoff, 4.0)),
         on_log_(0.5 * double(2 - d)), on_log1p_(0.5 * double(d - 3)) {
     if (!args.noise || !(low_ < high_)) return;
-    // Of two or more dimensions the weight is largest at an end of any interval.
+    // In two or more dimensions the weight over an interval is largest at one of its ends.
     const double step = (high_ - low_) / bins, slack = step / 64;
     largest_ = std::max(log_weight(low_), log_weight(high_ * (1 - 1e-9)));
     for (std::int64_t b = 0; b < bins; ++b) {
       const double from = std::max(low_ + double(b) * step - slack, low_ / 2);
       const double to = std::min(low_ + double(b + 1) * step + slack, 4.0);
       const double most = std::max(log_weight(from), log_weight(to)) - largest_;
-      // No smaller than a number whose product with exp(largest - best) is a normal one.
+      // Not so small that its product with exp(largest - best) would be subnormal.
       bound_[b] = d < 2 ? infinity : std::max(std::exp(most) * (1 + 1e-9), 1e-280);
     }
     per_unit_ = 1 / step;
@@ -47,10 +49,10 @@ class Weight {
 
   bool usable(double& d2) const {
     d2 = d2 < low_ ? low_ : d2;
-    return d2 >= low_ && d2 < high_;  // neither holds where a cutoff is NaN
+    return d2 >= low_ && d2 < high_;  // both are false where a cutoff is NaN
   }
 
-  // Whether a uniform t may reach a key above best, by reach = reach_of(best).
+  // Whether the uniform number t can give a key above the best one; `reach` is reach_of(best).
   bool may_win(double d2, double t, double reach) const {
     const std::int64_t b = std::min<std::int64_t>(std::int64_t((d2 - low_) * per_unit_), bins - 1);
     return !(t >= bound_[b] * reach);
@@ -72,7 +74,7 @@ double squared_distance(Metric metric, double s) {
   return metric == Metric::sqeuclidean ? -s : s * s;
 }
 
-// The row's closed interval of scores.
+// The closed interval in which the scores of a row's candidates lie.
 template <class A>
 struct Interval {
   static constexpr A infinity = std::numeric_limits<A>::infinity();
@@ -86,7 +88,7 @@ struct Interval {
   bool holds(A s) const { return s >= low && s <= high; }
 };
 
-// Row i's part of a tile, for each set: candidates are counted, and the best offered.
+// Counts the candidates of a row in a tile, for each set, and offers the best of them.
 template <class P>
 class Chooser {
  public:

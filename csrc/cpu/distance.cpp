@@ -1,4 +1,4 @@
-// normalize, and the whole N x M matrix of similarities or distances with its gradient.
+// normalize, normalized_distance (the whole N x M matrix of similarities or distances), and their gradients.
 #include "ops.h"
 
 namespace dml::cpu {
@@ -33,7 +33,7 @@ void distance_bwd(const Comparison<P>& comparison, const Matrix& grad, Target gr
     typename Gradients<P>::Worker out(gradients, scores);
     std::vector<A> ds(plan.tile_columns);
     const A* root = comparison.metric == Metric::euclidean ? scores.s.data() : nullptr;
-    Matrix columns = grad;  // the tile's, whatever the strides: 0 for an expanded one
+    Matrix columns = grad;  // those of the tile; an expanded grad has strides of 0
     const auto begin = [&](std::int64_t tile) {
       scores.load(tile);
       out.begin_tile();
@@ -57,7 +57,7 @@ void distance_bwd(const Comparison<P>& comparison, const Matrix& grad, Target gr
 
 namespace {
 
-// fp64 rows in double, all others in float.
+// fp64 rows are computed in double, all others in float.
 template <class Function>
 void with_accumulation(Dtype dtype, Function function) {
   if (dtype == Dtype::f64) return function(double{});

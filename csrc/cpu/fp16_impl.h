@@ -1,6 +1,6 @@
-// fp16 to and from the accumulation type, part of row_kernels_impl.h. By integer arithmetic and selections, which every
-// instruction set has in vectors; subnormal fp16 numbers are made of normal fp32 ones, so that a processor told to flush
-// subnormals keeps them.
+// Conversions between fp16 and the accumulation type; a part of row_kernels_impl.h. They use integer arithmetic and
+// selections, for which every instruction set has vector instructions. Subnormal fp16 numbers are computed from normal
+// fp32 numbers, so that a processor that flushes subnormals keeps them.
 
 inline float float_of(std::uint32_t bits) {
   float value;
@@ -23,11 +23,12 @@ inline float from_fp16(std::uint16_t half) {
   return float_of((exponent == 0 ? small : wide) | std::uint32_t(half & 0x8000u) << 16);
 }
 
-// Round to nearest even; what is too large becomes infinite, NaN stays NaN.
+// Rounds to nearest even. A value that is too large becomes infinity; NaN stays NaN.
 inline std::uint16_t to_fp16(float value) {
   constexpr std::uint32_t half_one = 126u << 23, infinity = 255u << 23;
   const std::uint32_t bits = bits_of(value) & 0x7fffffffu, sign = (bits_of(value) >> 16) & 0x8000u;
-  // Below 2^-14 the unit of 0.5 in fp32 is that of fp16's subnormals: adding it rounds.
+  // For values below 2^-14: the last bit of 0.5 in fp32 is worth the smallest subnormal of fp16, so that adding 0.5
+  // rounds.
   const std::uint32_t small = bits_of(float_of(bits) + float_of(half_one)) - half_one;
   const std::uint32_t normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
   const std::uint32_t large = bits > infinity ? 0x7e00u : 0x7c00u;

@@ -1,27 +1,28 @@
-// From the gradient of the scores to the gradients of rows and bank: one tile at a time, merged in slice order.
+// Turns the gradients of scores into those of the rows and of the bank, one tile at a time, and merges them in slice
+// order.
 //
-// With E_ij = f dS_ij r_i r_j, the gradient of the raw product (f = 2 for distances), dx_i = P_i sum_j E_ij w_j and
-// dw_j = P_j sum_i E_ij x_i, where P projects off a unit vector's own direction. A near pair is taken out of E; its
-// gradient -2 dS (u - p) is added by itself.
+// The gradient of the raw product is E_ij = f dS_ij r_i r_j, with f = 2 for distances. Then dx_i = P_i sum_j E_ij w_j
+// and dw_j = P_j sum_i E_ij x_i, where P removes the part along a unit vector. A near pair is left out of E; its
+// gradient -2 dS (u - p) is added separately.
 #pragma once
 #include "tiles.h"
 
 namespace dml::cpu {
 
-// The sum of many rows' vectors over a tile: short runs in the vectors' type, the runs in double, so that the error does
-// not grow with the number of rows.
+// The sum of a vector from each row. Runs of 32 rows are summed in the type of the vectors, and the runs in double, so
+// that the error does not grow with the number of rows.
 template <class A>
 class ColumnSum {
  public:
   void reset(std::int64_t n) { run_.assign(n, A(0)), total_.assign(n, 0), rows_ = 0; }
 
-  // Where the next row is to be added.
+  // Where to add the next row.
   A* next() {
     if (rows_++ % 32 == 31) flush();
     return run_.data();
   }
 
-  // Element j of the sum so far; flush() first.
+  // Element j of the sum. Call flush() first.
   double operator[](std::int64_t j) const { return total_[j]; }
 
   void flush() {
@@ -47,7 +48,7 @@ class Gradients {
         bank_parts_(grad_w.data && comparison.plan.by_rows ? new A[comparison.plan.slices * bank_size()] : nullptr),
         bank_ds_sums_(bank_parts_ && distances() ? comparison.plan.slices * comparison.w.rows : 0) {}
 
-  // One thread's share of the work, slice after slice.
+  // The work of one thread, slice after slice.
   class Worker {
    public:
     Worker(Gradients& all, TileScores<P>& scores)
@@ -77,7 +78,8 @@ class Gradients {
       if (all_.distances()) column_ds_sums_.reset(scores_.count);
     }
 
-    // Row i's dS over the tile, as factor * ds (overwritten); scores_.near are its near pairs.
+    // Takes dS of row i over the tile, which is factor * ds, and overwrites ds. scores_.near lists the near pairs of
+    // the row.
     void row(std::int64_t local, std::int64_t i, A* ds, A factor) {
       const auto& comparison = all_.comparison_;
       const auto& kernels = row_kernels<A>();
@@ -106,7 +108,7 @@ class Gradients {
       std::fill_n(e, scores_.count, P(0.f));
     }
 
-    // After the rows [begin, begin + n) of a tile.
+    // To be called after rows [begin, begin + n) of a tile.
     void end_block(std::int64_t begin, std::int64_t n) {
       const Mat<P> e = scores_.memory(n);
       const Mat<const P> weights{e.data, e.rows, e.cols, e.row_stride};
@@ -156,7 +158,7 @@ class Gradients {
 
     Gradients& all_;
     TileScores<P>& scores_;
-    A *part_ = nullptr, *bank_ = nullptr;  // where this slice's gradients gather; bank_: this tile's
+    A *part_ = nullptr, *bank_ = nullptr;  // sums for the rows of this slice, the bank entries of this tile
     double* row_ds_sums_ = nullptr;
     std::int64_t d_, slice_ = 0;
     std::vector<A> buffer_, grad_w_;
@@ -165,7 +167,7 @@ class Gradients {
     std::vector<Near> near_;
   };
 
-  // Merges the slices' parts, in order.
+  // Merges the parts of the slices, in order.
   void finish() {
     if (x_.data) finish_rows();
     if (bank_parts_) finish_bank();
@@ -218,10 +220,10 @@ class Gradients {
   const Comparison<P>& comparison_;
   Target x_, w_;
   std::int64_t row_parts_;
-  std::unique_ptr<A[]> parts_;        // (row parts, N, D); each slice clears its own
-  std::vector<double> row_ds_sums_;   // (row parts, N) sums of dS, for rows that are no unit vectors
-  std::unique_ptr<A[]> bank_parts_;   // (slices, M, D) where the rows are cut; a tile clears its own
-  std::vector<double> bank_ds_sums_;  // (slices, M), as row_ds_sums_
+  std::unique_ptr<A[]> parts_;        // (row parts, N, D); each slice clears its part
+  std::vector<double> row_ds_sums_;   // (row parts, N) sums of dS, for rows that are not unit vectors
+  std::unique_ptr<A[]> bank_parts_;   // (slices, M, D) where the rows are cut; each tile clears its part
+  std::vector<double> bank_ds_sums_;  // (slices, M), the same for the bank entries
 };
 
 }  // namespace dml::cpu

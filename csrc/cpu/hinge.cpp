@@ -1,10 +1,11 @@
-// masked_hinge_sum: each set's positive terms are summed and counted, and in the backward weighed by one number a row.
+// masked_hinge_sum: sums and counts the positive terms of each set. In the backward all positive terms of a row and set
+// have the same slope.
 #include "sets.h"
 
 namespace dml::cpu {
 namespace {
 
-// A term's argument; the same code both ways, as the backward must find the forward's positive terms.
+// The argument of a hinge. The backward must find the same positive terms as the forward, so both use this function.
 template <class A>
 inline A argument(A s, A k, A offset) {
   return k * s + offset;
@@ -16,7 +17,7 @@ struct RowSums {
   std::int64_t count_same = 0, count_different = 0;
 };
 
-// Both sets' factors, and the offset of each row.
+// The factors of both sets, and the offset of each row.
 template <class A>
 struct Lines {
   A k_same, k_different;

@@ -1,4 +1,5 @@
-// Which rows meet their own label in a bank tile. Labels are compared and searched, never used as addresses.
+// Finds the pairs of equal labels between the rows and a tile of the bank. Labels are compared and searched, never used
+// as addresses.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -7,10 +8,11 @@
 
 namespace dml::cpu {
 
-// The same-label pairs of one tile, by row: columns[start[i]] up to columns[start[i + 1]] are those of row i.
+// The pairs of equal labels in a tile, by row: columns[start[i]] up to columns[start[i + 1]] are those of row i.
 struct TilePairs {
   std::vector<std::int64_t> start;
   std::vector<std::int32_t> columns;
+  std::vector<std::int32_t> ignored;  // the columns that belong to no set, whatever the row
   bool any = false;
 
   std::int64_t count(std::int64_t i) const { return any ? start[i + 1] - start[i] : 0; }
@@ -29,13 +31,13 @@ class LabelIndex {
 
   bool ignored(std::int64_t i) const { return y_[i] == ignore_; }
 
-  // True where bank entry j belongs to no set.
-  bool column_ignored(std::int64_t j) const { return c_ && c_[j] == ignore_; }
-
   void pairs_in(std::int64_t first, std::int64_t count, TilePairs& out) const {
+    out.ignored.clear();
+    for (std::int64_t j = 0; c_ && j < count; ++j)
+      if (c_[first + j] == ignore_) out.ignored.push_back(std::int32_t(j));
     out.start.assign(n_ + 1, 0);
     visit(first, count, [&](std::int64_t row, std::int64_t) { ++out.start[row]; });
-    // Ends first: placing walks each row's range back to its start.
+    // start[i] is first the end of row i's range; placing the columns moves it back to the beginning.
     std::partial_sum(out.start.begin(), out.start.end(), out.start.begin());
     out.any = out.start[n_] > 0;
     out.columns.resize(out.start[n_]);
@@ -46,7 +48,7 @@ class LabelIndex {
  private:
   template <class Visit>
   void visit(std::int64_t first, std::int64_t count, Visit visit) const {
-    if (!c_) {  // labels are columns: the sorted rows within [first, first + count)
+    if (!c_) {  // labels are column indices: the rows whose labels are in [first, first + count)
       const auto low = std::lower_bound(sorted_.begin(), sorted_.end(), first);
       for (auto it = low; it != sorted_.end() && *it < first + count; ++it)
         if (*it != ignore_) visit(order_[it - sorted_.begin()], *it - first);

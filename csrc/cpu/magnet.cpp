@@ -1,5 +1,6 @@
-// The Magnet loss in one call each way: rows grouped by cluster give means, own distances and the variance; the clusters
-// of other classes go through masked_logsumexp's tiles; what is left is a few passes over the rows.
+// The Magnet loss, forward and backward in one call each. The rows, grouped by cluster, give the means, the distances
+// of rows to their centres and the variance. The clusters of other classes go through the tiles of masked_logsumexp.
+// The rest is a few passes over the rows.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -87,7 +88,7 @@ class Magnet {
       g[i] = incoming[i] * A(weight());
       grad_scale += double(g[i]) * distances_[i];
     }
-    // The batch's own variance is in every gradient; a given one in its own alone.
+    // A variance that is measured from the batch is part of every gradient; a given one only has a gradient itself.
     const bool through_variance = targets.variance.data || !args_.variance;
     std::vector<A> grad_rows(targets.x.data ? n_ * d_ : 0), row_scale(through_variance ? n_ : 0);
     std::vector<A> grad_bank(targets.centers.data || !given() ? bank_.rows * d_ : 0);
@@ -117,7 +118,7 @@ class Magnet {
 
   A hinge(std::int64_t i, A different) const { return A(args_.alpha) + scale_ * distances_[i] + different; }
 
-  // r_i in the accumulation type; `buffer` holds D values.
+  // Row i as it is compared, in the accumulation type; `buffer` holds D values.
   const A* row(std::int64_t i, A* buffer) const {
     return args_.normalize ? unit_rows_.data() + i * d_ : rows_.full(i, buffer);
   }
@@ -139,7 +140,7 @@ class Magnet {
   Labels labels() const { return {y_.data(), given() ? args_.classes : c_.data(), nullptr, args_.ignore}; }
   PolicyLogitArgs logit() const { return {{1, 0, 1, 0, Vector{&scale_, dtype_for<A>, 0}, {}}}; }
 
-  // body(group) over all groups, some tens of thousands of numbers a thread.
+  // Calls body(group) for all groups. A thread takes groups with some tens of thousands of numbers.
   template <class Body>
   void each_group(Body body) const {
     const std::int64_t work = std::max<std::int64_t>(groups_.rows.size() * d_, 1);
@@ -149,7 +150,8 @@ class Magnet {
     });
   }
 
-  // Means, own distances, variance. A group is one thread's, and their sums are added in order.
+  // Computes the means, the distances of rows to their centres, and the variance. One thread takes a whole group, and
+  // the sums of the groups are added in order.
   void measure() {
     std::vector<double> part(groups_.count());
     each_group([&](std::int64_t group) {
@@ -179,7 +181,8 @@ class Magnet {
     scale_ = A(0.5 / (floored() ? args_.min_variance : measured_));
   }
 
-  // Adds the own distances' gradient, takes the means' back to their rows, projects, writes.
+  // Adds the gradients of the distances of rows to their centres, passes those of means on to the rows, projects and
+  // writes.
   void finish(const std::vector<A>& g, double per_distance, std::vector<A>& grad_rows, std::vector<A>& grad_bank,
               const MagnetTargets& targets) {
     each_group([&](std::int64_t group) {
@@ -224,7 +227,7 @@ class Magnet {
   Groups groups_;
   std::int64_t n_, d_;
   Side<P> rows_;
-  std::vector<A> unit_rows_, means_, distances_;  // unit rows where normalised; distances_: |r - mu_own|^2
+  std::vector<A> unit_rows_, means_, distances_;  // distances_: squared, of each row to its centre
   std::vector<std::int64_t> y_, c_;
   Matrix bank_{};
   double measured_ = 0;  // the variance before its floor

@@ -1,5 +1,6 @@
-// masked_logsumexp: each tile's logits are split into the row's own label's (a short list) and all others (the tile's
-// row with those entries taken out), and both are reduced, or weighted, by the same vector loops.
+// masked_logsumexp: the logits of a row in a tile are split into those of its label (a short list) and all others (the
+// row, with -inf for the entries of the list). The same vector loops reduce both in the forward, and weight both in the
+// backward.
 #include <cmath>
 #include <limits>
 
@@ -9,7 +10,7 @@
 namespace dml::cpu {
 namespace {
 
-// A call's labels and logit, the same for every slice.
+// What is the same for every slice of a call.
 template <class P>
 struct Setup {
   using A = Acc<P>;
@@ -26,7 +27,8 @@ struct Setup {
         one_logit(args.k_same == args.k_different && args.o_same == args.o_different && !args.policy.quadratic()) {}
 };
 
-// One thread's walk: tiles of a slice, row blocks of a tile, rows of a block, each row split into its two sets.
+// One thread's walk over the tiles of a slice, the row blocks of a tile and the rows of a block. It splits each row
+// into its two sets.
 template <class P>
 class Walk {
  public:
@@ -41,8 +43,8 @@ class Walk {
   TileScores<P> scores;
   Pool<A> pool;
   std::int64_t first = 0, count = 0;  // columns of this tile: bank entries, or classes whose centres are pooled
-  std::vector<A> same;                // the logits of the row's own label in this tile
-  std::vector<A> same_alpha;          // and their weights, where the policy has such
+  std::vector<A> same;                // the logits of the row at the entries of its label
+  std::vector<A> same_alpha;          // their weights, where the policy is quadratic
   const std::int32_t* positions = nullptr;
 
   const A* s() const { return setup_.args.policy.pools() ? pool.scores() : scores.s.data(); }
@@ -58,18 +60,16 @@ class Walk {
     } else {
       std::fill_n(b_.data(), n, A(0));
     }
-    ignored_.clear();
-    for (std::int64_t j = 0; j < n; ++j)
-      if (setup_.index.column_ignored(first + j)) ignored_.push_back(std::int32_t(j));
     setup_.index.pairs_in(first, n, pairs_);
   }
 
-  // Row i: z of the others in scores.z, of its own label in `same` (at `positions`); what is left out is -inf.
+  // Splits row i: the logits of other labels are in scores.z, those of its label, at `positions`, in `same`. In either,
+  // an entry that does not belong is -inf.
   void split(std::int64_t i) {
     const PolicyLogitArgs& args = setup_.args;
     const A t = setup_.scale[i];
     logits(i, A(args.k_different) * t, A(args.o_different), biased_ ? b_.data() : nullptr);
-    for (const std::int32_t j : ignored_) scores.z[j] = minus_infinity;  // not by a bias, which a NaN would survive
+    for (const std::int32_t j : pairs_.ignored) scores.z[j] = minus_infinity;  // a bias of -inf would keep a NaN
     const std::int64_t excluded = setup_.labels.exclude ? setup_.labels.exclude[i] - first : -1;
     const bool excludes = setup_.labels.exclude && excluded >= 0 && excluded < count;
     positions = pairs_.of(i);
@@ -93,7 +93,7 @@ class Walk {
   }
 
  private:
-  // scores.z of row i's columns, as if all were of other labels.
+  // Computes scores.z of row i as if all columns had other labels.
   void logits(std::int64_t i, A kt, A o, const A* b) {
     const Policy& policy = setup_.args.policy;
     if (policy.kind == Policy::Kind::linear) return scores.score_row(i, kt, o, b, keep_scores_);
@@ -110,11 +110,11 @@ class Walk {
   const Setup<P>& setup_;
   bool keep_scores_, biased_ = false;
   std::vector<A> b_, alpha_;
-  std::vector<std::int32_t> ignored_;
   TilePairs pairs_;
 };
 
-// The gradient of one vector over the bank: where slices of the rows all add to it, a part for each.
+// The gradient of a vector that has an element for each column. Where the rows are cut, every slice adds to all
+// columns, and has a part of its own.
 template <class A>
 class ColumnGradient {
  public:
@@ -147,7 +147,7 @@ class ColumnGradient {
   std::vector<double> sums_;
 };
 
-// Both sets' running results of one row.
+// The running results of a row, for both sets.
 template <class A>
 struct RowState {
   OnlineLse<A> same, different;
@@ -174,7 +174,7 @@ void masked_logsumexp_fwd(const Comparison<P>& comparison, const Labels& labels,
       walk.split(i);
       const auto reduce = [&](const A* z, std::int64_t count, OnlineLse<A>& lse, double& sum) {
         const A max = kernels.max(z, count), above = max == Walk<P>::minus_infinity ? A(0) : max;
-        lse.add(above, kernels.sum_exp(z, count, above));  // the maximum may have lost a NaN: the sum has not
+        lse.add(above, kernels.sum_exp(z, count, above));  // a NaN that the maximum misses is in the sum
         if (sums) sum += kernels.sum_used(z, count);
       };
       reduce(walk.scores.z.data(), walk.count, state[i].different, state[i].sum_different);
@@ -212,7 +212,7 @@ void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels,
   const auto g_same = per_row(grads.same), g_different = per_row(grads.different);
   const auto h_same = per_row(grads.sum_same), h_different = per_row(grads.sum_different);
   auto lse_same = per_row(grads.lse_same), lse_different = per_row(grads.lse_different);
-  // An empty set's weights are exp(z - inf) = 0.
+  // The weights of an empty set are exp(z - inf) = 0.
   for (auto* lse : {&lse_same, &lse_different})
     for (A& value : *lse)
       if (value == Walk<P>::minus_infinity) value = -value;
@@ -228,7 +228,7 @@ void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels,
     Walk<P> walk(setup, root || scale_grads, true);
     typename Gradients<P>::Worker out(gradients, walk.scores);
     double* row_scale = nullptr;  // this slice's part of the scale's gradient
-    ColumnSum<A> db;              // of this tile
+    ColumnSum<A> db;              // the gradient of the bias in this tile
     std::int64_t at_slice = 0;
     const auto begin = [&](std::int64_t tile) {
       walk.load(tile), out.begin_tile();
@@ -247,8 +247,8 @@ void masked_logsumexp_bwd(const Comparison<P>& comparison, const Labels& labels,
         kernels.add(sum, dz, count);
         for (std::int64_t p = 0; p < same_count; ++p) sum[at[p]] += same[p];
       }
-      // From here on dz is the gradient of k (s - o), over its set's k where the sets differ or the scale asks for
-      // it; else that common factor stays outside.
+      // Where the sets have different factors, or the gradient of the scale is wanted, dz includes k from here on: it
+      // is the gradient of t (s - o). Otherwise the common k is applied at the end.
       const bool inside = scale_grads || !setup.one_logit;
       if (inside) kernels.scale(dz, A(args.k_different), count);
       if (args.policy.quadratic()) {

@@ -1,4 +1,4 @@
-// The CPU ops in plain C++ types; register.cpp brings them the tensors.
+// The CPU ops in plain C++ types; register.cpp and register_pairs.cpp call them.
 #pragma once
 #include "gradients.h"
 #include "labels.h"
@@ -38,12 +38,12 @@ template <class P>
 void masked_logsumexp_bwd(const Comparison<P>&, const Labels&, const PolicyLogitArgs&, const LseGrads&,
                           const LseTargets&);
 
-// The Proxy-NCA loss of rows x with proxies w; see dml_kernels/losses/proxy_nca.py for the formula.
+// The Proxy-NCA loss of rows x with proxies w; dml_kernels/losses/proxy_nca.py has the formula.
 struct ProxyArgs {
   Matrix x, w;
   const std::int64_t* y;
   std::int64_t ignore;
-  Vector scale, weight;  // null for 1; weight: of the rows
+  Vector scale, weight;  // null stands for 1; the weights are those of the rows
   double factor, label_smoothing, eps;
   bool exclude_positive;
   Reduction reduction;
@@ -54,23 +54,24 @@ struct ProxyOut {
 };
 
 struct ProxyTargets {
-  Target x, w, scale;  // scale: (n,), one for each row, even of a scalar
+  Target x, w, scale;  // scale: (n,), one value for each row, even where the scale is one number
 };
 
 template <class P>
 void proxy_nca_fwd(const ProxyArgs&, const ProxyOut&);
-// grad: of the value, stride 0 for a scalar; same and different: the forward's.
+// grad is that of the value, with stride 0 where the value is a scalar; same and different are results of the forward.
 template <class P>
 void proxy_nca_bwd(const ProxyArgs&, const Vector& grad, const Vector& same, const Vector& different,
                    const ProxyTargets&);
 
 template <class P>
 void magnet_fwd(const MagnetArgs&, const MagnetOut&);
-// grad: of the value, stride 0 for a scalar; different: the forward's.
+// grad is that of the value, with stride 0 where the value is a scalar; different is a result of the forward.
 template <class P>
 void magnet_bwd(const MagnetArgs&, const Vector& grad, const Vector& different, const MagnetTargets&);
 
-// masked_hinge_sum: term = relu(k s + offset), offsets one for each row; see dml_kernels/ops/masked_hinge_sum.py.
+// A term of masked_hinge_sum is relu(k s + offset), with an offset for each row; see
+// dml_kernels/ops/masked_hinge_sum.py.
 struct HingeArgs {
   double k_same, k_different;
   Vector offset_same, offset_different;
@@ -81,7 +82,8 @@ struct HingeOut {
   std::int64_t *count_same, *count_different;  // (n,)
 };
 
-// The gradient on a score of a positive term, for each row; own: at the row's own label's column, null where not used.
+// For each row, the gradient in the score of a positive term of each set. label_column is the gradient at the column
+// that the row's label names; null where it is not used.
 struct HingeSlopes {
   Vector same, different, label_column;
 };
@@ -92,17 +94,17 @@ template <class P>
 void masked_hinge_sum_bwd(const Comparison<P>&, const Labels&, const HingeArgs&, const HingeSlopes&, Target grad_x,
                           Target grad_w);
 
-// masked_argmax, see dml_kernels/ops/masked_argmax.py.
+// The arguments of masked_argmax; see dml_kernels/ops/masked_argmax.py.
 struct ArgmaxArgs {
   Vector low, high;      // open bounds of each row's scores, null where not given
-  bool same, different;  // which sets are asked for
+  bool same, different;  // which sets are wanted
   bool largest_same, largest_different;
   bool noise;
   std::uint64_t seed;
   double cutoff, nonzero_loss_cutoff;
 };
 
-// One set's results, (n,); null where not asked for. score: of the accumulation type.
+// The results of a set, (n,); null where the set is not wanted. score has the accumulation type.
 struct ArgmaxOut {
   std::int64_t* index;
   void* score;

@@ -1,4 +1,4 @@
-// Logit policies: what lies between a row's scores in a tile and its logits. masked_logsumexp in
+// Logit policies, which stand between the scores of a row in a tile and its logits. masked_logsumexp in
 // dml_kernels/ops/masked_logsumexp.py has the formulas.
 #pragma once
 #include <algorithm>
@@ -13,14 +13,14 @@ struct Policy {
   enum class Kind : std::int64_t { linear = 0, quadratic = 1, max_pool = 2, softmax_pool = 3 };
 
   Kind kind = Kind::linear;
-  std::int64_t centres = 1;  // bank entries to a column
+  std::int64_t centres = 1;  // bank entries in a column
   double number = 0;         // m of quadratic, gamma of softmax_pool
 
   bool pools() const { return kind == Kind::max_pool || kind == Kind::softmax_pool; }
   bool quadratic() const { return kind == Kind::quadratic; }
 };
 
-// One thread's buffers: a row's pooled scores in a tile, and the way back from their gradient.
+// One thread's buffers for the pooled scores of a row in a tile, and for the way back from their gradient.
 template <class A>
 class Pool {
  public:
@@ -37,7 +37,7 @@ class Pool {
 
   const A* scores() const { return scores_.data(); }
 
-  // s: n columns' scores, a column's centres side by side.
+  // s holds the scores of n columns; the centres of a column are next to each other.
   void pool(const A* s, std::int64_t n) {
     const auto& kernels = row_kernels<A>();
     if (policy_.kind == Policy::Kind::max_pool)
@@ -47,7 +47,7 @@ class Pool {
                            gradients_ ? slope_.data() : nullptr, n);
   }
 
-  // The gradient of each centre's score from that of the pooled ones, once after each pool().
+  // Turns the gradient of the pooled scores into that of each centre's score. To be called once after each pool().
   A* spread(const A* ds, std::int64_t n) {
     if (policy_.kind == Policy::Kind::softmax_pool) {
       row_kernels<A>().spread(ds, policy_.centres, slope_.data(), n);

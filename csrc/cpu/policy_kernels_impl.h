@@ -1,5 +1,5 @@
-// The vector loops of the logit policies (policies.h), part of row_kernels_impl.h. A class's scores stand side by side in
-// s, `centres` of them; the loops run over the classes.
+// The vector loops of the logit policies (policies.h); a part of row_kernels_impl.h. In s the `centres` scores of a
+// class are next to each other; the loops run over the classes.
 
 template <class A>
 void max_pool(const A* __restrict__ s, std::int64_t centres, A* __restrict__ pooled, std::int32_t* __restrict__ winner,

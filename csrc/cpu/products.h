@@ -1,10 +1,10 @@
-// Matrix products of tiles, c = a b or c += a b, through PyTorch's own CPU products.
+// Matrix products of tiles, c = a b or c += a b, through PyTorch's CPU matrix product.
 #pragma once
 #include <cstdint>
 
 namespace dml::cpu {
 
-// A matrix somewhere in memory; strides count elements.
+// A matrix in memory that others hold; strides count elements.
 template <class T>
 struct Mat {
   T* data;

@@ -1,4 +1,5 @@
-// The Proxy-NCA loss in one call each way: masked_logsumexp's tiles, and a pass over N-sized vectors.
+// The Proxy-NCA loss, forward and backward in one call each: the tiles of masked_logsumexp, and a pass over vectors of
+// size N.
 #include <cmath>
 #include <limits>
 
@@ -64,7 +65,8 @@ class ProxyNca {
 
   bool counts(std::int64_t i) const { return args_.y[i] != args_.ignore; }
 
-  // log(1 + exp(u)) of u = L- - L+; u itself where the positive is left out, 0 without negatives.
+  // log(1 + exp(u)) with u = L- - L+. Where the positive is left out of the sum, u itself, and 0 for a row without
+  // negatives.
   double loss(A same, A different) const {
     if (args_.exclude_positive && different == minus_infinity) return 0;
     const double u = double(different) - same;
@@ -82,7 +84,7 @@ class ProxyNca {
   const ProxyArgs& args_;
   std::int64_t n_;
   Comparison<P> comparison_;
-  std::vector<double> factor_;  // each row's weight over the mean's divisor
+  std::vector<double> factor_;  // each row's weight, over the total weight for a mean
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The row kernels for any processor, and the choice among the sets that were compiled.
+// The row kernels for any processor, and the choice among the instruction sets that were compiled.
 #include "row_kernels.h"
 
 #include <cmath>

@@ -13,7 +13,7 @@ namespace dml::cpu {
 using bf16 = torch::headeronly::BFloat16;
 using fp16 = torch::headeronly::Half;  // only stored: it is widened before anything is computed
 
-// What a tile's columns bring to a score and a logit; null pointers stand for 1 (r) or 0 (b).
+// What scores and logits take from the columns of a tile; null pointers stand for 1 (r) or 0 (b).
 template <class A>
 struct Columns {
   const A* r;   // 1 / |w_j|
@@ -21,7 +21,7 @@ struct Columns {
   const A* b;   // column bias
 };
 
-// What a row brings.
+// What they take from the row.
 template <class A>
 struct Row {
   A r;      // 1 / |x_i|
@@ -31,17 +31,19 @@ struct Row {
 
 template <class A>
 struct RowKernels {
-  // z_j (and s_j unless s is null) from raw_j. True when a distance is so small that it must be taken from differences.
+  // Computes z_j, and s_j unless s is null, from raw_j. Returns whether a distance is so small that it must be computed
+  // from differences.
   bool (*logits)(Metric metric, const A* raw, const Row<A>& row, const Columns<A>& columns, A* z, A* s, std::int64_t n);
   A (*max)(const A* z, std::int64_t n);  // -inf for n = 0
   double (*sum_exp)(const A* z, std::int64_t n, A max);
-  double (*sum_used)(const A* z, std::int64_t n);  // entries of -inf left out
-  // In place: g exp(z - lse) + h; 0 where z is -inf. An empty set comes with lse = +inf.
+  double (*sum_used)(const A* z, std::int64_t n);  // without entries of -inf
+  // In place: g exp(z - lse) + h; 0 where z is -inf. For an empty set lse is +inf.
   void (*weights)(A* z, std::int64_t n, A lse, A g, A h);
   void (*root_grad)(A* dz, const A* s, std::int64_t n);  // in place: dz_j times the root's slope at s_j
   A (*sum)(const A* v, std::int64_t n);
   A (*dot)(const A* a, const A* b, std::int64_t n);
-  // |u - p|^2 of scaled rows: scaling here would let a fused product keep equal rows from cancelling to 0.
+  // |u - p|^2 of rows that are scaled already. If they were scaled here, a fused multiply-add could keep equal rows
+  // from giving 0.
   A (*squared_distance)(const A* u, const A* p, std::int64_t n);
   void (*add)(A* total, const A* v, std::int64_t n);
   void (*scale)(A* v, A f, std::int64_t n);
@@ -54,19 +56,20 @@ struct RowKernels {
   void (*widen_fp16)(const fp16* v, A* out, std::int64_t n);
   void (*narrow_fp16)(const A* v, fp16* out, std::int64_t n);
   void (*affine)(A* z, A k, A o, std::int64_t n);  // in place: k z + o
-  // Sum of the z above 0, and of NaN, with their number added to `count`.
+  // The sum of those z that are positive or NaN. Adds their number to `count`.
   double (*sum_positive)(const A* z, std::int64_t n, std::int64_t& count);
   void (*indicate)(A* z, A value, std::int64_t n);  // in place: `value` where sum_positive would add z, else 0
   // In place: sign z where low <= z <= high, else (and for NaN) -inf.
   void (*within)(A* z, A sign, A low, A high, std::int64_t n);
   std::int64_t (*count_used)(const A* z, std::int64_t n);  // those above -inf
-  // Of n columns' pooled scores, the number of the first of a column's centres that has it.
+  // The pooled scores of n columns, and the index of the first centre of a column that has the pooled score.
   void (*max_pool)(const A* s, std::int64_t centres, A* pooled, std::int32_t* first, std::int64_t n);
-  // slope: of the pooled score in each centre's, unless null; work: 2 n (centres + 1) values.
+  // slope, unless null, is the derivative of the pooled score by each centre's score. work holds 2 n (centres + 1)
+  // values.
   void (*softmax_pool)(const A* s, std::int64_t centres, A gamma, A* work, A* pooled, A* slope, std::int64_t n);
   // In place: slope_ck ds_c.
   void (*spread)(const A* ds, std::int64_t centres, A* slope, std::int64_t n);
-  // Circle loss's weights alpha and logits z of the different set.
+  // The weights alpha of Circle loss, and its logits z, for the set `different`.
   void (*circle)(const A* s, const Row<A>& row, const A* b, A m, A* alpha, A* z, std::int64_t n);
   void (*multiply_by)(A* v, const A* f, std::int64_t n);
 };

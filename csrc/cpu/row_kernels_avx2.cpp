@@ -6,7 +6,8 @@
 
 #include "row_kernels.h"
 
-// After the headers, so that no inline function of theirs is compiled for this set and then shared with the others.
+// After the headers, so that none of their inline functions is compiled for this instruction set and then called on
+// processors without it.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #else

@@ -1,7 +1,8 @@
-// The loops behind row_kernels.h, in plain C++ that compilers vectorise. Included once per instruction set, inside a
-// namespace of its own (DML_ISA) and under that set's target pragma; so it may include nothing itself.
+// The loops of row_kernels.h, in plain C++ that compilers vectorise. This file is included once for each instruction
+// set, under the pragma of that set, and fills the namespace DML_ISA. So it must not include headers.
 //
-// Sums run in a fixed number of lanes merged in fixed order: the same bits whatever vector length the compiler picks.
+// Sums are kept in a fixed number of lanes that are merged in a fixed order, so that the bits do not depend on the
+// vector length that the compiler picks.
 
 namespace dml::cpu::DML_ISA {
 namespace {
@@ -11,11 +12,12 @@ constexpr std::int64_t sum_lanes = 16;
 template <class A>
 struct Exp;
 
-// exp by n = round(x / ln 2), Taylor of x - n ln 2 (|.| <= 0.347), and 2^n through the exponent bits.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and r = x - n ln 2, |r| <= 0.347: exp(r) by its Taylor polynomial, and
+// 2^n by the exponent bits.
 template <>
 struct Exp<float> {
   using Bits = std::uint32_t;
-  static constexpr float lowest = -87.3f, highest = 88.3f, magic = 12582912.f;  // 1.5 * 2^23: rounds, n in low bits
+  static constexpr float lowest = -87.3f, highest = 88.3f, magic = 12582912.f;  // 1.5 * 2^23: leaves n in low bits
   static constexpr float log2e = 1.44269504088896341f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr int mantissa = 23;
   static constexpr Bits one = 0x3f800000u;
@@ -57,7 +59,7 @@ struct Exp<double> {
   }
 };
 
-// Under `lowest` the result is 0 (no denormals); NaN stays NaN, as every comparison with it is false.
+// Below `lowest` the result is 0, never a subnormal number. NaN stays NaN, because every comparison with it is false.
 template <class A>
 inline A exp_of(A x) {
   using E = Exp<A>;
@@ -75,7 +77,7 @@ inline A exp_of(A x) {
   return x < E::lowest ? A(0) : y;
 }
 
-// Folds `step(lane, j)` over j in lanes, then the lanes by `join` in halves.
+// Reduces over j in lanes with `step(lane, j)`, then joins one half of the lanes with the other until one is left.
 template <class A, std::int64_t lanes = sum_lanes, class Step, class Join>
 inline A fold(std::int64_t n, A start, Step step, Join join) {
   A lane[lanes];
@@ -211,7 +213,7 @@ void scale_each(const A* v, A f, const A* r, A* out, std::int64_t n) {
     for (std::int64_t j = 0; j < n; ++j) out[j] = v[j] * f;
 }
 
-// Round to nearest even on the bits; NaN stays NaN.
+// Rounds the bits to nearest even; NaN stays NaN.
 inline std::uint16_t to_bf16(float value) {
   std::uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof bits);

@@ -1,5 +1,5 @@
-// The walk of the ops that treat a row's scores set by set: its own label's (a short list) and all others (the tile's
-// row with those entries taken out).
+// The walk of the ops that treat the scores of a row set by set: those of its label (a short list), and all others (the
+// row, with -inf for the entries of the list).
 #pragma once
 #include <limits>
 
@@ -7,7 +7,7 @@
 
 namespace dml::cpu {
 
-// One thread's walk: tiles of a slice, row blocks of a tile, rows of a block.
+// One thread's walk over the tiles of a slice, the row blocks of a tile and the rows of a block.
 template <class P>
 class SetWalk {
  public:
@@ -18,34 +18,31 @@ class SetWalk {
       : scores(comparison), labels_(labels), index_(index), keep_scores_(keep_scores) {}
 
   TileScores<P> scores;
-  std::vector<A> same;           // the scores of the row's own label in this tile, without an excluded one
-  std::vector<std::int32_t> at;  // and their places
+  std::vector<A> same;           // the scores of the row at the entries of its label, without an excluded one
+  std::vector<std::int32_t> at;  // and their columns in the tile
 
   void load(std::int64_t tile) {
     scores.load(tile);
-    ignored_.clear();
-    for (std::int64_t j = 0; j < scores.count; ++j)
-      if (index_.column_ignored(scores.first + j)) ignored_.push_back(std::int32_t(j));
     index_.pairs_in(scores.first, scores.count, pairs_);
   }
 
-  // Row i's scores: all in scores.z, those of its own label in `same` too.
+  // Computes the scores of row i: all of them in scores.z, and those of its label in `same` too.
   void score(std::int64_t i) {
     scores.score_row(i, A(1), A(0), nullptr, keep_scores_);
     excluded_ = labels_.exclude ? labels_.exclude[i] - scores.first : -1;
     row_ = i;
     same.clear(), at.clear();
-    for (std::int64_t p = pairs_.count(i) - 1; p >= 0; --p) {  // a row's pairs are listed from the last
+    for (std::int64_t p = pairs_.count(i) - 1; p >= 0; --p) {  // a row's columns are listed from the last to the first
       const std::int32_t j = pairs_.of(i)[p];
       if (j != excluded_) same.push_back(scores.z[j]), at.push_back(j);
     }
   }
 
-  // Leaves in scores.z the others alone: everything else becomes -inf.
+  // Keeps only the entries of other labels in scores.z; the rest become -inf.
   void keep_others() {
     A* z = scores.z.data();
     for (std::int64_t p = 0; p < pairs_.count(row_); ++p) z[pairs_.of(row_)[p]] = minus_infinity;
-    for (const std::int32_t j : ignored_) z[j] = minus_infinity;
+    for (const std::int32_t j : pairs_.ignored) z[j] = minus_infinity;
     if (excluded_ >= 0 && excluded_ < scores.count) z[excluded_] = minus_infinity;
   }
 
@@ -54,7 +51,6 @@ class SetWalk {
   const LabelIndex& index_;
   bool keep_scores_;
   std::int64_t row_ = 0, excluded_ = -1;
-  std::vector<std::int32_t> ignored_;
   TilePairs pairs_;
 };
 

@@ -67,7 +67,7 @@ void Side<P>::load(const Matrix& source, std::int64_t first, std::int64_t count,
   source_ = source, first_ = first;
   const std::int64_t d = source.cols;
   const auto& kernels = row_kernels<A>();
-  // BLAS takes the source as it is while its strides fit an int.
+  // BLAS can read the source in place if its strides fit into an int.
   const bool in_place = source.dtype == dtype_for<P> && source.col_stride == 1 && source.row_stride >= d &&
                         source.row_stride <= std::numeric_limits<int>::max();
   row_.resize(d);

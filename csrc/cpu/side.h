@@ -19,7 +19,7 @@ constexpr Dtype dtype_for = std::is_same_v<P, double>  ? Dtype::f64
                             : std::is_same_v<P, float> ? Dtype::f32
                                                        : Dtype::bf16;
 
-// Reads n values with a stride as A, or writes n values.
+// Reads row i as A; writes n values, from `offset` on.
 template <class A>
 void read_row(const Matrix& source, std::int64_t i, A* out);
 template <class A>
@@ -30,15 +30,16 @@ class Side {
  public:
   using A = Acc<P>;
 
-  Mat<const P> operand;    // (rows, D) in the product type: the source itself where that serves, or a copy, if kept
-  std::vector<A> r, sq;    // 1 / max(|t|, eps) or 1; squared norm after scaling by r
-  std::vector<char> unit;  // divided by its own norm, so that the projection applies
+  Mat<const P> operand;    // (rows, D) in the product type: the source itself, or a kept copy; null if block() copies
+  std::vector<A> r, sq;    // 1 / max(norm, eps) or 1; the squared norm after scaling by r
+  std::vector<char> unit;  // whether the row is divided by its norm, so that its gradient is projected
   bool all_unit = false;
 
-  // Rows [first, first + count) of the source. Unless `keep`, products of another type or layout are made by block().
+  // Loads rows [first, first + count) of the source. A source of another type or layout is copied here with `keep`, and
+  // by block() without.
   void load(const Matrix& source, std::int64_t first, std::int64_t count, bool normalize, double eps, bool keep);
 
-  // Rows [begin, begin + n) for products: in place, or in `buffer`.
+  // Rows [begin, begin + n) for products, in place or copied into `buffer`.
   Mat<const P> block(std::int64_t begin, std::int64_t n, std::vector<P>& buffer) const {
     if (operand.data) return operand.row_block(begin, n);
     buffer.resize(n * source_.cols);
@@ -53,14 +54,14 @@ class Side {
     return buffer;
   }
 
-  // grad -> the gradient in the source row: takes off the row's own part of squared distances (`own`, the sum of dS)
-  // where that row is no unit vector, and projects where it is.
+  // Turns grad into the gradient of the source row. That of a unit vector is projected. For other rows it subtracts the
+  // part of squared distances that lies along the row, 2 r^2 times the row, times the sum of dS.
   void finish(std::int64_t i, A* grad, A ds_sum, A* buffer) const {
     const auto& kernels = row_kernels<A>();
     const std::int64_t d = source_.cols;
     if (!unit[i] && ds_sum == A(0)) return;
-    kernels.scale_each(full(i, buffer), r[i], nullptr, buffer,
-                       d);  // the scaled row: r by itself squared could overflow
+    // The scaled row, because r squared could overflow.
+    kernels.scale_each(full(i, buffer), r[i], nullptr, buffer, d);
     kernels.axpy(grad, unit[i] ? -kernels.dot(buffer, grad, d) : -2 * ds_sum * r[i], buffer, d);
   }
 

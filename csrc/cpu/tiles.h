@@ -1,8 +1,8 @@
 // The walk over the bank that every op shares: slices, tiles, row blocks, and the scores of one row in a tile.
 //
-// The bank, or where there are many more rows than bank entries the rows, are cut into a number of slices that depends on
-// the shape alone, never on the threads, and partial results are merged in slice order: no locks, no atomics, the same
-// bits at any thread count.
+// The bank is cut into slices; where there are many more rows than bank entries, the rows are. The number of slices
+// depends on the shape alone, never on the threads, and partial results are merged in slice order. So there are no
+// locks and no atomics, and the bits are the same at any number of threads.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -15,7 +15,8 @@
 
 namespace dml::cpu {
 
-// Which part of a comparison is cut: a slice of the bank adds to every row's gradient, a slice of the rows to all the bank's.
+// Which side is cut. A slice of the bank adds to the gradient of every row, a slice of the rows to that of every bank
+// entry.
 enum class Cut { bank, longer_side };
 
 struct Plan {
@@ -50,7 +51,7 @@ struct Comparison {
   }
 };
 
-// One thread's buffers and the bank tile it is at.
+// One thread's buffers, and the bank tile that it works on.
 template <class P>
 class TileScores {
  public:
@@ -63,7 +64,7 @@ class TileScores {
         s(comparison.plan.tile_columns), u_(comparison.x.cols), p_(comparison.x.cols), buffer_(comparison.x.cols) {}
 
   Side<P> bank;
-  Mat<const P> rows{};                // those last multiplied
+  Mat<const P> rows{};                // those multiplied last
   std::int64_t first = 0, count = 0;  // bank entries of this tile
 
   void load(std::int64_t tile) {
@@ -72,20 +73,21 @@ class TileScores {
     bank.load(comparison_.w, first, count, comparison_.normalize, comparison_.eps, true);
   }
 
-  // Raw products of rows [begin, begin + n) with the tile.
+  // Computes the raw products of rows [begin, begin + n) with the tile.
   void multiply_rows(std::int64_t begin, std::int64_t n) {
     if (begin != begin_ || n != rows.rows) rows = comparison_.rows.block(begin, n, converted_);
     begin_ = begin;
     multiply<P>(rows, bank.operand.transposed(), memory(n), false);
   }
 
-  // The tile's memory, row by row: raw products, which a backward overwrites with its weights.
+  // The memory of n rows of the tile: raw products, which a backward overwrites with E.
   Mat<P> memory(std::int64_t n) { return {tile_.data(), n, count, count}; }
 
-  // s of row i, with no logit.
+  // Computes s of row i; z is the same.
   void score_row(std::int64_t i) { score_row(i, A(1), A(0), nullptr, true); }
 
-  // z (and s where `keep_scores`) of row i for one set's factor and offset; `near` lists distances from differences.
+  // Computes z of row i with the factor and the offset of a set, and s with `keep_scores`. `near` lists the columns
+  // whose distances are computed from differences.
   void score_row(std::int64_t i, A kt, A o, const A* b, bool keep_scores) {
     const Row<A> row{comparison_.rows.r[i], comparison_.rows.sq[i], kt, o};
     const Columns<A> columns{comparison_.normalize ? bank.r.data() : nullptr, bank.sq.data(), b};
@@ -148,8 +150,8 @@ class TileScores {
   std::vector<A> u_, p_, buffer_;
 };
 
-// For every tile of the slice: begin(tile), which loads it, then row(local, i) of each row, with block(first, n) after
-// the n rows of a block, and end().
+// For every tile of the slice, calls begin(tile), which must load it; row(local, i) for each row, with block(first, n)
+// after the n rows of a block; and end().
 template <class P, class Begin, class RowStep, class Block, class End>
 void walk_slice(const Plan& plan, std::int64_t slice, TileScores<P>& scores, Begin begin, RowStep row, Block block,
                 End end) {
@@ -166,11 +168,12 @@ void walk_slice(const Plan& plan, std::int64_t slice, TileScores<P>& scores, Beg
   }
 }
 
-// For a walk without a step after the block or the tile.
+// A step that a walk does not need.
 inline constexpr auto nothing = [](auto...) {};
 
-// Runs body(first, last) over ranges of slices, a range a thread, so that buffers are made once for each. Always at
-// least two iterations: the products inside must see a parallel region, to stay on one thread each as in larger problems.
+// Runs body(first, last) over ranges of slices, one range for each thread, which makes its buffers once. There are at
+// least two iterations even for one slice: the products inside must see a parallel region, so that each stays on one
+// thread, as it does with more slices.
 template <class Body>
 void for_slices(const Plan& plan, Body body) {
   torch::stable::parallel_for(0, std::max<std::int64_t>(plan.slices, 2), 1, [&](std::int64_t begin, std::int64_t end) {

@@ -7,7 +7,7 @@ namespace {
 constexpr int owned_count = 2, other_count = 2;
 constexpr int rows_per_block = owned_count * owned_lanes, columns_per_block = other_count * other_lanes;
 
-// A block's tile of the matrix: 16 rows, 32 columns.
+// A block computes a tile of the matrix, 16 rows by 32 columns.
 template <class A, bool difference>
 __global__ void __launch_bounds__(block_threads, 4)
     forward_kernel(const __grid_constant__ Comparison comparison, const __grid_constant__ Target out,

@@ -1,12 +1,12 @@
 // Gradients of both sides in one launch without atomics: a block owns 8 rows of x, or 8 of the bank, walks all of the
-// other side, recomputes the scores tile by tile and sums its own rows' gradients in order.
+// other side, recomputes the scores tile by tile, and sums the gradients of the rows that it owns in order.
 //
-// With e_ij the gradient of the raw product, or -2 times that of -|u - p|^2, the gradient of u_i is sum_j e_ij p_j, or
-// sum_j e_ij (u_i - p_j); that of x_i follows by the projection off its own direction. The bank's side is the same with
-// the roles swapped.
+// For products e_ij is the gradient of the raw product, and that of u_i is sum_j e_ij p_j. For distances e_ij is -2
+// times the gradient of -|u - p|^2, and that of u_i is sum_j e_ij (u_i - p_j). The gradient of x_i follows by
+// projection. The bank's side is the same with the roles swapped.
 //
-// In float the sums of tiles are added with Kahan's compensation: the projection cancels most of the sum, by a factor of
-// 60 for 5,000 random entries, so that the rounding of one addition a tile would show.
+// In float the sums over tiles are added with Kahan's compensation. The projection cancels most of the sum, by a factor
+// of 60 for 5,000 random entries, so the rounding of one addition for each tile would show.
 #pragma once
 #include "tiles.cuh"
 
@@ -17,11 +17,11 @@ constexpr int other_count = 2;
 constexpr int owned_rows = owned_lanes, other_rows = other_count * other_lanes;
 constexpr int staged_rows = owned_rows + other_rows;
 
-// Rows of memory for the sums of own rows: themselves and, in float, what rounding has left out of each.
+// Rows of memory for the sums of the owned rows: the sums and, in float, the rounding error of each.
 template <class A>
 constexpr int sum_rows = std::is_same_v<A, double> ? owned_rows : 2 * owned_rows;
 
-// Blocks of either side; 0 where nothing of it is wanted.
+// The number of blocks for each side; 0 where no gradient of the side is wanted.
 struct Blocks {
   std::int64_t rows, columns;
 };
@@ -44,7 +44,7 @@ inline std::size_t scratch_bytes(const Comparison& comparison) {
   return whole ? 0 : (blocks.rows + blocks.columns) * row_bytes * d;
 }
 
-// sum += value; `rest`, the rounding error of the sum so far, is taken along.
+// sum += value, where `error` is the rounding error of the sum so far.
 template <class A>
 __device__ __forceinline__ void add_compensated(A& sum, A& error, A value) {
   value -= error;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void add_compensated(A& sum, A& error, A value) {
   sum = total;
 }
 
-// Adds e (other, own) times the other side's tile to the sums (sum_rows, D), each element by one thread.
+// Adds e (other, owned) times the other side's rows to the sums (sum_rows, D). One thread computes each element.
 template <class A, bool difference>
 __device__ void accumulate(const Side<A>& owned, std::int64_t owned_first, const Side<A>& other,
                            std::int64_t other_first, Chunks chunks, const Quad<A>* e, A* sums, std::int64_t stride) {
@@ -86,7 +86,7 @@ __device__ void accumulate(const Side<A>& owned, std::int64_t owned_first, const
   }
 }
 
-// The gradients of unit vectors taken to the rows as they came, and written; a warp a row.
+// Turns the gradients of unit vectors into those of the rows as they came, and writes them. A warp takes a row.
 template <class A>
 __device__ void write(const Side<A>& owned, std::int64_t first, Chunks chunks, const A* sums, std::int64_t stride,
                       Target target) {
@@ -110,8 +110,8 @@ __device__ void write(const Side<A>& owned, std::int64_t first, Chunks chunks, c
   }
 }
 
-// Weights: PairGrad pair(i, j, raw sum) gives the gradient of the score, and what else a pair gives its own side.
-// Extra holds that, and what a block works out beforehand.
+// Weights::pair(comparison, i, j, raw sum, extra) returns the gradient of a pair's score. Extra sums what else the
+// owned side gets from its pairs, and holds what a block computes beforehand.
 template <class A, bool difference, class Weights>
 __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 : 4)
     kernel(const __grid_constant__ Comparison comparison, const __grid_constant__ Weights weights, const Chunks chunks,
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 :
       for (int n = 0; n < sum_rows<A>; ++n) sums[n * stride + k] = 0;
   typename Weights::Extra extra(weights, comparison, warp_parts);
   for (std::int64_t first = 0; first < other.matrix.rows; first += other_rows) {
-    __syncthreads();  // the tile before has been read
+    __syncthreads();  // the previous tile has been read
     other.prepare(first, chunks);
     __syncthreads();
     A raw[1][other_count];

@@ -1,4 +1,4 @@
-// A barrier of all blocks of a launch, which must be a cooperative one: all of them are running.
+// A barrier of all blocks of a launch. The launch must be cooperative, so that all of its blocks are running.
 #pragma once
 #include "last_block.cuh"
 
@@ -10,8 +10,8 @@ using emulator::poll;
 __device__ __forceinline__ unsigned poll(const unsigned* p) { return *static_cast<const volatile unsigned*>(p); }
 #endif
 
-// Every thread then sees what any wrote before. Once a launch: a block counts when it arrives and when it leaves, and
-// the ticket is back at 0 when all have left.
+// Afterwards every thread sees what any thread wrote before. To be used once in a launch: a block counts itself when it
+// arrives and when it leaves, and the ticket is back at 0 when all have left.
 __device__ __forceinline__ void grid_barrier(unsigned ticket, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -6,12 +6,14 @@
 
 namespace dml::cuda {
 
-// A ticket counts the blocks of one launch that are through, and is back at 0 when the launch ends. Launches in flight
-// hold different tickets: eager ones take turns, captured ones, which a graph may replay at any time, keep theirs.
+// A ticket counts the blocks of a launch that have finished, and is back at 0 when the launch ends. Launches that run
+// at the same time hold different tickets: eager launches take them in turn; a captured launch keeps its ticket,
+// because a graph may replay it at any time.
 constexpr unsigned eager_tickets = 1u << 14, captured_tickets = 1u << 16;
 static __device__ unsigned tickets[eager_tickets + captured_tickets];
 
-// True in all threads of the block that arrives last; it sees what the others wrote before. `last`: one shared bool.
+// Returns true in all threads of the block that arrives last, which then sees what the others wrote. `last` is a bool
+// in shared memory.
 __device__ __forceinline__ bool arrive_last(unsigned ticket, unsigned blocks, bool* last) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -1,4 +1,4 @@
-// masked_logsumexp backward, and that of the fused Proxy-NCA: both are weights of pairs, see gradients.cuh.
+// The backward of masked_logsumexp and that of the fused Proxy-NCA loss, as Weights of gradients.cuh.
 #include "gradients.cuh"
 #include "proxy_nca.cuh"
 
@@ -13,10 +13,11 @@ struct LseWeights {
   LseTargets targets;
   ProxyNca loss;
 
-  // What pairs give their own side beside the score's gradient: a row's scale, a column's bias.
+  // What pairs give the owned side in addition to the score's gradient: the gradient of a row's scale, or of a column's
+  // bias.
   struct Extra {
     double scale = 0, bias = 0;
-    A divisor;  // of a Proxy-NCA loss
+    A divisor;  // of a mean, for a Proxy-NCA loss
 
     __device__ Extra(const LseWeights& weights, const Comparison& comparison, double* parts)
         : divisor(weights.loss.wanted ? proxy_nca_divisor<A>(weights.loss, weights.labels, comparison.x.rows, parts)
@@ -37,7 +38,7 @@ struct LseWeights {
     return static_cast<const A*>((same ? grads.lse_same : grads.lse_different).data)[i];
   }
 
-  // The incoming gradients of a row's log-sum-exp over one set, and of the sum of its logits.
+  // The incoming gradients of a row and a set: g of the log-sum-exp, h of the sum of logits.
   __device__ void incoming(std::int64_t i, bool same, const Comparison& comparison, A divisor, A& g, A& h) const {
     if (!loss.wanted) {
       g = load<A>(same ? grads.same : grads.different, i, A(0));

@@ -1,6 +1,7 @@
-// masked_logsumexp forward. A block takes 16 rows and a slice of the bank, 32 entries at a time; each thread keeps the
-// running log-sum-exps of its pairs, merged over the row's 16 threads at the end of the slice. With several slices the
-// last block merges them in order. It also reduces a Proxy-NCA loss to its scalar, so that the loss is one launch.
+// The forward of masked_logsumexp. A block takes 16 rows and a slice of the bank, 32 entries at a time; each thread
+// keeps the running log-sum-exps of its pairs, which are merged over the 16 threads of a row at the end of the slice.
+// With several slices the last block merges them in order. It also reduces a Proxy-NCA loss to its scalar, so that the
+// loss is one launch.
 #include "../core/online_lse.h"
 #include "last_block.cuh"
 #include "proxy_nca.cuh"
@@ -11,18 +12,19 @@ namespace {
 
 constexpr int owned_count = 2, other_count = 2;
 constexpr int rows_per_block = owned_count * owned_lanes, columns_per_tile = other_count * other_lanes;
-constexpr int part_values = 6;  // doubles of one row in one slice: maximum and sum of either set, sums of logits
+constexpr int part_values = 6;  // doubles of a row in a slice: maximum and sum of each set, and the sums of logits
 
 struct Plan {
   std::int64_t row_blocks, slices, tiles;
 };
 
-// Slices until every multiprocessor has two blocks, no more than there are tiles: a fixed number for a shape on a device.
+// As many slices as give every multiprocessor two blocks, but no more than there are tiles. The number is fixed for a
+// shape on a device.
 Plan plan_of(std::int64_t n, std::int64_t m) {
   Plan plan{(n + rows_per_block - 1) / rows_per_block, 1, (m + columns_per_tile - 1) / columns_per_tile};
   const std::int64_t wanted = 2 * processors() / plan.row_blocks;
   plan.slices = wanted < 1 ? 1 : wanted > plan.tiles ? plan.tiles : wanted;
-  // The last block reads all parts: more slices would take it longer than they save.
+  // The last block reads all parts, which for more slices would take longer than they save.
   if (plan.slices > 32) plan.slices = 32;
   return plan;
 }
@@ -34,7 +36,7 @@ struct RowState {
 
   __device__ void add(const PairLogit<A>& pair) {
     if (!pair.used) return;
-    // Not one of two by reference: that would put both in memory.
+    // To choose one of the two by reference would put both into memory.
     same.add(pair.z, pair.same), different.add(pair.z, !pair.same);
     sum_same += pair.same ? pair.z : A(0), sum_different += pair.same ? A(0) : pair.z;
   }
@@ -44,7 +46,7 @@ struct RowState {
     sum_same += other.sum_same, sum_different += other.sum_different;
   }
 
-  // The states of the 16 threads of a row, in pairs.
+  // Merges the states of the 16 threads of a row, in pairs.
   __device__ void merge() {
     for (int bits = other_lanes / 2; bits; bits /= 2) {
       RowState other;
@@ -83,7 +85,7 @@ struct RowState {
   }
 };
 
-// In the last block: rows of several slices merged, the loss of each, and their sum in a fixed order.
+// In the last block: merges the slices of each row, computes the losses of the rows, and sums them in a fixed order.
 template <class A>
 __device__ void finish(const Labels& labels, const LseOut& out, const ProxyNca& loss, std::int64_t n, std::int64_t m,
                        const double* parts) {
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(block_threads, std::is_same_v<A, double> ? 3 :
   const std::int64_t end = (blockIdx.y + 1) * tiles / gridDim.y;
   for (std::int64_t tile = blockIdx.y * tiles / gridDim.y; tile < end; ++tile) {
     const std::int64_t column_first = tile * columns_per_tile;
-    __syncthreads();  // the tile before has been read
+    __syncthreads();  // the previous tile has been read
     columns.prepare(column_first, chunks);
     __syncthreads();
     A sums[owned_count][other_count];

@@ -1,7 +1,8 @@
-// A Magnet batch on the GPU, what forward and backward share: its clusters, their centres, the distances to them.
+// What the forward and the backward of the Magnet loss share: the clusters of a batch, their centres, and the distances
+// to these.
 //
-// A block takes 8 rows at a time and makes the means it compares them with: all of them, a chunk of columns at a time, as
-// rows are few.
+// A block takes 8 rows at a time and computes all the means that it compares them with, a chunk of columns at a time.
+// That is cheap, because a batch has few rows.
 #pragma once
 #include "../core/online_lse.h"
 #include "tiles.cuh"
@@ -11,7 +12,7 @@ namespace dml::cuda::magnet {
 constexpr int most_rows = 512, most_slots = 512;
 constexpr int rows_per_block = 8;
 
-// What every block works out first: the clusters that take part ("slots"), and each row's.
+// What every block computes first: the clusters that take part, called slots, and the slot of each row.
 struct Batch {
   int* slot_of;           // (N,) of each row, -1 where the row takes no part
   std::int64_t* classes;  // (slots,)
@@ -23,7 +24,8 @@ __device__ inline bool counts(const MagnetArgs& args, std::int64_t cluster) {
   return cluster != args.ignore && cluster >= 0 && cluster < args.cluster_count && args.classes[cluster] != args.ignore;
 }
 
-// Numbers the set flags of [0, n) in order: position[i] where flag(i), in one warp. Returns how many there are.
+// Numbers in order the i of [0, n) for which flag(i) is true; position[i] is the number of i. Returns how many there
+// are. One warp calls it.
 template <class Flag>
 __device__ int number_flagged(int n, int* position, Flag flag) {
   int total = 0;
@@ -37,11 +39,11 @@ __device__ int number_flagged(int n, int* position, Flag flag) {
   return total;
 }
 
-// `scratch`, `sizes`: shared, (most_rows,) and (2,). Ends with a barrier.
+// `scratch` (most_rows,) and `sizes` (2,) are in shared memory. Ends with a barrier.
 __device__ inline void build(const MagnetArgs& args, Batch& batch, int* scratch, int* sizes) {
   const int n = int(args.x.rows);
   const bool given = args.centers.data;
-  // The first row of each row's cluster, or the cluster itself.
+  // For each row, the first row of its cluster, or the cluster itself where centres are given.
   for (int i = threadIdx.x; i < n; i += block_threads) {
     const std::int64_t cluster = args.clusters[i];
     int first = -1;
@@ -86,7 +88,7 @@ __device__ A unit_value(const MagnetArgs& args, const A* r, int i, std::int64_t 
   return args.normalize ? value * r[i] : value;
 }
 
-// 1 / max(|x|, eps) of all rows; a warp a row.
+// 1 / max(|x|, eps) of all rows; a warp takes a row.
 template <class A>
 __device__ void norms(const MagnetArgs& args, A* r) {
   const int lane = threadIdx.x % warp_lanes;
@@ -99,7 +101,7 @@ __device__ void norms(const MagnetArgs& args, A* r) {
   }
 }
 
-// Column k of the centres, mu[slot * stride], by one thread; `sizes` are the clusters' rows.
+// One thread computes column k of all centres, mu[slot * stride]. `sizes` are the numbers of rows in the clusters.
 template <class A>
 __device__ void centers_column(const MagnetArgs& args, const Batch& batch, const A* r, const int* sizes, std::int64_t k,
                                A* mu, int stride) {
@@ -147,8 +149,8 @@ __device__ inline double weight_of(const MagnetArgs& args, const Batch& batch) {
   return args.reduction == Reduction::mean && batch.counted > 1 ? 1.0 / batch.counted : 1.0;
 }
 
-// Dynamic shared memory: r (N,), then what a kernel needs beside it; while distances are made, centres
-// (slots, columns + 1) and the rows at hand (8, columns + 1).
+// Dynamic shared memory: r (N,), then what else a kernel needs. While distances are computed, that is the centres
+// (slots, columns + 1) and the current rows (8, columns + 1).
 template <class A>
 struct Workspace {
   A *r, *rest;
@@ -156,13 +158,14 @@ struct Workspace {
 
   __device__ Workspace(unsigned char* dynamic, std::int64_t n, int columns)
       : r(reinterpret_cast<A*>(dynamic)), rest(r + n), columns(columns) {}
-  // Odd, mostly: so that the same column of several centres lies in different banks.
+  // Usually odd, so that the same column of several centres is in different banks.
   __device__ int stride() const { return columns + 1; }
   __device__ A* centers() const { return rest; }
   __device__ A* rows(int slots) const { return rest + slots * stride(); }
 };
 
-// Columns [begin, begin + columns) of all centres, a thread a column. Barriers around it are the caller's.
+// Loads columns [begin, begin + columns) of all centres; a thread takes a column. The caller provides the barriers
+// around it.
 template <class A>
 __device__ void stage_centers(const MagnetArgs& args, const Batch& batch, const Workspace<A>& work, const int* sizes,
                               std::int64_t begin) {
@@ -170,7 +173,8 @@ __device__ void stage_centers(const MagnetArgs& args, const Batch& batch, const 
     centers_column(args, batch, work.r, sizes, begin + c, work.centers() + c, work.stride());
 }
 
-// The squared distances of rows [8 group, 8 group + 8) to all centres, into (N, slots). Starts with a barrier.
+// Writes the squared distances of rows [8 group, 8 group + 8) to all centres; `distances` is (N, slots). Starts with a
+// barrier.
 template <class A>
 __device__ void distances_of(const MagnetArgs& args, const Batch& batch, const Workspace<A>& work, const int* sizes,
                              int group, A* distances, std::int64_t slots) {
@@ -180,7 +184,7 @@ __device__ void distances_of(const MagnetArgs& args, const Batch& batch, const W
   A *mu = work.centers(), *u = work.rows(batch.slots);
   for (std::int64_t begin = 0; begin < args.x.cols; begin += work.columns) {
     const int width = args.x.cols - begin < work.columns ? int(args.x.cols - begin) : work.columns;
-    __syncthreads();  // norms and sizes are there, the chunk before has been read
+    __syncthreads();  // norms and sizes are complete, the previous chunk has been read
     stage_centers(args, batch, work, sizes, begin);
     for (int c = threadIdx.x; c < width; c += block_threads)
       for (int row = 0; row < rows; ++row) u[row * stride + c] = unit_value(args, work.r, first + row, begin + c);
@@ -196,7 +200,7 @@ __device__ void distances_of(const MagnetArgs& args, const Batch& batch, const W
         }
         total += part;
       }
-      A* to = distances + (first + row) * slots + slot;  // this thread's own, chunk after chunk
+      A* to = distances + (first + row) * slots + slot;  // only this thread writes it, chunk after chunk
       *to = begin == 0 ? total : *to + total;
     }
   }
@@ -214,7 +218,7 @@ __device__ void distances_of(const MagnetArgs& args, const Batch& batch, const W
 
 constexpr std::int64_t static_shared = 16384;
 
-// Columns of a chunk: as many as fit beside the rest, at most a block's threads.
+// The columns of a chunk: as many as fit into what is left of shared memory, at most the threads of a block.
 template <class A>
 int columns_for(std::int64_t n, std::int64_t slots) {
   const std::int64_t rest = (3 * n + slots) * sizeof(A), room = 101376 - static_shared - rest;
@@ -222,7 +226,7 @@ int columns_for(std::int64_t n, std::int64_t slots) {
   return int(columns >= block_threads ? block_threads : columns / 8 * 8);
 }
 
-// Bytes of dynamic shared memory while distances are made.
+// Bytes of dynamic shared memory while distances are computed.
 template <class A>
 std::size_t distances_bytes(std::int64_t n, std::int64_t slots, int columns) {
   return (n + (slots + rows_per_block) * (columns + 1)) * sizeof(A);

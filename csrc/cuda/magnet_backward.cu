@@ -1,5 +1,6 @@
-// The Magnet loss's gradients in one cooperative launch: the blocks write the squared distances anew, meet, and take a
-// cluster at a time each, whose gradients all need the variance's and with it all distances.
+// The gradients of the Magnet loss in one cooperative launch. The blocks compute the squared distances again and wait
+// for each other, because every gradient needs that of the variance, and so all distances. Then each block takes one
+// cluster at a time.
 #include <algorithm>
 
 #include "grid_barrier.cuh"
@@ -10,10 +11,10 @@ namespace {
 
 using namespace magnet;
 
-// The gradient of the distance between a row and a slot's centre, from the hinge's gradient g of the row.
+// The gradient of the distance between a row and the centre of a slot; g is the gradient of the row's hinge.
 template <class A>
 struct Slopes {
-  A scale, per_distance;  // per_distance: through the variance, of every own distance
+  A scale, per_distance;  // per_distance: of each row to its centre, through the variance
 
   __device__ A same_cluster(A g) const { return g * scale + per_distance; }
   __device__ A other_class(A g, A distance, A lse) const {
@@ -21,7 +22,7 @@ struct Slopes {
   }
 };
 
-// What a block works on once the distances are there.
+// What a block works on once the distances are complete.
 template <class A>
 struct Context {
   const MagnetArgs& args;
@@ -32,14 +33,14 @@ struct Context {
   const A *distances, *different;  // (N, slots), (N,)
   std::int64_t slots;
   A* grad_rows;  // scratch (N, D)
-  // Shared, behind the centres: gradients of the hinges (N,), factors of all rows for one centre (N,), of all centres
-  // for one row (slots,).
+  // In shared memory behind the centres: the gradients of the hinges (N,), the factors of all rows for one centre (N,),
+  // and those of all centres for one row (slots,).
   A *g, *factors, *row_factors;
 
   __device__ A distance(int i, int slot) const { return distances[i * slots + slot]; }
 };
 
-// The hinges' gradients, and from all pairs the variance's; the same in every block.
+// Computes the gradients of the hinges and, from all pairs, that of the variance; the same in every block.
 template <class A>
 __device__ Slopes<A> hinges(const Context<A>& p, const Vector& grad, double* parts) {
   const MagnetArgs& args = p.args;
@@ -68,7 +69,7 @@ __device__ Slopes<A> hinges(const Context<A>& p, const Vector& grad, double* par
   return {variance.scale, A(args.variance.data ? 0 : grad_variance / BatchVariance<A>::degrees(batch))};
 }
 
-// Zero gradients of the rows and given centres that take no part.
+// Writes the gradients, zero, of the rows and the given centres that take no part.
 template <class A>
 __device__ void zero_the_rest(const Context<A>& p) {
   const Target x = p.targets.x, centers = p.targets.centers;
@@ -81,7 +82,7 @@ __device__ void zero_the_rest(const Context<A>& p) {
   }
 }
 
-// The gradient of column k of the cluster's centre; its distance of row i moves it by -2 factor (u - mu).
+// The gradient of column k of the cluster's centre. The distance of row i adds -2 factor (u - mu) to it.
 template <class A>
 __device__ A center_gradient(const Context<A>& p, int current, std::int64_t k, A center) {
   A total = 0;
@@ -92,8 +93,8 @@ __device__ A center_gradient(const Context<A>& p, int current, std::int64_t k, A
   return total;
 }
 
-// The gradients of the unit rows of cluster `current`, and of its centre where that is given. `staged`: all columns of the
-// centres are in shared memory already.
+// Computes the gradients of the unit rows of cluster `current`, and of its centre where that is given. With `staged`,
+// all columns of the centres are in shared memory already.
 template <class A>
 __device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, int current, bool staged) {
   const MagnetArgs& args = p.args;
@@ -110,16 +111,16 @@ __device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, 
     p.factors[i] = factor;
   }
   for (std::int64_t begin = 0; begin < args.x.cols; begin += p.work.columns) {
-    const std::int64_t k = begin + threadIdx.x;  // a chunk has at most a block's threads of columns, each its own
+    const std::int64_t k = begin + threadIdx.x;  // a chunk has no more columns than the block has threads
     const bool inside = int(threadIdx.x) < p.work.columns && k < args.x.cols;
     const A* mu = p.work.centers() + threadIdx.x;
     A grad_mu = 0;
-    __syncthreads();  // factors are there; row factors of the chunk before have been read
+    __syncthreads();  // factors are complete; row factors of the previous chunk have been read
     if (!staged) stage_centers(args, batch, p.work, p.sizes, begin);
     if (inside) grad_mu = center_gradient(p, current, k, mu[current * stride]);
     for (int i = 0; p.targets.x.data && i < n; ++i) {
       if (batch.slot_of[i] != current) continue;
-      __syncthreads();  // the row before has been read
+      __syncthreads();  // the factors of the previous row have been read
       for (int slot = threadIdx.x; slot < batch.slots; slot += block_threads)
         p.row_factors[slot] = slot == current ? p.factors[i]
                               : batch.classes[slot] == batch.classes[current]
@@ -135,7 +136,7 @@ __device__ void cluster_gradients(const Context<A>& p, const Slopes<A>& slopes, 
   }
 }
 
-// The gradients of unit rows taken to the rows as they came, and written; a warp a row.
+// Turns the gradients of unit rows into those of the rows as they came, and writes them. A warp takes a row.
 template <class A>
 __device__ void write_rows(const Context<A>& p, int current) {
   const MagnetArgs& args = p.args;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   DML_BATCH(batch);
   const int n = int(args.x.rows), groups = (n + rows_per_block - 1) / rows_per_block;
   const Workspace<A> work(dynamic, n, columns);
-  // Scratch: distances (N, slots), gradients of unit rows (N, D), r (N,) for blocks that measure no distance.
+  // Scratch: distances (N, slots), gradients of unit rows (N, D), r (N,) for blocks that compute no distances.
   A *grad_rows = distances + n * slots, *r = grad_rows + n * args.x.cols;
   const bool measures = int(blockIdx.x) < groups;
   if (args.normalize && measures) norms(args, work.r);
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(block_threads, 4)
     for (int i = threadIdx.x; i < n; i += block_threads) r[i] = work.r[i];
   grid_barrier(ticket, gridDim.x);
   if (args.normalize && !measures)
-    for (int i = threadIdx.x; i < n; i += block_threads) work.r[i] = r[i];  // known after the barriers of hinges()
+    for (int i = threadIdx.x; i < n; i += block_threads) work.r[i] = r[i];  // in place after the barriers of hinges()
 
   A* g = work.rows(batch.slots);
   const Context<A> context{args,      targets, batch,     work, sizes, distances,
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(block_threads, 4)
   const bool whole = args.x.cols <= columns;
   bool staged = whole && measures;  // by distances_of
   for (int current = blockIdx.x; current < batch.slots; current += gridDim.x) {
-    __syncthreads();  // factors of the cluster before have been read
+    __syncthreads();  // factors of the previous cluster have been read
     cluster_gradients(context, slopes, current, staged);
     __syncthreads();
     if (targets.x.data) write_rows(context, current);

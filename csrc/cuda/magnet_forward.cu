@@ -1,5 +1,5 @@
-// The Magnet loss of a batch in one launch: a block writes the squared distances of its rows; the last block makes
-// variance, log-sum-exps, hinge and sum of them.
+// The Magnet loss of a batch in one launch. A block writes the squared distances of its rows; the last block computes
+// the variance, the log-sum-exps, the hinges and their sum from them.
 #include "last_block.cuh"
 #include "magnet.cuh"
 
@@ -8,7 +8,7 @@ namespace {
 
 using namespace magnet;
 
-// In the last block: a thread a row.
+// In the last block. A thread takes a row.
 template <class A>
 __device__ void finish(const MagnetArgs& args, const MagnetOut& out, const Batch& batch, const A* distances,
                        std::int64_t slots, double* parts) {

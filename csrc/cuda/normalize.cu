@@ -1,4 +1,4 @@
-// x / max(|x|, eps) and its gradient: a warp a row, which is read twice, the second time from the cache.
+// x / max(|x|, eps) and its gradient. A warp takes a row and reads it twice, the second time from the cache.
 #include "platform.cuh"
 
 namespace dml::cuda {
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(block_threads, 6)
   if (row >= x.rows) return;
   const std::int64_t first = threadIdx.x % warp_lanes * count, step = warp_lanes * count;
   const auto load_from = [row](const Matrix& m, std::int64_t k) -> Run<A, count> {
-    if constexpr (count == 1 && std::is_same_v<A, double>)  // both are fp64 here: a choice of dtypes takes registers
+    if constexpr (count == 1 && std::is_same_v<A, double>)  // both are fp64 here; choosing a dtype would take registers
       return {static_cast<const double*>(m.data)[row * m.row_stride + k * m.col_stride]};
     else if constexpr (count == 1)
       return {load<A>(m, row, k)};
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(block_threads, 6)
   }
   bool unit;
   const A r = inverse_norm(warp_sum(square), eps, unit);
-  // x^.g; where the row is shorter than eps its norm is a constant.
+  // u.g; 0 where the row is shorter than eps, because the norm is a constant there.
   const A along = backward && unit ? warp_sum(product) * r : A(0);
   DML_UNROLL_BY(2)
   for (std::int64_t k = first; k < d; k += step) {

@@ -1,5 +1,5 @@
 // The CUDA ops in plain C++ types: no torch, no CUDA headers. A launcher takes a stream, allocates nothing and does not
-// wait; it returns null, or what went wrong. register_cuda.cpp brings the tensors.
+// wait; it returns null, or what went wrong. register_cuda.cpp calls it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace dml::cuda {
 
-// Rows x against the bank w. `wide`: sums in double (the accumulation type A of the kernels), else in float.
+// Rows x compared with the bank w. With `wide` the accumulation type A of the kernels is double, else float.
 struct Comparison {
   Matrix x, w;
   Metric metric;
@@ -17,29 +17,29 @@ struct Comparison {
   double eps;
 };
 
-// A Proxy-NCA loss on top of the two log-sum-exps: forward, the last block makes `value` (A, () or (n,)) of them;
-// backward, the incoming gradient is that of the value.
+// A Proxy-NCA loss on top of the two log-sum-exps. In the forward the last block computes `value` from them, of type A
+// and shape () or (n,); in the backward the incoming gradient is that of the value.
 struct ProxyNca {
   bool wanted, exclude_positive;
   double smoothing;
-  Vector weight;  // of the rows; data may be null
+  Vector weight;  // of the rows; may be null
   Reduction reduction;
   void* value;
 };
 
-// Sums in double where either side is fp64.
+// The accumulation type is double where either side is fp64.
 inline bool wide(const MagnetArgs& args) { return args.x.dtype == Dtype::f64 || args.centers.dtype == Dtype::f64; }
 
 using Stream = void*;  // a cudaStream_t
 using Failure = const char*;
 
-// Bytes of scratch memory that a launch needs; its content is of no interest before or after.
+// Bytes of scratch memory that a launch needs. Its content matters neither before the launch nor after it.
 std::size_t lse_forward_bytes(std::int64_t n, std::int64_t m);
 std::size_t backward_bytes(const Comparison&);
 std::size_t magnet_forward_bytes(const MagnetArgs&);
 std::size_t magnet_backward_bytes(const MagnetArgs&);
 
-// 0 where a fused Magnet loss takes these sizes, else the reason it does not.
+// Null where the fused Magnet loss takes these sizes, else the reason why it does not.
 Failure magnet_refusal(std::int64_t n, std::int64_t clusters, bool given_centers, bool wide);
 
 // The incoming gradients are those of the four results; or, with `loss.wanted`, that of its value alone, as `same`.

@@ -1,4 +1,5 @@
-// What differs between nvcc and the tests' emulator (which compiles the same kernels for the CPU), and launching.
+// What differs between nvcc and the tests' emulator, which compiles the same kernels for the CPU; and the loads,
+// stores, reductions and launches that the kernels share.
 #pragma once
 #include <math.h>
 
@@ -103,7 +104,7 @@ __device__ __forceinline__ A load(const Vector& v, std::int64_t i, A otherwise) 
   return v.data ? load<A>(v.data, v.dtype, i * v.stride) : otherwise;
 }
 
-// Where A is double a matrix may have any dtype, else it is not fp64.
+// Where A is double the matrix may have any dtype; where A is float it is not fp64.
 template <class A>
 __device__ __forceinline__ A load(const Matrix& m, std::int64_t i, std::int64_t j) {
   const std::int64_t at = i * m.row_stride + j * m.col_stride;
@@ -131,8 +132,8 @@ struct alignas(2 * sizeof(A)) Pair {
   A v[2];
 };
 
-// Columns [j, j + count) of row i, all there, in aligned loads that `load_width` allows. 8 are for halves alone: fp32 goes
-// over a warp's threads in loads of 16 bytes that lie side by side.
+// Columns [j, j + count) of row i, all of which must exist, in the aligned loads that `load_width` allows. Only halves
+// are loaded 8 at a time: the threads of a warp read fp32 in adjacent loads of 16 bytes.
 template <class A, int count>
 __device__ __forceinline__ Run<A, count> load_aligned(const Matrix& m, std::int64_t i, std::int64_t j) {
   const std::int64_t at = i * m.row_stride + j;
@@ -162,7 +163,7 @@ __device__ __forceinline__ Run<A, count> load_aligned(const Matrix& m, std::int6
   return out;
 }
 
-// Columns [j, j + count) of row i however they lie, count 4 or 8; columns from `cols` on are 0.
+// Columns [j, j + count) of row i with any alignment; count is 4 or 8. Columns from `cols` on are 0.
 template <class A, int count>
 __device__ __forceinline__ Run<A, count> load_run(const Matrix& m, std::int64_t i, std::int64_t j) {
   if (m.load_width >= count && j + count <= m.cols) return load_aligned<A, count>(m, i, j);
@@ -172,7 +173,7 @@ __device__ __forceinline__ Run<A, count> load_run(const Matrix& m, std::int64_t 
   return out;
 }
 
-// A warp calls function(run) with all columns of row i.
+// The threads of a warp together call function(run) for all columns of row i.
 template <class A, class Function>
 __device__ __forceinline__ void over_row(const Matrix& m, std::int64_t i, Function function) {
   const int lane = threadIdx.x % warp_lanes;
@@ -193,7 +194,8 @@ __device__ __forceinline__ A square(const Run<A, count>& run) {
   return sum;
 }
 
-// Values to `at`, a multiple of `count` in a target whose rows are; 1, 4 or 8 (halves alone) values in one store.
+// Stores 1, 4 or 8 (only halves) values at once, from `at` on. `at` and the length of the target's rows are multiples
+// of `count`.
 template <class A, int count>
 __device__ __forceinline__ void store_run(Target to, std::int64_t at, const Run<A, count>& run) {
   if constexpr (count == 1) {
@@ -227,7 +229,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// The sum over the block, in every thread. `parts`: one value a warp, free again after the next barrier.
+// Returns the sum over the block in every thread. `parts` has one value for each warp; it may be reused after the next
+// barrier.
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T* parts) {
   value = warp_sum(value);

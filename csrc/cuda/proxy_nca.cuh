@@ -12,7 +12,7 @@ __device__ A proxy_nca_row(const ProxyNca& loss, A same, A different) {
   return gap > A(0) ? gap + log1p(exp(-gap)) : log1p(exp(gap));
 }
 
-// Its derivative by L-; by L+ it is the negative of that.
+// The derivative by L-; the derivative by L+ is its negative.
 template <class A>
 __device__ A proxy_nca_slope(const ProxyNca& loss, A same, A different) {
   if (loss.exclude_positive) return different == A(-INFINITY) ? A(0) : A(1);
@@ -20,7 +20,8 @@ __device__ A proxy_nca_slope(const ProxyNca& loss, A same, A different) {
   return gap > A(0) ? A(1) / (A(1) + exp(-gap)) : exp(gap) / (A(1) + exp(gap));
 }
 
-// What a row's weight is divided by: the total weight of the rows that count for a mean. The whole block calls it.
+// What the weights of rows are divided by: for a mean, the total weight of the rows that count. All threads of the
+// block call it.
 template <class A>
 __device__ A proxy_nca_divisor(const ProxyNca& loss, const Labels& labels, std::int64_t n, double* parts) {
   if (loss.reduction != Reduction::mean) return 1;

@@ -1,18 +1,20 @@
-// A block's tile of pairs: rows of one side ("own") against rows of the other, both in shared memory in the accumulation
-// type A. A thread holds own rows ty + 8 n and other rows tx + 16 m; the 16 threads of an own row lie in one half warp.
+// A block's tile of pairs: the rows that the block owns, of one side, against rows of the other side, both in shared
+// memory in the accumulation type A. A thread holds the owned rows ty + 8 n and the other rows tx + 16 m; the 16
+// threads of an owned row are one half of a warp.
 //
-// Distances are summed from differences, always: twice the arithmetic of expanding, which shared memory hides half of,
-// and no case apart for near pairs, neither in the score nor in the gradient.
+// Distances are always summed from differences. That is twice the arithmetic of the expanded form, half of it hidden by
+// shared memory; but near pairs are no special case, neither in the score nor in the gradient.
 #pragma once
 #include "platform.cuh"
 
 namespace dml::cuda {
 
 constexpr int other_lanes = 16, owned_lanes = block_threads / other_lanes;
-constexpr int run_length = 16;  // products summed one after the other; then the sums of runs: rounding stays small
+constexpr int run_length = 16;  // products that are summed at a time; then the runs are, so that rounding stays small
 constexpr int row_pad = 4;      // so that rows of a tile begin in different banks
 
-// D in chunks of shared memory: `whole` where one holds all of it, so that tiles are read once and scaled in place.
+// D, in chunks that fit into shared memory. With `whole` one chunk holds all of D, so that rows are read once and
+// scaled in place.
 struct Chunks {
   int size;  // a multiple of 8
   bool whole;
@@ -20,7 +22,7 @@ struct Chunks {
   __device__ int stride() const { return size + row_pad; }
 };
 
-// `rows`: of all tiles together.
+// `rows` is the number of staged rows of both sides.
 template <class A>
 Chunks chunks_of(std::int64_t d, int rows, std::int64_t bytes) {
   const std::int64_t most = (bytes / std::int64_t(rows * sizeof(A)) - row_pad) / 8 * 8, all = (d + 7) / 8 * 8;
@@ -46,7 +48,8 @@ __device__ __forceinline__ void stage_runs(const Matrix& m, std::int64_t first, 
   }
 }
 
-// Rows [first, first + rows), columns [k, k + chunk) of a matrix into a tile, over `norms` where given; 0 beyond the edges.
+// Copies rows [first, first + rows), columns [k, k + chunk) of a matrix to `tile` in shared memory, divided by `norms`
+// where given, with 0 beyond the edges.
 template <class A>
 __device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_t k, Chunks chunks, const A* norms,
                       A* tile) {
@@ -55,8 +58,8 @@ __device__ void stage(const Matrix& m, std::int64_t first, int rows, std::int64_
   stage_runs<A, 4>(m, first, rows, k, chunks, norms, tile);
 }
 
-// One side of the pairs: a matrix, its tile and max(|row|, eps) of the tile's rows. Rows are divided by it: times its
-// inverse would round twice.
+// One side of the pairs: a matrix, its staged rows, and max(|row|, eps) of these. Rows are divided by their norm,
+// because multiplying by its inverse would round twice.
 template <class A>
 struct Side {
   const Matrix& matrix;
@@ -65,8 +68,8 @@ struct Side {
   bool normalize;
   A eps;
 
-  // Makes rows [first, first + rows) ready: staged whole and scaled, or with their norms known. Barriers around it are
-  // the caller's.
+  // Prepares rows [first, first + rows): stages them whole and scaled, or computes their norms alone where D is in
+  // several chunks. The caller provides the barriers around it.
   __device__ void prepare(std::int64_t first, Chunks chunks) {
     if (chunks.whole) stage<A>(matrix, first, rows, 0, chunks, nullptr, staged);
     if (!normalize) return;
@@ -79,14 +82,14 @@ struct Side {
         for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4)
           sum += square(*reinterpret_cast<const Quad<A>*>(values + k));
       } else if (first + row < matrix.rows) {
-        // In runs of 4, however the row lies: equal rows of another dtype or stride have equal norms.
+        // In runs of 4 with any alignment, so that equal rows of another dtype or stride have equal norms.
         for (std::int64_t k = lane * 4; k < matrix.cols; k += warp_lanes * 4)
           sum += square(load_run<A, 4>(matrix, first + row, k));
       }
       const A norm = at_least(sqrt(warp_sum(sum)), eps);
       if (lane == 0) norms[row] = norm;
       if (!chunks.whole) continue;
-      for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4) {  // what this lane has read: no barrier is needed
+      for (int k = lane * 4; k < chunks.size; k += warp_lanes * 4) {  // each lane scales what it read
         Quad<A>& quad = *reinterpret_cast<Quad<A>*>(values + k);
         DML_UNROLL
         for (int i = 0; i < 4; ++i) quad.v[i] /= norm;
@@ -94,7 +97,7 @@ struct Side {
     }
   }
 
-  // Value k of tile row `row`, scaled, wherever it lies.
+  // Value k of staged row `row`, scaled, from shared memory or from the matrix.
   __device__ A value(std::int64_t first, int row, std::int64_t k, Chunks chunks) const {
     if (chunks.whole) return staged[row * chunks.stride() + k];
     const A raw = load<A>(matrix, first + row, k);
@@ -102,7 +105,8 @@ struct Side {
   }
 };
 
-// sums[n][m] = u.p, or |u - p|^2, of own row ty + 8 n and other row tx + 16 m. Both sides are loaded, a barrier since.
+// sums[n][m] = u.p, or |u - p|^2, of the owned row ty + 8 n and the other row tx + 16 m. Both sides must be prepared,
+// with a barrier since.
 template <class A, bool difference, int owned_count, int other_count>
 __device__ void pair_sums(const Side<A>& owned, std::int64_t owned_first, const Side<A>& other,
                           std::int64_t other_first, Chunks chunks, A (&sums)[owned_count][other_count]) {
@@ -114,7 +118,7 @@ __device__ void pair_sums(const Side<A>& owned, std::int64_t owned_first, const 
   }
   for (std::int64_t first = 0; first < owned.matrix.cols; first += chunks.size) {
     if (!chunks.whole) {
-      __syncthreads();  // the tiles of the chunk before have been read
+      __syncthreads();  // the previous chunk has been read
       stage<A>(owned.matrix, owned_first, owned.rows, first, chunks, owned.normalize ? owned.norms : nullptr,
                owned.staged);
       stage<A>(other.matrix, other_first, other.rows, first, chunks, other.normalize ? other.norms : nullptr,
@@ -192,7 +196,7 @@ struct ColumnInfo {
   }
 };
 
-// The factor and offset of a pair's set, and its logit; `used` is false where it is in no set.
+// The factor and offset of a pair's set, and its logit; `used` is false where the pair is in no set.
 template <class A>
 struct PairLogit {
   bool used, same;

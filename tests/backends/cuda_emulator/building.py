@@ -50,7 +50,7 @@ def compile_objects(csrc: Path, files: Sequence[Path], to: Path, flags: Sequence
 
 
 def library() -> Path:
-    """The ops as torch.ops.dml_kernels_cuda_emulated; compiled anew only when a source changed."""
+    """The ops as torch.ops.dml_kernels_cuda_emulated; compiled again only when a source has changed."""
     out = BUILD / digest("ops") / "ops.so"
     if out.exists():
         return out
@@ -58,14 +58,14 @@ def library() -> Path:
     headers = (f"-isystem{torch_dir}/include", f"-isystem{torch_dir}/include/torch/csrc/api/include")
     files = [*sources(CSRC), CSRC / "register_cuda.cpp", HERE / "counter.cpp"]
     objects = compile_objects(CSRC, files, out.parent, ("-O2", *TORCH_FLAGS, *headers))
-    unfinished = out.with_suffix(f".{os.getpid()}")  # test processes side by side may build the same
+    unfinished = out.with_suffix(f".{os.getpid()}")  # several test processes may build the same
     run((compiler(), "-shared", *objects, f"-L{torch_dir}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-o", unfinished))
     unfinished.replace(out)
     return out
 
 
 def program(file: str, flags: Sequence[str], csrc: Path = CSRC, keep: Path | None = None) -> Path:
-    """driver.cpp with csrc/cuda/<file>.cu of a source tree, in ``keep`` or among the builds that are reused."""
+    """driver.cpp with csrc/cuda/<file>.cu of a source tree, in ``keep``, or among the builds that are used again."""
     folder = keep or BUILD / digest(file, flags)
     out = folder / file
     if out.exists():

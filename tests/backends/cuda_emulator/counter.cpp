@@ -1,4 +1,4 @@
-// An op beside the emulated ones: how many kernels the emulator has launched.
+// An op in addition to the emulated ones: returns how many kernels the emulator has launched.
 #include <torch/csrc/stable/library.h>
 
 #include "emulator.h"

@@ -1,5 +1,5 @@
-// Runs one case of one source file's kernels under the emulator, for a sanitizer to watch: driver CASE DTYPE.
-// Every array is an allocation of its exact size. Compiled with -DDRIVE_<file> for csrc/cuda/<file>.cu.
+// Runs a case of the kernels of one source file on the emulator, under a sanitizer: driver CASE DTYPE. Every array is
+// an allocation of its exact size. Compiled with -DDRIVE_<file> for csrc/cuda/<file>.cu.
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -74,7 +74,8 @@ Matrix matrix(Kind kind, std::int64_t rows, std::int64_t cols) {
 }
 
 Failure drive(const std::string& what, Kind kind) {
-  // Partial tiles of both sides, several blocks; forward, several slices of the bank with several tiles each.
+  // These sizes give partial tiles of both sides and several blocks; the forward also has several slices of the bank
+  // with several tiles each.
 #if defined(DRIVE_lse_forward)
   const std::int64_t m = 300;
 #else

@@ -1,12 +1,13 @@
-// CUDA C++ on the CPU: one fiber for each thread of a block, blocks one after the other, or in turn where the launch is
-// cooperative. Plain g++ or clang, header only.
+// Runs CUDA C++ on the CPU, with one fiber for each thread of a block. Blocks run one after the other or, where the
+// launch is cooperative, in turn. It needs only g++ or clang, and consists of headers.
 //
-// Covered: __syncthreads, *_sync shuffles, integer atomics, polling of them, __threadfence, static and dynamic shared
-// memory. Found in every build: barriers that a part of the threads reaches, barriers at different places, lanes missing
-// from a mask, too much shared memory, blocks that wait for blocks which may not be running. With -fsanitize=address:
-// overruns, of each shared array too. With -fsanitize=thread: missing barriers and fences, races between blocks (fibers
-// are told to TSan as threads that nothing orders but barriers and fenced atomics). Lanes and blocks run in an order
-// drawn anew each time (EMULATOR_SEED), shared memory starts as garbage. Not covered: inline PTX, textures, timing.
+// It covers __syncthreads, *_sync shuffles, integer atomics, polling of them, __threadfence, static and dynamic shared
+// memory, but not inline PTX, textures and timing. Every build finds barriers that only a part of the threads reaches,
+// barriers at different places, lanes missing from a mask, too much shared memory, and blocks that wait for blocks that
+// may not be running. A build with -fsanitize=address also finds overruns, those of shared arrays included. A build
+// with -fsanitize=thread also finds missing barriers and fences, and races between blocks: TSan sees each fiber as a
+// thread, ordered only by barriers and fenced atomics. The order of lanes and blocks is drawn for each launch
+// (EMULATOR_SEED), and shared memory starts as garbage.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -58,7 +59,8 @@ EMULATOR_PLAIN T exchange(std::uint32_t mask, T value, int from) {
   return value;
 }
 
-// Around an atomic: it publishes what its thread wrote before a fence, and takes over at the next fence.
+// Called after an atomic, which publishes what its thread wrote before a fence; the next fence acquires what others
+// published.
 EMULATOR_PLAIN inline void ordered(void* p) {
   Fiber* f = machine().current;
   if (f->fenced) EMULATOR_RELEASE(p);
@@ -72,7 +74,7 @@ EMULATOR_PLAIN inline void fence() {
   f->fenced = true;
 }
 
-// A volatile load of what another block writes atomically. The other blocks go on first, or it would be polled for ever.
+// A volatile load of what another block writes atomically. The other blocks run first, or the value would never change.
 EMULATOR_PLAIN inline unsigned poll(unsigned* p) {
   wait_polling();
   machine().current->pending = p;
@@ -92,7 +94,8 @@ EMULATOR_PLAIN inline int lane() { return machine().current->lane; }
 #define blockDim (emulator::block_dim())
 #define gridDim (emulator::grid_dim())
 
-// The line, not the address: compilers copy what follows a branch into both of its arms.
+// A barrier is known by its line, not by its address, because compilers copy what follows a branch into both of its
+// arms.
 EMULATOR_PLAIN inline void __syncthreads(int line = __builtin_LINE()) { emulator::wait_block(line); }
 EMULATOR_PLAIN inline void __syncwarp(std::uint32_t mask = ~0u) { emulator::wait_warp(mask, true); }
 template <class T>

@@ -1,4 +1,5 @@
-// The emulator's threads: a fiber for each thread of a block, its stack, and what the sanitizers are told of a switch.
+// The emulator's threads: a fiber for each thread of a block, its stack, and what the sanitizers must be told at a
+// switch.
 #pragma once
 #include <sys/mman.h>
 
@@ -32,7 +33,7 @@
 #define EMULATOR_ASAN 0
 #endif
 
-// Uninstrumented: the emulator's own state must not show up as a race.
+// Not instrumented, because the emulator's own state must not show up as a race.
 #define EMULATOR_PLAIN __attribute__((no_sanitize("thread", "address"), noinline))
 
 struct dim3 {
@@ -76,7 +77,7 @@ struct Error : std::runtime_error {
 };
 
 constexpr std::size_t stack_size = 64 << 10;
-// `polling`: it waits for what another block writes.
+// `polling`: the thread waits for what another block writes.
 enum class State { running, at_warp, at_block, polling, done };
 
 struct Block;
@@ -90,7 +91,7 @@ struct Fiber {
   State state;
   std::uint32_t mask;
   int line;                     // of the barrier it waits at
-  void *tsan, *fake, *pending;  // pending: an atomic whose order a later fence brings
+  void *tsan, *fake, *pending;  // pending: an atomic that the next fence orders
   bool fenced;
 };
 
@@ -181,7 +182,7 @@ inline void start(Fiber& f, unsigned index, dim3 block, Block& of) {
   f.state = State::running, f.fake = f.pending = nullptr, f.fenced = false;
   f.stack = of.stacks + index * stack_size;
   void** top = reinterpret_cast<void**>(f.stack + stack_size) - 2;
-  *--top = nullptr;  // where entry would return to: it never does, and the stack is aligned as after a call
+  *--top = nullptr;  // the return address of entry, which never returns; the stack is aligned as after a call
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   f.sp = top;

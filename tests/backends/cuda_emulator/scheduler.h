@@ -1,5 +1,5 @@
-// Runs the blocks of a launch: one after the other, or together where the launch is cooperative; and the places where a
-// thread waits.
+// Runs the blocks of a launch, one after the other, or in turn where the launch is cooperative; and holds what lets a
+// thread wait.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -14,7 +14,8 @@ constexpr std::size_t most_shared = 232448;
 EMULATOR_PLAIN inline void wait_block(int line) {
   Fiber* f = machine().current;
   f->line = line, f->state = State::at_block;
-  // Of two identities in turn: with one, who leaves this barrier late would take over what others did up to the next.
+  // Two identities take turns. With a single one, a thread that leaves this barrier late would acquire what others did
+  // up to the next.
   char* sync = f->block->syncs.data() + f->block->phase;
   EMULATOR_RELEASE(sync);
   to_main();
@@ -31,13 +32,13 @@ EMULATOR_PLAIN inline void wait_warp(std::uint32_t mask, bool orders) {
   if (orders) EMULATOR_ACQUIRE(sync);
 }
 
-// Lets other blocks go on.
+// Lets other blocks run.
 EMULATOR_PLAIN inline void wait_polling() {
   machine().current->state = State::polling;
   to_main();
 }
 
-// Frees the warps whose lanes named in a mask all wait with that mask.
+// Releases the warps in which all lanes of a mask wait with that mask.
 inline bool release_warps(Block& block) {
   std::vector<Fiber>& fibers = block.fibers;
   bool progress = false;
@@ -63,7 +64,7 @@ inline bool release_warps(Block& block) {
   return progress;
 }
 
-// Frees a block's barrier that all threads have reached.
+// Releases a block's barrier if all threads have reached it.
 inline bool release_barrier(Block& block, unsigned waiting, unsigned done) {
   int line = 0;
   for (const Fiber& f : block.fibers) {
@@ -80,7 +81,7 @@ inline bool release_barrier(Block& block, unsigned waiting, unsigned done) {
   return true;
 }
 
-// Runs a block until it is done (true) or has threads that wait for another block.
+// Runs a block until it is done, and returns true, or until its threads wait for another block, and returns false.
 inline bool run(Block& block) {
   Machine& m = machine();
   const auto count = [&](State state) {
@@ -129,8 +130,8 @@ inline void begin(Block& block, unsigned number, std::size_t dynamic) {
   for (unsigned i = 0; i < threads; ++i) start(block.fibers[i], i, m.block, block);
 }
 
-// TSan: stacks, fibers and shared memory live on to the end of the launch, or races between blocks would hide; and
-// stacks are never used again.
+// Under TSan, stacks, fibers and shared memory live to the end of the launch, and stacks are never reused: reuse would
+// hide races between blocks.
 inline void end([[maybe_unused]] Block& block) {
 #if EMULATOR_TSAN
   for (const Fiber& f : block.fibers) __tsan_destroy_fiber(f.tsan);
@@ -139,7 +140,7 @@ inline void end([[maybe_unused]] Block& block) {
 #endif
 }
 
-// All blocks in turn until all are done.
+// Runs all blocks in turn until all are done.
 inline void run_cooperative(std::deque<Block>& blocks) {
   Machine& m = machine();
   std::vector<Block*> left;

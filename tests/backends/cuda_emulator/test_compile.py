@@ -70,7 +70,7 @@ WIDE_LOADS = {"float": ("ld.global.v4.f32", "ld.global.v4.u32"), "double": ("ld.
 
 
 def loads_left_narrow(name: str, body: str) -> list[str]:
-    """The loads of 16 bytes that a kernel should have and has not."""
+    """The loads of 16 bytes that a kernel should have but does not."""
     wanted = WIDE_LOADS["double" if "Id" in name else "float"]
     if "normalize_kernel" in name:  # one kernel a width
         width = int(re.search(r"ELi(\d)E", name)[1])
@@ -85,7 +85,7 @@ def test_rows_are_read_in_loads_of_16_bytes(source, tmp_path):
     assert entries
     for entry in entries:
         assert not loads_left_narrow(entry.split("(")[0], entry)
-        stripped = re.sub(r"ld\.global\.v[24]", "ld.global", entry)  # as if they were not there
+        stripped = re.sub(r"ld\.global\.v[24]", "ld.global", entry)  # as if no load were wide
         assert loads_left_narrow(entry.split("(")[0], stripped) or "ELi1E" in entry.split("(")[0]
 
 

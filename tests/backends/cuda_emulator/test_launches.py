@@ -68,7 +68,7 @@ def test_logit_policies_are_refused_when_the_backend_is_chosen(policy):
 
 
 def test_the_modelled_crossover_is_where_the_choice_changes():
-    crossover = pytest.importorskip("bench.gpu.crossover", reason="the benchmarks are not beside these tests")
+    crossover = pytest.importorskip("bench.gpu.crossover", reason="the benchmarks are not installed with these tests")
     chip, at = crossover.CHIPS["H100"], {}
     for d in (64, 128, 512):
         at[d] = crossover.crossover(chip, d, 4, graph=True)

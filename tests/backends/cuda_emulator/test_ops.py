@@ -18,7 +18,7 @@ from tests.support.tolerance import assert_same_bits
 
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), pytest.mark.cuda_emulator]
 
-# What the emulator leaves out: large shapes, which take it minutes, and what other backends alone promise.
+# What is left out: large shapes, which take the emulator minutes, and what only other backends promise.
 LEFT_OUT = {
     "test_wide_shapes_are_accurate",
     "test_compiled_whole_equals_eager",
@@ -78,7 +78,7 @@ def _label(value) -> str:
 
 
 def borrowed(module, *, every: int = 1):
-    """Parametrises over a module's cases; with `every`, the others are marked slow."""
+    """Parametrises over a module's cases; all but each `every`-th are marked slow."""
     found = []
     for number, (function, case) in enumerate(cases(module)):
         label = "-".join([function.__name__[5:], *(_label(v) for k, v in case.items() if k != "backend")])
@@ -152,7 +152,7 @@ def test_addresses_that_no_wide_load_may_use():
 
         return layout
 
-    # 8 halves, 4 halves, the address or the stride off even those.
+    # Loads of 8 halves are possible, of 4 halves, or neither because of the address or of the stride.
     for by, row in ((8, 8), (4, 8), (8, 12), (5, 8), (8, 13)):
         for dtype in (FP32, FP64, MIXED, BF16, FP16):
             problem = Problem.random(19, 45, 40, "dot", False)
@@ -161,7 +161,7 @@ def test_addresses_that_no_wide_load_may_use():
 
 
 def test_two_dtypes():
-    """Also D beyond a chunk of shared memory, and addresses that a vector load of the narrower one might use."""
+    """D is also larger than a chunk of shared memory, and vector loads of the narrower dtype would be aligned."""
     from tests.support.dtypes import MIXES
     from tests.support.problems import METRICS
     from tests.support.tolerance import assert_all_accurate

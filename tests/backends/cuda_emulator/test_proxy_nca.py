@@ -40,12 +40,12 @@ def gradients(function, x, w, scale, seed):
 
 
 def by_products(x, w, scale, y, exclude_positive, reduction):
-    """Plain PyTorch as people write it, distances from a matrix product."""
+    """Plain PyTorch as users write it, with distances from a matrix product."""
     u, p = torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)
     z = -scale.reshape(-1, 1) * (2 - 2 * u @ p.T)
-    own = torch.arange(w.size(0)) == y[:, None]
-    sum_over = z.masked_fill(own, -math.inf) if exclude_positive else z
-    rows = torch.logsumexp(sum_over, 1) - torch.where(own, z, 0).sum(1)
+    positive = torch.arange(w.size(0)) == y[:, None]
+    sum_over = z.masked_fill(positive, -math.inf) if exclude_positive else z
+    rows = torch.logsumexp(sum_over, 1) - torch.where(positive, z, 0).sum(1)
     rows = torch.where(y == -100, 0, rows)
     if reduction == "none":
         return rows

@@ -26,7 +26,7 @@ CASES = {
     "magnet_backward": ("means", "given", "wide"),
 }
 DTYPES = ("f32", "f64", "bf16")
-# Each a missing or misplaced piece of one line: (file, line as it is, line with the bug, who must see it, its words).
+# Each bug changes a line: (file, line, line with the bug, the sanitizer that must find it, words of its report).
 BUGS = {
     "a tile staged one row too far": (
         "tiles.cuh", "at < rows * runs;", "at <= rows * runs;", "address", "heap-buffer-overflow"),
@@ -37,7 +37,7 @@ BUGS = {
         "lse_forward.cu", "DML_SHARED(A, row_norms, rows_per_block)", "DML_SHARED(A, row_norms, rows_per_block - 1)",
         "address", "heap-buffer-overflow"),
     "no barrier before a tile is overwritten": (
-        "lse_forward.cu", "__syncthreads();  // the tile before has been read", "", "thread", "data race"),
+        "lse_forward.cu", "__syncthreads();  // the previous tile has been read", "", "thread", "data race"),
     "no barrier before shared sums are reused": (
         "platform.cuh", "__syncthreads();  // parts of an earlier sum have been read", "", "thread", "data race"),
     "no fence between a block's results and its ticket": (
@@ -78,7 +78,7 @@ def run(executable, case: str, dtype: str):
         "TSAN_OPTIONS": "exitcode=66",
     }
     command = [executable, case, dtype]
-    # Without address randomisation: older runtimes of TSan do not know where newer kernels put things.
+    # Without address randomisation, because older runtimes of TSan fail at the addresses that newer kernels choose.
     if shutil.which("setarch"):
         command = ["setarch", os.uname().machine, "-R", *command]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
