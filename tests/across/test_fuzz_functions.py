@@ -108,6 +108,8 @@ def test_masked_hinge_sum(data, bank, metric, same, different, backend):
     normalize = normalize or name == "cosine"
     # A term's sign hangs on rounding where lengths differ much, or where two rows of zeros are equally far.
     assume(not case.extreme() or (normalize and not relative))
+    # So does that of a copy of the row's own entry, which is as far as the entry itself: the hinge is 0 but for rounding.
+    assume(not relative or different[1] != 0)
 
     def ours(leaves):
         out = F.masked_hinge_sum(y=case.y, normalize=normalize, backend=backend, **leaves, **options)
