@@ -1,1 +1,1 @@
-"""Who computes the ops: compiled C++ and CUDA, Triton, plain PyTorch, and losses composed from other ops."""
+"""The backends that compute the ops: compiled C++ and CUDA, Triton, plain PyTorch, and losses composed of ops."""

@@ -1,4 +1,4 @@
-"""From an op's arguments to those of the compiled ops: what the ``cpu`` and the ``cuda`` backend share."""
+"""The arguments of the compiled ops, made from those of an op: shared by the ``cpu`` and the ``cuda`` backend."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ REDUCTION_CODES = Choices("reduction", {"none": 0, "sum": 1, "mean": 2})
 
 
 def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> tuple[Any, ...]:
-    """Label vectors contiguous, the rest as it is."""
+    """The arguments with contiguous label vectors."""
     c, exclude = c if c is None else c.contiguous(), exclude if exclude is None else exclude.contiguous()
     return x, w, y.contiguous(), c, exclude
 
 
 def clustered(inputs: Clustered) -> tuple[Any, ...]:
-    """The tensors of magnet: ids contiguous, the rest as it is."""
+    """The tensors of magnet, with contiguous ids."""
     x, clusters, classes, centers, variance = inputs
     return x, clusters.contiguous(), classes.contiguous(), centers, variance
 
@@ -47,5 +47,5 @@ def magnet_numbers(spec: MagnetSpec) -> tuple[Any, ...]:
 
 
 def wanted(targets: Any, needs: list[bool]) -> list[Tensor | None]:
-    """The gradients as an op's backward returns them."""
+    """The gradients as an op's backward returns them: None where not needed."""
     return [t if need else None for t, need in zip(targets, needs, strict=True)]

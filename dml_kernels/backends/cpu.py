@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: the fused C++ kernels of the extension, behind the op contract."""
+"""The ``cpu`` backend: the fused C++ kernels of the extension."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
 
 def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
-    if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
+    if needs[2]:  # the kernel writes one value a row; the gradient of a scalar scale is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
     _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec))
     if needs[2]:
@@ -152,10 +152,10 @@ def _kind(spec: Spec) -> Tensor:
 
 
 def _plain(bank: Bank) -> Bank:
-    """Label vectors contiguous, the rest as it is."""
+    """The bank with contiguous label vectors."""
     return Bank(*labelled(*bank[:5]), *bank[5:])
 
 
 def _policy(spec: Spec) -> tuple:
-    """Its code, the bank rows to a column, and its last number: m or gamma."""
+    """The policy's code, the number of bank rows that make a column, and its last parameter: m or gamma."""
     return POLICY_CODES[spec.policy], spec.centres, spec.policy_params[-1] if spec.policy_params else 0.0

@@ -1,4 +1,4 @@
-"""The ``cuda`` backend: the C++/CUDA kernels of the extension, for batches bound by launches, and for fp64."""
+"""The ``cuda`` backend: the C++/CUDA kernels of the extension, for fp64 and where launches take most of the time."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = ("normalize", "normalized_distance", "masked_logsumexp", "proxy_nca", "magnet")
 OPTIONS = ("sums", "keep")
 METRICS = tuple(METRIC_CODES)
-OLDEST = (8, 0)  # compute capability of the oldest architecture that is built
-# Where the ops are, and the device they serve; the tests' emulator has the same ops for CPU tensors.
+OLDEST = (8, 0)  # compute capability of the oldest architecture that the extension is built for
+# The namespace of the ops, and their device; the tests' emulator has the same ops for CPU tensors.
 namespace, device_type = "dml_kernels_cuda", "cuda"
 
 
@@ -57,7 +57,7 @@ def describe() -> str:
 
 
 def fuses(loss: str, inputs) -> bool:
-    """Whether one launch holds the batch: Magnet's at most 512 rows and clusters, Proxy-NCA's at least one row."""
+    """Whether one launch can compute the batch: Magnet takes up to 512 rows and clusters, Proxy-NCA at least 1 row."""
     if loss == "magnet":
         return _ops().magnet_fits(inputs.x, inputs.classes.size(0), inputs.centers is not None)
     return inputs.x.size(0) > 0
@@ -99,7 +99,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
 
 def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
-    if needs[2]:  # the scale's gradient comes one value a row; a scalar's is their sum
+    if needs[2]:  # the kernel writes one value a row; the gradient of a scalar scale is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
     if bank.x.size(0) == 0:
         _zeroed(targets)
@@ -111,12 +111,12 @@ def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> lis
 
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    """In one launch."""
+    """Runs in one launch."""
     return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *proxy_numbers(spec))
 
 
 def proxy_nca_bwd(grad, lse, needs, inputs, spec) -> list[Tensor | None]:
-    """In one launch, but for the sum of a scalar scale's gradient."""
+    """Runs in one launch, apart from the sum that a scalar scale's gradient needs."""
     targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
     if needs[2]:
         targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
@@ -133,12 +133,12 @@ def _plain_proxied(inputs):
 
 
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    """In one launch."""
+    """Runs in one launch."""
     return _ops().magnet_fwd(*clustered(inputs), *magnet_numbers(spec))
 
 
 def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
-    """In one launch: distances, a barrier of all blocks, gradients."""
+    """Runs in one launch: distances, a barrier of all blocks, gradients."""
     targets = gradients_like((inputs.x, *inputs[3:]), needs, inputs.x)
     _ops().magnet_bwd(*targets, grad, different.contiguous(), *clustered(inputs), *magnet_numbers(spec))
     return wanted(targets, needs)

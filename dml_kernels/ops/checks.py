@@ -1,7 +1,7 @@
-"""One vocabulary of checks on what a caller hands over: numbers, integers, choices, flags, the layout of a tensor.
+"""Checks of arguments: numbers, integers, choices, flags, and the layout of a tensor.
 
-Each takes the argument's name and its value, and returns the value as plain Python for the caller to go on with. An
-error names the argument, what it got, and the fix.
+Each check takes the argument's name and its value, and returns the value as plain Python. An error names the argument,
+what it got, and the fix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INT64 = 1 << 63
 
 
 def shown(value: object) -> str:
-    """A value in a message: short, whatever it is (Python itself refuses to print an integer of many digits)."""
+    """A short text for any value, for messages; Python itself refuses to print an integer of very many digits."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
@@ -26,7 +26,7 @@ def shown(value: object) -> str:
 
 
 def _plain(name: str, value: Any, wanted: str) -> Any:
-    """What a () tensor, a numpy scalar or a () array holds; anything else as it is."""
+    """The value that a () tensor, a numpy scalar or a () array holds; any other value unchanged."""
     if getattr(value, "ndim", None) != 0:
         return value
     if isinstance(value, Tensor):
@@ -38,7 +38,7 @@ def _plain(name: str, value: Any, wanted: str) -> Any:
 
 
 def check_number(name: str, value: Any) -> float:
-    """A finite number: Python's, numpy's, or a () tensor that needs no gradient; no boolean."""
+    """Checks for a finite number: Python's, numpy's, or a () tensor that needs no gradient. A boolean is none."""
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         value = _plain(name, value, "a number")
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -53,14 +53,14 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_sequence(name: str, values: Any, of: str) -> tuple[Any, ...]:
-    """Anything with several values, an array too; no text, and no single number."""
+    """Checks for an iterable, such as a list or an array, that is neither a text nor a single number."""
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name} must be a sequence of {of}; got {shown(values)}")
     return tuple(values)
 
 
 def check_positive(name: str, value: Any, why: str = "") -> float:
-    """A finite number over 0. ``why``: what it is for, in the message."""
+    """Checks for a finite number above 0. ``why`` says in the message what the number is for."""
     number = check_number(name, value)
     if number <= 0:
         raise ValueError(f"{name} must be positive{why and ', ' + why}; got {number}")
@@ -68,7 +68,7 @@ def check_positive(name: str, value: Any, why: str = "") -> float:
 
 
 def check_momentum(value: Any) -> float:
-    """A share of the newest value in a running mean, in (0, 1]."""
+    """Checks the share of the newest value in a running mean, a number in (0, 1]."""
     share = check_number("momentum", value)
     if not 0 < share <= 1:
         raise ValueError(f"momentum must be in (0, 1]; got {share}")
@@ -76,7 +76,7 @@ def check_momentum(value: Any) -> float:
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
-    """An integer of 64 bits, ``least`` or more: Python's, numpy's, or a () tensor of integers; no boolean."""
+    """Checks for a 64-bit integer of at least ``least``: Python's, numpy's, or a () integer tensor; no boolean."""
     if isinstance(value, bool) or not isinstance(value, int):
         value = _plain(name, value, "an integer")
         if isinstance(value, bool) or hasattr(value, "ndim") or not hasattr(value, "__index__"):
@@ -96,7 +96,7 @@ def _wanted(least: int | None) -> str:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False, also numpy's, a () tensor's, or 0 and 1; never the truth of a text."""
+    """Checks for True or False: Python's, numpy's, a () tensor's, or 0 and 1. A text is refused."""
     if value is True or value is False:
         return value
     plain = _plain(name, value, "True or False")
@@ -106,14 +106,14 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
-    """One of the texts."""
+    """Checks that the value is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
     return value
 
 
 def check_tensor(name: str, t: Tensor) -> None:
-    """A tensor with its values in memory, one beside the other at strides: what every kernel reads."""
+    """Checks for a strided tensor whose values are in memory, which is what every kernel reads."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(t).__name__}")
     if t.layout is not torch.strided or t.is_nested:
@@ -125,6 +125,6 @@ def check_tensor(name: str, t: Tensor) -> None:
 
 
 def check_values_there(name: str, t: Tensor, like: Tensor) -> None:
-    """Not on meta beside a tensor that is not: such a tensor has no values to move."""
+    """Refuses a tensor on meta where ``like`` is on a real device: it has no values that could be moved there."""
     if t.device.type == "meta" and like.device.type != "meta":
         raise ValueError(f"{name} is on meta, which holds no values, and the embeddings on {like.device}")

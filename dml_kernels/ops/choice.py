@@ -1,7 +1,7 @@
-"""The one place that decides which backend runs an op, and can say why.
+"""The choice of the backend that runs an op, and the reasons for it.
 
-:class:`Backend` says what a backend has. The choice is made in the forward and travels as an op argument, so that the
-backward, which may run on another thread or after a ``with use_backend(...)`` has ended, uses the same one.
+:class:`Backend` lists what a backend must have. The choice is made in the forward and travels as an argument of the op,
+so that the backward uses the same backend, even on another thread or after the ``with use_backend(...)`` has ended.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ Gradients = Sequence[Tensor | None]
 class Backend(Protocol):
     """What a backend has: four facts, four questions, and two methods for each op in ``OPS``.
 
-    A forward takes the op's tensors and its numbers. A backward takes in front of them what autograd brings: the
-    incoming gradients, what the forward kept, and ``needs``, which gradients are wanted; it returns these, in order,
-    None for the others. Of an op that is not in ``OPS`` the methods may be missing. ``proxy_nca`` and ``magnet`` are
-    composed of other ops where ``fuses`` says no, and their methods may then be missing, too.
+    A forward takes the op's tensors and its numbers. A backward takes, in front of these, the incoming gradients, what
+    the forward kept, and ``needs``, one flag for each gradient; it returns the gradients in order, None where the flag
+    is False. The methods of an op that is not in ``OPS`` may be missing. ``proxy_nca`` and ``magnet`` are composed of
+    other ops where ``fuses`` returns False, and then their methods may be missing too.
     """
 
     name: str
     OPS: tuple[str, ...]
-    OPTIONS: tuple[str, ...]  # numbers with a default that it takes at other values; others are refused
+    OPTIONS: tuple[str, ...]  # the options that may differ from their defaults; any other is refused
     METRICS: tuple[str, ...]
 
     def can_run(self, op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]) -> str | None:
-        """Why it cannot run an op in OPS on this device and product dtype, or None; ``asked`` are options by name."""
+        """Why it cannot run an op in OPS on this device and product dtype, or None; ``asked`` has options by name."""
 
     def describe(self) -> str:
-        """What it is, for people."""
+        """A short description of the backend, for messages."""
 
     def fuses(self, loss: str, inputs: Any) -> bool:
-        """Whether it has the whole loss ("proxy_nca", "magnet") in one piece for these tensors."""
+        """Whether it computes the whole loss ("proxy_nca" or "magnet") in one op for these tensors."""
 
     def keeps_mean(self, bank: Bank, spec: Spec) -> bool:
-        """Whether masked_logsumexp_fwd returns ``mean``, which the backward then gets; see :func:`keeps_mean`."""
+        """Whether masked_logsumexp_fwd also returns ``mean`` for the backward; see :func:`keeps_mean`."""
 
     def normalize_fwd(self, inputs: Rows, spec: NormalizeSpec) -> Tensor: ...
     def normalize_bwd(self, grad: Tensor, inputs: Rows, spec: NormalizeSpec) -> Tensor: ...
@@ -104,17 +104,20 @@ REFERENCE = reference.name
 # In order of preference: the first that can run an op runs it.
 BACKENDS: dict[str, Any] = Choices("backend", {b.name: b for b in (cpu, cuda, triton, plain)})
 
-# N M D up to which a GPU waits for launches rather than computes: there the C++ kernels, a launch each way, come before
-# Triton's. A model, to be replaced by a measurement: counted in instructions, their step takes some 30 us at this size,
-# and Triton's ten launches as long in a graph and several times that from Python; beyond it tensor cores win.
+# Up to this N M D a GPU waits for launches longer than it computes, so the C++ kernels, with one launch in the forward
+# and one in the backward, come before Triton's. The number is from a model and waits for a measurement: by a count of
+# instructions, a step of the C++ kernels takes some 30 us at this size; Triton's ten launches take as long in a graph,
+# and several times as long from Python. Beyond this size tensor cores win.
 SMALL = 1 << 26
 
-# The name in the innermost block of this thread or asyncio task.
+# The backend named by the innermost block of this thread or asyncio task.
 _current: ContextVar[str | None] = ContextVar("dml_kernels.use_backend", default=None)
 
 
 class _Blocks(threading.local):
-    """This thread's open blocks, for torch.compile: it traces and guards these, and cannot read a context variable."""
+    """This thread's open blocks, for torch.compile, which can trace and guard these but cannot read a context
+    variable.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -124,7 +127,7 @@ _blocks = _Blocks()
 
 
 class Verdict(NamedTuple):
-    """One backend's answer to 'can you run this?'."""
+    """Whether one backend can run an op, and why or why not."""
 
     backend: str
     ok: bool
@@ -145,12 +148,15 @@ def _check_name(name: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` on the named backend.
 
-    The block holds for its own thread and asyncio task, and tasks that these start; overlapping blocks elsewhere do not
-    touch it. A thread started inside begins without it, as with any context variable: hand it
-    ``contextvars.copy_context().run``. The backward of what ran inside uses the same backend, wherever and whenever it
-    runs; what ``torch.utils.checkpoint`` runs anew runs where the backward does. A compiled function goes by its
-    thread's blocks. ``DML_BACKEND=name`` in the environment serves a whole process. A backend that cannot run an op
-    refuses with the reason; nothing falls back silently.
+    The block applies to its own thread and asyncio task, and to tasks started inside it. Blocks of other threads and
+    tasks do not affect it. As with any context variable, a thread started inside begins without it; run its target
+    through ``contextvars.copy_context().run``. The backward of a call inside the block uses the same backend, on any
+    thread and at any time; ``torch.utils.checkpoint`` recomputes on the backend that applies where the backward runs.
+    A compiled function follows the blocks of its thread. ``DML_BACKEND=name`` in the environment applies to the whole
+    process. A backend that cannot run an op refuses with the reason; there is no silent fallback.
+
+    Args:
+        name: ``cpu``, ``cuda``, ``triton``, ``torch`` or ``reference``.
 
     Raises:
         ValueError: the name is not one of ``cpu``, ``cuda``, ``triton``, ``torch``, ``reference``.
@@ -164,7 +170,7 @@ def use_backend(name: str) -> Iterator[None]:
     finally:
         if token is not None:
             _current.reset(token)
-        # The last of that name: blocks of other tasks may have been opened since.
+        # Delete the last of that name, as other tasks may have opened blocks since.
         del names[len(names) - 1 - names[::-1].index(name)]
 
 
@@ -183,16 +189,16 @@ def requested(argument: str | None = None) -> str | None:
 
 
 def keeps_mean(bank: Bank, spec: Spec) -> bool:
-    """Whether masked_logsumexp's forward works out the gradient in x as well: ``mean`` (N, D), kept for the backward.
+    """Whether masked_logsumexp's forward also computes ``mean`` (N, D) and keeps it for the backward.
 
-    mean_i is the mean, under the softmax of ``different``, of the bank entries, as unit vectors where the scores are
-    cosines: d different_i / d x_i but for the scale. A function of shapes and dtypes.
+    mean_i is the mean of the bank entries under the softmax of ``different``, of unit vectors where the scores are
+    cosines. Apart from the scale it is d different_i / d x_i. The answer depends on shapes and dtypes alone.
     """
     return BACKENDS[spec.backend].keeps_mean(bank, spec)
 
 
 def refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, asked: Mapping[str, Any]) -> str | None:
-    """Why a backend cannot run an op, or None; ``asked``: fields of its spec that are not at their defaults."""
+    """Why a backend cannot run an op, or None. ``asked`` has the fields of the spec that differ from their defaults."""
     backend = BACKENDS[name]
     if op not in backend.OPS:
         return f"{op} is not implemented here"
@@ -205,7 +211,7 @@ def refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, asked:
 
 
 def explain(op: str, device: torch.device | str, dtype: torch.dtype, **asked: Any) -> list[Verdict]:
-    """Every backend's verdict on one op, in order of preference; ``asked``: options, such as ``policy="quadratic"``."""
+    """Every backend's verdict on one op, in order of preference. ``asked`` has options, as ``policy="quadratic"``."""
     device = torch.device(device)
     verdicts = []
     for name, backend in BACKENDS.items():
@@ -215,9 +221,9 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype, **asked: An
 
 
 def order(device: torch.device, dtype: torch.dtype, size: tuple[int, int, int] | None = None) -> list[str]:
-    """The backends' names, the one to be preferred for N x M x D first."""
+    """The names of the backends, in order of preference for a size of N x M x D."""
     names = list(BACKENDS)
-    if device.type == "cpu":  # Triton's interpreter is there to prove kernels: it runs where it is asked for
+    if device.type == "cpu":  # Triton's interpreter is for testing kernels, so it comes last
         names.remove(triton.name)
         return [*names, triton.name]
     large = size is not None and size[0] * size[1] * size[2] > SMALL
@@ -238,12 +244,17 @@ def choose(
 
     Args:
         op: its name in ``OPS``.
-        device, dtype, size: of the tensors; ``dtype`` is that of the products.
+        device: where the tensors are.
+        dtype: the dtype of the products.
         argument: the backend that the caller asks for.
-        asked: options of the op that are not at their defaults, and perhaps its metric.
+        size: N, M and D.
+        asked: options of the op that differ from their defaults, and perhaps its metric.
+
+    Returns:
+        The name of the backend.
 
     Raises:
-        RuntimeError: the requested backend, or every one, refuses; the message holds the reasons.
+        RuntimeError: the requested backend refuses, or every backend does; the message holds the reasons.
     """
     wanted = requested(argument)
     if wanted == REFERENCE:
@@ -262,10 +273,10 @@ _Spec = TypeVar("_Spec", DistanceSpec, Spec, HingeSpec, ArgmaxSpec, PairSpec, Tr
 
 
 def settle(op: str, inputs: Any, spec: _Spec, argument: str | None = None) -> _Spec:
-    """The spec with its backend: chosen by the tensors, the metric, and the options that are not at their defaults.
+    """The spec with its backend, chosen by the tensors, the metric, and the options that differ from their defaults.
 
     Raises:
-        RuntimeError: as :func:`choose`.
+        RuntimeError: no backend can run it, as for :func:`choose`.
     """
     asked = {"metric": spec.metric}
     for name, default in spec._field_defaults.items():

@@ -1,7 +1,7 @@
-"""What every op accepts: names, shapes, dtypes and values, checked in one place before a backend sees anything.
+"""What every op accepts: names, shapes, dtypes and values, checked in one place before a backend sees them.
 
-Shapes, dtypes and devices are checked on every call. Values (a label out of range, a scale that is NaN) are checked
-on the CPU always; on CUDA only under ``DML_CHECK=1``, without a synchronisation.
+Shapes, dtypes and devices are checked on every call. Values (a label out of range, a scale that is NaN) are always
+checked on the CPU; on CUDA they are checked only under ``DML_CHECK=1``, without a synchronisation.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums, norms and losses are kept in fp32, and in fp64 where the products are."""
+    """The dtype of sums, norms and losses: fp64 where the products are in fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
-    """The dtype of the matrix products, which says in what sums and losses are kept, too (``accumulate_dtype``).
+    """The dtype of the matrix products, which also determines the dtype of sums and losses (``accumulate_dtype``).
 
-    fp64 where either input is fp64, whatever autocast says (which leaves fp64 alone in PyTorch, too); autocast's where
-    it is on; the inputs'; half precision beside fp32; and fp32 for fp16 beside bf16, of which neither holds the other.
-    No input is cast as a whole: a backend widens, or rounds, a tile.
+    The first rule that applies decides: fp64 where either input is fp64, also under autocast, which leaves fp64 alone
+    in PyTorch as well; autocast's dtype where autocast is on; the common dtype of both inputs; the half-precision dtype
+    where the other input is fp32; fp32 for fp16 with bf16, because neither of these can represent the other. No input
+    is cast as a whole: a backend widens or rounds one tile at a time.
     """
     a, b, device = x.dtype, w.dtype, x.device.type
     if torch.float64 in (a, b):
@@ -56,9 +57,9 @@ def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
 
 
 def split_metric(metric: str, normalize: bool, *, plain_dot: bool = False) -> tuple[str, bool]:
-    """Cosine is the dot product of unit vectors: backends know only (dot | sqeuclidean | euclidean, normalize).
+    """The (metric, normalize) that backends know: ``cosine`` becomes the ``dot`` of unit vectors.
 
-    ``plain_dot``: ``dot`` compares the vectors as they are, whatever ``normalize`` says.
+    With ``plain_dot``, ``dot`` compares the vectors as they are and ignores ``normalize``.
     """
     check_choice("metric", metric, METRICS)
     normalize = check_flag("normalize", normalize)
@@ -78,7 +79,7 @@ def check_matrix(name: str, t: Tensor) -> None:
 
 
 def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> None:
-    """Rows and bank: both (., D), on one device, of any two dtypes: ``product_dtype`` says what these make."""
+    """Checks rows and bank: both (., D) and on one device. Their dtypes may differ; see ``product_dtype``."""
     nx, nw = names
     check_matrix(nx, x)
     check_matrix(nw, w)
@@ -94,7 +95,7 @@ def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> Non
 
 
 def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, integer: bool, scalar: bool = False) -> None:
-    """A (size,) vector beside `like`; int64 when `integer`, floating otherwise; 0-dim allowed when `scalar`."""
+    """Checks a (size,) vector on the device of ``like``: int64 if ``integer``, else floating; 0-dim if ``scalar``."""
     if t is None:
         return
     check_tensor(name, t)
@@ -110,7 +111,7 @@ def check_vector(name: str, t: Tensor | None, size: int, like: Tensor, *, intege
 
 
 def check_members(x: Tensor, m: int, y: Tensor, c: Tensor | None, exclude: Tensor | None) -> None:
-    """What says which of m columns a row is compared with: y (N,), c (m,) and exclude (N,), int64."""
+    """Checks y (N,), c (m,) and exclude (N,), int64, which determine the sets of each row among m columns."""
     check_vector("y", y, x.size(0), x, integer=True)
     check_vector("c", c, m, x, integer=True)
     check_vector("exclude", exclude, x.size(0), x, integer=True)
@@ -120,9 +121,9 @@ def check_comparison(
     x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, metric: str, normalize: bool, eps: float,
     ignore_index: int, *, columns: int | None = None, plain_dot: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """What every comparison of rows with a bank takes, checked; returns the fields that all their specs have.
+    """Checks the arguments that every comparison of rows with a bank takes; returns the fields that all specs share.
 
-    ``columns`` (default: the rows of w) is the length of c. ``plain_dot`` is that of :func:`split_metric`.
+    ``columns`` (default: the rows of w) is the length of c. :func:`split_metric` explains ``plain_dot``.
     """
     check_pair(x, w)
     check_members(x, w.size(0) if columns is None else columns, y, c, exclude)
@@ -153,7 +154,7 @@ def apart(t: _Tensor, other: Tensor | None) -> _Tensor:
 
 
 def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
-    """An integer tensor as int64 on the device of ``like``; any integer dtype and CPU values are accepted."""
+    """The values as int64 on the device of ``like``; accepts any integer dtype, and values on the CPU."""
     if not isinstance(values, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor; got {type(values).__name__}. Use torch.as_tensor(numpy.asarray({name})); "
@@ -167,7 +168,7 @@ def as_int64(name: str, values: Tensor, like: Tensor) -> Tensor:
 
 
 def check_labels(labels: Tensor, embeddings: Tensor, name: str = "labels") -> Tensor:
-    """Labels as (N,) int64 on the embeddings' device; any integer dtype and CPU labels are accepted."""
+    """The labels as (N,) int64 on the embeddings' device; accepts any integer dtype, and labels on the CPU."""
     values = as_int64(name, labels, embeddings)
     if labels.shape != embeddings.shape[:1]:
         raise ValueError(
@@ -177,12 +178,12 @@ def check_labels(labels: Tensor, embeddings: Tensor, name: str = "labels") -> Te
 
 
 def values_can_be_read(t: Tensor) -> bool:
-    """Whether looking at values costs no synchronisation and does not break a graph being traced."""
+    """Whether reading values needs no synchronisation and does not break a graph that is being traced."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_line(name: str, pair: Sequence[float] | None, *, optional: bool = False) -> list[float]:
-    """A set's (factor, offset); where it may be left out None stands for (0, 0): terms that are 0."""
+    """Checks a set's (factor, offset). If ``optional``, None leaves the set out: (0, 0), whose terms are all 0."""
     wanted = "a pair (factor, offset)" + " or None" * optional
     if pair is None and optional:
         return [0.0, 0.0]
@@ -194,12 +195,14 @@ def check_line(name: str, pair: Sequence[float] | None, *, optional: bool = Fals
 
 
 def check_eps(eps: float) -> float:
-    """The floor under a norm."""
+    """Checks the floor under a norm, a positive number."""
     return check_positive("eps", eps, "it guards a division")
 
 
 def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, list[float], int]:
-    """The policy (a pool of one centre is ``linear``), its parameters, and how many columns it makes of the bank."""
+    """The policy (``linear`` for a pool of one centre), its parameters, and the number of columns that the bank has
+    under it.
+    """
     names = POLICIES[check_choice("policy", policy, POLICIES)]
     if not isinstance(params, Sequence) or len(params) != len(names):
         raise ValueError(f"policy {policy!r} takes policy_params ({', '.join(names)}); got {shown(params)}")
@@ -217,7 +220,7 @@ def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, 
 
 
 def _checked(t: Tensor) -> bool:
-    """Whether values on the device of t are looked at: always on the CPU, on CUDA under DML_CHECK=1."""
+    """Whether the values of t are checked: always on the CPU, on CUDA under DML_CHECK=1."""
     return t.is_cpu or (t.is_cuda and os.environ.get("DML_CHECK", "0") == "1")
 
 
@@ -228,7 +231,7 @@ def _refuse(message: str, values: Tensor, bad: Tensor) -> None:
 
 
 def _require_within(values: Tensor | None, low: int, high: int, also: int, message: str) -> None:
-    """Every value in [low, high) or equal to ``also``. On CUDA an asynchronous assertion."""
+    """Checks that every value is in [low, high) or equal to ``also``; on CUDA by an asynchronous assertion."""
     if values is None or values.numel() == 0:
         return
     if EXTENSION and not values.is_cuda and torch.ops.dml_kernels_cpu.all_within(values, low, high, also):
@@ -241,7 +244,7 @@ def _require_within(values: Tensor | None, low: int, high: int, also: int, messa
 
 
 def _require_numbers(values: Tensor | None, minus_infinity: bool, message: str) -> None:
-    """Every value finite, or -inf where that means something. On CUDA an asynchronous assertion."""
+    """Checks that every value is finite, or -inf if ``minus_infinity``; on CUDA by an asynchronous assertion."""
     if values is None or values.numel() == 0:
         return
     bad = ~(values < math.inf) | ((values == -math.inf) & (not minus_infinity))
@@ -252,7 +255,9 @@ def _require_numbers(values: Tensor | None, minus_infinity: bool, message: str) 
 
 
 def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
-    """Labels and indices in range, scales not NaN. Runs inside the op, so compiled graphs are checked too."""
+    """Checks that labels and indices are in range and scales are finite. It runs inside the op, so that compiled
+    graphs are checked too.
+    """
     if not _checked(bank.x):
         return
     m = bank.w.size(0) // centres
@@ -266,7 +271,7 @@ def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
 
 
 def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
-    """Listed pairs name rows that are there. Runs inside the op, like check_values."""
+    """Checks that listed pairs name existing rows. It runs inside the op, as check_values does."""
     if not _checked(rows):
         return
     _require_within(rows, 0, n, 0 if n else -1, f"anchors must be rows of the embeddings, in [0, {n})")
@@ -276,7 +281,9 @@ def check_pair_indices(rows: Tensor, cols: Tensor, n: int, m: int) -> None:
 
 
 def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, ignore_index: int) -> None:
-    """Cluster ids in range, a given variance a number from 0. Runs inside the op, like check_values."""
+    """Checks that cluster ids are in range and that a given variance is at least 0. It runs inside the op, as
+    check_values does.
+    """
     if not _checked(clusters):
         return
     k = classes.numel()
@@ -289,7 +296,7 @@ def check_clusters(clusters: Tensor, classes: Tensor, variance: Tensor | None, i
 
 
 def check_thresholds(*thresholds: Tensor | None) -> None:
-    """Thresholds are finite. Runs inside the op, like check_values."""
+    """Checks that thresholds are finite. It runs inside the op, as check_values does."""
     for t in thresholds:
         if t is not None and _checked(t):
             _require_numbers(t, False, "threshold must be finite")

@@ -1,4 +1,4 @@
-"""What runs the pieces of a composed loss: a backend's own kernels, or the ops with their derivatives."""
+"""The engines that run the pieces of a composed loss: a backend's kernels, or the ops with their derivatives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import normalize as normalize_op
 
 
 def kernels(backend: str) -> Engine:
-    """A backend's own ops; not differentiable."""
+    """The ops of a backend, called directly; not differentiable."""
     b = choice.BACKENDS[backend]
     return Engine(
         b.normalize_fwd,
@@ -20,7 +20,7 @@ def kernels(backend: str) -> Engine:
 
 
 def functions() -> Engine:
-    """The same ops, as Functions with derivatives; the specs that the loss hands over name the backend."""
+    """The same ops as autograd Functions; the backend is named in the specs that the loss passes."""
     return Engine(
         normalize_op.differentiable,
         lambda grad, rows, spec: normalize_op._Backward.apply(grad, *rows, spec),

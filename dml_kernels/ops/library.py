@@ -1,4 +1,4 @@
-"""The ops' home: one torch.library.Library, one way to register an op with its fake kernel."""
+"""The library that the ops are registered in, and the one way to register an op with its fake kernel."""
 
 from __future__ import annotations
 
@@ -35,14 +35,19 @@ def register(
 ) -> Any:  # fmt: skip
     """Define ``dml_kernels::name`` and return the callable overload.
 
-    The implementation chooses among backends itself, so it serves every device; autograd stays with the
-    ``torch.autograd.Function`` around the op, as a formula registered here would give a silent zero under jvp.
+    The implementation chooses among backends itself, so it serves every device. Derivatives are the business of the
+    ``torch.autograd.Function`` around the op: a formula registered here would silently give zero under jvp.
 
     Args:
-        inputs, spec: the NamedTuples of the op's tensors and numbers: its schema has their fields, one by one.
-        results: the number of tensors that it returns.
-        implementation, fake: called with what comes ``before``, a tuple of tensors and one of numbers.
-        before: the schema of what a derivative gets in addition, in front of the fields.
+        name: the op's name.
+        inputs, spec: the NamedTuples of the op's tensors and numbers. The schema lists their fields, one by one.
+        results: the number of tensors that the op returns.
+        implementation, fake: functions called with the arguments in ``before``, the tuple of tensors, and the tuple of
+            numbers.
+        before: the schema of the arguments that a derivative takes in front of these fields.
+
+    Returns:
+        The op's default overload.
     """
     first = before.count(",") + 1 if before else 0
     second = first + len(inputs._fields)  # type: ignore[attr-defined]
@@ -59,27 +64,27 @@ def register(
 
 
 class _Bound:
-    """What ``Signature.bind`` gives of arguments that are complete and in order."""
+    """What ``Signature.bind`` returns for arguments that are complete and in order."""
 
     def __init__(self, args: tuple[Any, ...]):
         self.args = args
         self.kwargs: dict[str, Any] = {}
 
     def apply_defaults(self) -> None:
-        """There are none."""
+        """Does nothing, because no argument has a default."""
 
 
 class _Positional(inspect.Signature):
     """The signature of a function that gets every argument by position: there is nothing to bind."""
 
     def bind(self, /, *args: Any) -> Any:
-        """The arguments as they are; the function itself refuses a wrong number of them."""
+        """Returns the arguments unchanged; the function itself refuses a wrong number of them."""
         return _Bound(args)
 
 
 def known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Works out the signature of ``forward`` once: ``apply`` binds to it on every call, which of twenty arguments
-    takes longer than a small kernel.
+    """Determines the signature of ``forward`` once. ``apply`` binds its arguments to the signature on every call, and
+    binding twenty arguments takes longer than a small kernel.
     """
     parameters = inspect.signature(function.forward).parameters.values()
     function.forward.__signature__ = _Positional(list(parameters))  # type: ignore[attr-defined]
@@ -87,14 +92,14 @@ def known_signature(function: type[torch.autograd.Function]) -> type[torch.autog
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside an op the product dtype is settled: autocast, where it is on, must not touch the products again."""
+    """A context without autocast: inside an op the product dtype is settled, and autocast must not change it again."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
 def gradients_like(tensors: Iterable[Tensor | None], needs: Iterable[bool], like: Tensor) -> tuple[Tensor, ...]:
-    """Room for the gradients that somebody wants, contiguous; an empty tensor, of its own, for each of the others."""
+    """A contiguous buffer for each gradient that is needed, and a new empty tensor for each of the others."""
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if need and t is not None else like.new_empty(0)
         for t, need in zip(tensors, needs, strict=True)
@@ -102,10 +107,10 @@ def gradients_like(tensors: Iterable[Tensor | None], needs: Iterable[bool], like
 
 
 def filled(gradients: Iterable[Tensor | None], like: Tensor, number: int) -> tuple[Tensor, ...]:
-    """An op returns tensors: an empty one, of its own, stands for each gradient that nobody wants.
+    """The gradients, with a new empty tensor in place of each None, because an op returns tensors.
 
     Raises:
-        ValueError: not so many as the op's schema says; the dispatcher would end the process.
+        ValueError: the number of gradients differs from the op's schema, where the dispatcher would end the process.
     """
     out = tuple(like.new_empty(0) if g is None else g for g in gradients)
     if len(out) != number:
@@ -114,7 +119,7 @@ def filled(gradients: Iterable[Tensor | None], like: Tensor, number: int) -> tup
 
 
 class Choices(dict[str, Any]):
-    """A table by name, where a name that is not in it is an error that lists those that are."""
+    """A table by name. Looking up a name that it does not hold raises an error that lists the names it holds."""
 
     def __init__(self, what: str, table: Mapping[str, Any]):
         super().__init__(table)

@@ -1,8 +1,9 @@
 """magnet: the whole Magnet loss as one op; losses/magnet.py has the formula.
 
-``fwd`` gives the reduced loss, each row's log-sum-exp over the clusters of other classes, and the variance before its
-floor; ``bwd`` the gradients of embeddings, centres and variance. Each runs fused where the backend has it so, else as
-the composition in backends/composed/magnet.py; so does a backward that may be differentiated again.
+``fwd`` returns the reduced loss, each row's log-sum-exp over the clusters of other classes, and the variance before its
+floor; ``bwd`` returns the gradients of embeddings, centres and variance. Both run fused where the backend has a fused
+kernel, else as the composition in backends/composed/magnet.py. A backward that may be differentiated again always runs
+as the composition.
 """
 
 from __future__ import annotations
@@ -80,6 +81,6 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(inputs: Clustered, spec: MagnetSpec) -> tuple[Tensor, Tensor]:
-    """(loss, variance before its floor) for checked arguments; see functional.magnet_loss."""
+    """(loss, variance before its floor) for checked arguments; functional.magnet_loss has the formula."""
     value, _, variance = _Forward.apply(*inputs, spec)
     return value, variance

@@ -1,6 +1,7 @@
 """normalize: x / max(|x|, eps) over the last dimension, with hand-written first and second derivatives.
 
-With r = 1 / max(|x|, eps) and x^ = x r: backward r (g - x^ (x^.g)), and r g where |x| < eps, for there r is constant.
+With r = 1 / max(|x|, eps) and x^ = x r, the backward is r (g - x^ (x^.g)), and r g where |x| < eps, because r is
+constant there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def _bwd(grad, rows: Rows, spec: NormalizeSpec) -> Tensor:
 
 def _dbl(v, grad, rows: Rows, spec: NormalizeSpec) -> tuple[Tensor, Tensor]:
     torch_backend = choice.BACKENDS["torch"]
-    # The Jacobian is symmetric: the derivative along `grad` is the backward of v.
+    # The Jacobian is symmetric, so the derivative along `grad` is the backward of v.
     return torch_backend.normalize_bwd(v, rows, spec), torch_backend.normalize_dbl(v, grad, rows, spec)
 
 
@@ -80,7 +81,7 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(rows: Rows, spec: NormalizeSpec) -> Tensor:
-    """For checked arguments, on compiled or PyTorch kernels."""
+    """normalize for checked arguments, on the backend that the spec names."""
     return _Forward.apply(*rows, spec)
 
 
@@ -89,14 +90,15 @@ def normalize(x: Tensor, eps: float = 1e-12, *, backend: str | None = None) -> T
 
     Args:
         x: (..., D), float32, float64, bfloat16 or float16.
-        eps: the norm below which a vector is divided by ``eps`` instead, with gradient g / eps.
+        eps: the floor under a norm. A vector whose norm is smaller is divided by ``eps``; its gradient is g / eps.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        Tensor like x. Norms are taken in fp32 (fp64 for fp64). Differentiable twice.
+        (..., D) in the dtype of x. Norms are computed in fp32 (fp64 for fp64). Differentiable twice.
 
     Raises:
-        TypeError: x is not a floating tensor. ValueError: x has no last dimension, or eps is not positive.
+        TypeError: x is not a floating tensor.
+        ValueError: x has no last dimension, or eps is not positive.
     """
     check_tensor("x", x)
     if x.dim() == 0 or x.size(-1) == 0:

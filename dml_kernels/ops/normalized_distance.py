@@ -1,4 +1,4 @@
-"""normalized_distance: the whole N x M matrix, for whoever wants it; gradients stream over it in chunks."""
+"""normalized_distance: the whole N x M matrix of similarities or distances; its backward goes through it in chunks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(inputs: Matrices, spec: DistanceSpec) -> Tensor:
-    """For checked arguments, on compiled or PyTorch kernels."""
+    """normalized_distance for checked arguments, on the backend that the spec names."""
     return _Forward.apply(*inputs, spec)
 
 
@@ -105,19 +105,21 @@ def normalized_distance(
     """All N x M similarities or distances, with no N x M temporary in the backward.
 
     ``cosine`` x^.w^ and ``dot`` x.w are similarities (larger is closer); ``sqeuclidean`` |u - p|^2 and ``euclidean``
-    |u - p| are distances, on unit vectors u = x^, p = w^ unless ``normalize=False``. Small distances are summed from
-    differences, so identical rows give exactly 0; the gradient at zero distance is 0.
+    |u - p| are distances, of unit vectors u = x^, p = w^ unless ``normalize=False``. Small distances are summed from
+    differences, so identical rows give exactly 0; the gradient at distance zero is 0.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        x: (N, D) rows.
+        w: (M, D) bank. Its dtype may differ from that of x.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
         normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
-        eps: guards the division by the norm.
+        eps: the floor under a norm.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        (N, M) in the product dtype: autocast's if on, else the inputs'; of two dtypes fp64 where one is, the half
-        beside fp32, fp32 for fp16 beside bf16. Differentiable twice.
+        (N, M) in the product dtype. That is fp64 where either input is fp64; else autocast's dtype where autocast is
+        on; else the dtype of the inputs. Where those differ, it is the half-precision dtype with fp32, and fp32 for
+        fp16 with bf16. Differentiable twice.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or metric; the message names the fix.
@@ -130,7 +132,7 @@ def matrix_in(
     dtype: torch.dtype, x: Tensor, w: Tensor, metric: str, *, normalize: bool, eps: float = 1e-12,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """:func:`normalized_distance` of a checked pair, multiplied and returned in ``dtype`` whatever the inputs'."""
+    """:func:`normalized_distance` of a checked pair, multiplied and returned in ``dtype``."""
     base, unit = split_metric(metric, normalize, plain_dot=True)
     inputs = Matrices(x, apart(w, x))
     spec = DistanceSpec(metric=base, normalize=unit, eps=check_eps(eps), dtype=dtype)

@@ -1,6 +1,6 @@
 """pair_scores: the scores of listed pairs, a block of pairs at a time, with a backward that adds in a fixed order.
 
-One implementation serves every device: `dml_kernels/backends/torch/listed.py`, where the formulas are.
+One implementation serves every device: `dml_kernels/backends/torch/listed.py`, which states the formulas.
 """
 
 from __future__ import annotations
@@ -80,20 +80,23 @@ def pair_scores(
     normalize: bool = False,
     eps: float = 1e-12,
 ) -> Tensor:
-    """The scores of listed pairs: s_k of row rows[k] of x and row cols[k] of w, larger is closer.
+    """The scores of listed pairs: s_k compares row rows[k] of x with row cols[k] of w; larger is closer.
 
-    Rows are gathered a block of pairs at a time, forward and backward; the backward adds a row's pairs up in the order
-    of the list, so that the same call gives the same bits. Two equal rows have distance 0 exactly, and gradient 0.
+    The forward and the backward gather the rows of one block of pairs at a time. The backward adds up the pairs of a
+    row in the order of the list, so that the same call gives the same bits. Two equal rows have exactly distance 0 and
+    gradient 0.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank; x itself for pairs within a batch.
-        rows, cols: (P,) int64, in [0, N) and [0, M); a pair may be there more than once.
+        x: (N, D) rows.
+        w: (M, D) bank; x itself for pairs within a batch.
+        rows, cols: (P,) int64, in [0, N) and [0, M). A pair may be listed more than once.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``: u.p, x.w, -|u - p|^2 or -|u - p|.
-        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
-        eps: guards the division by the norm.
+        normalize: compare unit vectors. ``cosine`` always does; ``dot`` with it is ``cosine``.
+        eps: the floor under a norm.
 
     Returns:
-        (P,) in fp32, or fp64 where either input is. Differentiable twice, then in O(P D) memory.
+        (P,) in fp32, or fp64 where either input is fp64. Differentiable twice; the second derivative takes O(P D)
+        memory.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device, metric or index; the message names the fix.

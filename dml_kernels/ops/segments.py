@@ -1,7 +1,7 @@
-"""Sums over the segments of a sorted list, and their inverse: each the other's derivative, in a fixed order.
+"""Sums over the segments of a sorted list, and the spreading of a value over each segment.
 
-``torch.index_add`` on a GPU adds in whatever order its atomics arrive; here each segment is added up from its first
-entry to its last, so that the same call gives the same bits.
+Each of the two is the derivative of the other. On a GPU, ``torch.index_add`` adds in the order in which its atomics
+arrive. Here each segment is added up from its first entry to its last, so that the same call gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .library import known_signature
 
 
 def offsets(rows: Tensor, n: int) -> Tensor:
-    """Where each of n segments starts in the sorted ``rows``, and the end: (n + 1,)."""
+    """(n + 1,): where each of n segments starts in the sorted ``rows``, and where the last one ends."""
     return torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
 
 
@@ -23,7 +23,7 @@ def _reduce(values: Tensor, bounds: Tensor, how: str) -> Tensor:
 
 
 def maximum(values: Tensor, bounds: Tensor) -> Tensor:
-    """The largest value of each segment, -inf for an empty one. Without gradient."""
+    """The largest value of each segment, -inf for an empty one; it has no gradient."""
     return _reduce(values.detach(), bounds, "max")
 
 
@@ -69,5 +69,5 @@ def total(values: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
 
 
 def spread(per_row: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
-    """Each entry's row value, (P,)."""
+    """(P,): for each entry of the list, the value of its row."""
     return _Spread.apply(per_row, rows, bounds) if torch.is_grad_enabled() else per_row.index_select(0, rows)

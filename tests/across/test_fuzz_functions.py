@@ -106,9 +106,9 @@ def test_masked_hinge_sum(data, bank, metric, same, different, backend):
     relative = bank and data.draw(st.booleans())
     options = {**labels(case, bank), **lines, "relative": relative, "metric": name}
     normalize = normalize or name == "cosine"
-    # A term's sign hangs on rounding where lengths differ much, or where two rows of zeros are equally far.
+    # The sign of a term depends on rounding where lengths differ much, or where two rows of zeros are equally far.
     assume(not case.extreme() or (normalize and not relative))
-    # So does that of a copy of the row's own entry, which is as far as the entry itself: the hinge is 0 but for rounding.
+    # So does the sign of a term whose entry is a copy of the row's positive: its hinge is 0 apart from rounding.
     assume(not relative or different[1] != 0)
 
     def ours(leaves):

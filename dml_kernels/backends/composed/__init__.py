@@ -1,1 +1,1 @@
-"""Whole losses composed from the ops: for backends without a fused version, and to differentiate twice."""
+"""Whole losses composed of the ops, for backends without a fused version and for second derivatives."""

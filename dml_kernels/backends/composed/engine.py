@@ -1,4 +1,4 @@
-"""Who runs the pieces of a composed loss: a backend's kernels, or differentiable Functions around them."""
+"""What a composed loss needs in order to run its pieces, by a backend's kernels or by differentiable Functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Engine(NamedTuple):
-    """The ops as plain calls: normalize(rows, spec), normalize_bwd(grad, rows, spec), lse(bank, spec) and
-    lse_bwd(grads, lse, needs, bank, spec). ``ops/engines.py`` makes them.
+    """Four functions: normalize(rows, spec), normalize_bwd(grad, rows, spec), lse(bank, spec) and
+    lse_bwd(grads, lse, needs, bank, spec). ``ops/engines.py`` makes the engines.
     """
 
     normalize: Callable[..., Tensor]

@@ -1,11 +1,12 @@
-"""The Magnet loss from masked_logsumexp and passes over the rows.
+"""The Magnet loss, composed of masked_logsumexp and passes over the rows.
 
-With s = 1 / (2 sigma^2), d_i = |r_i - mu_own|^2 and h_i the incoming gradient of an active row (loss over 0)::
+With s = 1 / (2 sigma^2), mu(i) the centre of row i's cluster, which has n(i) rows, d_i = |r_i - mu(i)|^2, and h_i the
+incoming gradient of an active row (one whose loss is above 0)::
 
     dL/dL-_i = h_i        dL/dd_i = h_i s + (dL/dsigma^2) / (n - 1)        dL/ds = sum_i h_i (d_i + dL-_i/ds)
-    dL/dsigma^2 = -2 s^2 dL/ds, 0 at the floor        batch means: dL/dr_i += (dL/dmu_own) / n_own
+    dL/dsigma^2 = -2 s^2 dL/ds, 0 at the floor        batch means: dL/dr_i += (dL/dmu(i)) / n(i)
 
-L- and its derivatives are masked_logsumexp's. No size depends on the data: no synchronisation on a GPU.
+masked_logsumexp gives L- and its derivatives. No size depends on the data, so a GPU need not synchronise.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from .engine import Engine
 
 
 class State(NamedTuple):
-    """What the forward and the backward both need. own: which centre is each row's; distance: |r - mu_own|^2.
+    """What the forward and the backward both need.
 
-    rows_in: rows in each centre's cluster, None for given centres. measured: the variance before its floor.
-    exact_scale: 0.5 over the variance, in fp64 as the variance is: in fp32 their squares under- or overflow. scale: the
-    same in the dtype of the rows.
+    Attributes:
+        r, y: the rows, normalised where the spec says so, and their classes.
+        counted: which rows count.
+        centers, c: the centres and their classes.
+        center: the index of the centre of each row's cluster.
+        rows_in: the number of rows in each centre's cluster; None for given centres.
+        distance: the squared distance of each row from the centre of its cluster.
+        measured: the variance before its floor.
+        exact_scale: 0.5 over the variance, in fp64 as the variance is, because their squares under- or overflow fp32.
+        scale: the same in the dtype of the rows.
     """
 
     r: Tensor
@@ -35,7 +43,7 @@ class State(NamedTuple):
     counted: Tensor
     centers: Tensor
     c: Tensor
-    own: Tensor
+    center: Tensor
     rows_in: Tensor | None
     distance: Tensor
     measured: Tensor
@@ -44,29 +52,30 @@ class State(NamedTuple):
 
     @property
     def count(self) -> Tensor:
-        """Rows that count, ()."""
+        """The number of rows that count, ()."""
         return self.counted.sum()
 
-    def from_own(self) -> Tensor:
-        """r_i - mu_own, 0 for rows that do not count."""
-        return torch.where(self.counted[:, None], self.r - self.centers[self.own], 0)
+    def from_center(self) -> Tensor:
+        """r_i - mu(i), 0 for rows that do not count."""
+        return torch.where(self.counted[:, None], self.r - self.centers[self.center], 0)
 
 
 def other_classes(r: Tensor, centers: Tensor, y: Tensor, c: Tensor, scale: Tensor) -> Bank:
-    """The comparison behind L-: logits scale * -|r - mu|^2 against the clusters ``centers`` of classes ``c``."""
+    """The comparison that gives L-: rows with the centres of classes ``c``, by logits -scale |r - mu|^2."""
     return Bank(r, centers, y, c, scale=scale)
 
 
 def _sum_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count, D) sums of the rows of each index, in a fixed order on either device."""
+    """(count, D): the sum of the rows of each index, added in a fixed order on the CPU and on a GPU."""
     out = rows.new_zeros(count, rows.size(1))
     return out.index_put((index,), rows, accumulate=True) if rows.is_cuda else out.index_add(0, index, rows)
 
 
 def _slots(clusters: Tensor, y: Tensor, counted: Tensor, classes: Tensor, ignore: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A place for each row's cluster among at most min(K, N), the class at each place, the rows at each place.
+    """A place for each row's cluster, the class at each place, and the number of rows at each place.
 
-    Ids of a large index are ranked, so that the bank is never larger than the batch.
+    There are at most min(K, N) places: the ids of a large index are ranked, so that the bank is never larger than the
+    batch.
     """
     size, n = min(classes.numel(), clusters.numel()), clusters.numel()
     place = torch.where(counted, clusters, 0)
@@ -80,7 +89,7 @@ def _slots(clusters: Tensor, y: Tensor, counted: Tensor, classes: Tensor, ignore
 
 
 def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine) -> State:
-    """Means, own distances and the variance; differentiable where the engine is."""
+    """The means, the distances from them, and the variance; differentiable if the engine is."""
     x, clusters, classes, centers, variance = inputs
     acc, ignore = accumulate_dtype(spec.dtype), spec.ignore_index
     r = engine.normalize(Rows(x.to(acc)), _unit_spec(spec)) if spec.normalize else x.to(acc)
@@ -89,17 +98,17 @@ def measure(inputs: Clustered, spec: MagnetSpec, engine: Engine) -> State:
     counted = y != ignore
     rows_in = None
     if centers is None:
-        own, c, rows_in = _slots(clusters, y, counted, classes, ignore)
-        centers = _sum_by(own, torch.where(counted[:, None], r, 0), c.numel()) / rows_in.clamp_min(1)[:, None]
+        center, c, rows_in = _slots(clusters, y, counted, classes, ignore)
+        centers = _sum_by(center, torch.where(counted[:, None], r, 0), c.numel()) / rows_in.clamp_min(1)[:, None]
     else:
-        own, c, centers = torch.where(counted, clusters, 0), classes, centers.to(acc)
-    distance = torch.where(counted[:, None], r - centers[own], 0).square().sum(1)
+        center, c, centers = torch.where(counted, clusters, 0), classes, centers.to(acc)
+    distance = torch.where(counted[:, None], r - centers[center], 0).square().sum(1)
     if variance is None:
         measured = distance.sum(dtype=torch.float64) / (counted.sum() - 1).clamp_min(1)
     else:
         measured = variance.double()
-    scale = 0.5 / torch.where(measured <= spec.min_variance, spec.min_variance, measured)  # NaN stays
-    return State(r, y, counted, centers, c, own, rows_in, distance, measured, scale, scale.to(acc))
+    scale = 0.5 / torch.where(measured <= spec.min_variance, spec.min_variance, measured)  # keeps a NaN
+    return State(r, y, counted, centers, c, center, rows_in, distance, measured, scale, scale.to(acc))
 
 
 def _unit_spec(spec: MagnetSpec) -> NormalizeSpec:
@@ -125,7 +134,7 @@ def _different(state: State, spec: MagnetSpec, engine: Engine) -> Tensor:
 
 
 def magnet_fwd(inputs: Clustered, spec: MagnetSpec, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, L- of each row, variance before its floor)."""
+    """(the loss, L- of each row, the variance before its floor)."""
     state = measure(inputs, spec, engine)
     different = _different(state, spec, engine)
     value = torch.where(state.counted, _hinge(state, different, spec).relu(), 0)
@@ -133,16 +142,16 @@ def magnet_fwd(inputs: Clustered, spec: MagnetSpec, engine: Engine) -> tuple[Ten
         value = value.sum()
     if spec.reduction == "mean":
         value = value / state.count.clamp_min(1)
-    return value, different, state.measured.to(value.dtype, copy=True)  # an op returns no input
+    return value, different, state.measured.to(value.dtype, copy=True)  # an op must not return an input
 
 
 def magnet_bwd(grad, different, needs, inputs: Clustered, spec: MagnetSpec, engine: Engine) -> list[Tensor | None]:
-    """The gradients of x, centers and variance, each where wanted."""
+    """The gradients of x, centers and variance, None where not needed."""
     return _backward(grad, different, needs, inputs, measure(inputs, spec, engine), spec, engine)
 
 
 def differentiable_bwd(grad, needs, inputs: Clustered, spec: MagnetSpec, engine: Engine) -> list[Tensor | None]:
-    """As magnet_bwd; with an engine of Functions differentiable in its turn, in grad and in all inputs."""
+    """As magnet_bwd. With an engine of Functions the result is differentiable in grad and in all inputs."""
     state = measure(inputs, spec, engine)
     return _backward(grad, _different(state, spec, engine), needs, inputs, state, spec, engine)
 
@@ -152,7 +161,7 @@ def _backward(
     engine: Engine,
 ) -> list[Tensor | None]:  # fmt: skip
     need_x, need_centers, need_variance = needs
-    if state.centers.size(0) == 0:  # no rows, and no centres but theirs
+    if state.centers.size(0) == 0:  # the batch has no rows, so it has no centres
         return [torch.zeros_like(inputs.x), None, torch.zeros_like(inputs.variance) if need_variance else None]
     g = torch.where(state.counted & ~(_hinge(state, different, spec) <= 0), grad, 0)
     if spec.reduction == "mean":
@@ -167,14 +176,14 @@ def _backward(
     per_distance = g * state.scale
     if batch_variance:
         per_distance = per_distance + (g_measured / (state.count - 1).clamp_min(1)).to(per_distance.dtype)
-    from_own = 2 * per_distance[:, None] * state.from_own()
+    from_center = 2 * per_distance[:, None] * state.from_center()
     if g_centers is not None:
-        g_centers = g_centers - _sum_by(state.own, from_own, g_centers.size(0))
+        g_centers = g_centers - _sum_by(state.center, from_center, g_centers.size(0))
     g_x = None
     if g_r is not None:
-        g_x = g_r + from_own
+        g_x = g_r + from_center
         if state.rows_in is not None and g_centers is not None:
-            means = (g_centers / state.rows_in.clamp_min(1)[:, None])[state.own]
+            means = (g_centers / state.rows_in.clamp_min(1)[:, None])[state.center]
             g_x = g_x + torch.where(state.counted[:, None], means, 0)
         if spec.normalize:
             g_x = engine.normalize_bwd(g_x, Rows(inputs.x.to(g_x.dtype)), _unit_spec(spec))

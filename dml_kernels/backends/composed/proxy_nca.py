@@ -1,7 +1,7 @@
-"""The Proxy-NCA loss from masked_logsumexp and its N-sized results.
+"""The Proxy-NCA loss, composed of masked_logsumexp and operations on its N-sized results.
 
-With u_i = L-_i - L+_i (one positive: L+ is its logit), h_i the incoming gradient of a row, its weight and the mean's
-divisor included, e the label smoothing and Z_i the sum of all M logits::
+With u_i = L-_i - L+_i (a row has one positive, so L+ is its logit), h_i the incoming gradient of a row, which includes
+its weight and the mean's divisor, e the label smoothing and Z_i the sum of all M logits::
 
     row = log(1 + exp u) + e (L+ - Z / M)     dL/dL- = h sigmoid(u)   dL/dL+ = h (e - sigmoid(u))   dL/dZ = -h e / M
     positive left out: row = u                dL/dL- = h              dL/dL+ = -h
@@ -21,19 +21,19 @@ from .engine import Engine
 
 
 def bank_of(inputs: Proxied) -> Bank:
-    """The rows against the proxies, each its own label."""
+    """The comparison of the rows with the proxies, where the label of a proxy is its index."""
     return Bank(inputs.x, inputs.w, inputs.y, scale=inputs.scale)
 
 
 def _contributes(inputs: Proxied, different: Tensor, spec: ProxySpec) -> tuple[Tensor, Tensor]:
-    """Rows that count in the mean, and rows whose loss is not 0 by definition."""
+    """Which rows count in the mean, and which have a loss that is not 0 by definition."""
     counted = inputs.y != spec.ignore_index
-    # A row without negatives contributes nothing where the positive is left out; NaN contributes.
+    # Where the positive is left out, a row without negatives contributes nothing; a NaN contributes.
     return counted, counted & (different != -math.inf) if spec.exclude_positive else counted
 
 
 def _row_factor(inputs: Proxied, counted: Tensor, like: Tensor, reduction: str) -> Tensor:
-    """Each row's weight over the divisor: of the mean the counted rows, or their total weight; 1 where that is 0."""
+    """Each row's weight over the divisor, which for the mean is the total weight of the counted rows, else 1."""
     weight = counted.to(like.dtype) if inputs.weight is None else torch.where(counted, inputs.weight.to(like.dtype), 0)
     if reduction != "mean":
         return weight
@@ -42,7 +42,7 @@ def _row_factor(inputs: Proxied, counted: Tensor, like: Tensor, reduction: str) 
 
 
 def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, L+, L-)."""
+    """(the loss, L+ of each row, L- of each row)."""
     same, different, sum_same, sum_different = engine.lse(bank_of(inputs), spec.lse)
     counted, contributes = _contributes(inputs, different, spec)
     u = (different - same).masked_fill(~contributes, 0 if spec.exclude_positive else -math.inf)
@@ -50,18 +50,18 @@ def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec, engine: Engine) -> tuple[Ten
     if spec.label_smoothing:
         mean = (sum_same + sum_different) / inputs.w.size(0)
         rows = rows + spec.label_smoothing * (same - mean).masked_fill(~counted, 0)
-    # Masked, not multiplied: what is left out may be NaN.
+    # By a mask and not by a factor of 0, because the loss of an ignored row may be NaN.
     value = torch.where(counted, rows * _row_factor(inputs, counted, rows, spec.reduction), 0)
     return value if spec.reduction == "none" else value.sum(), same, different
 
 
 def proxy_nca_bwd(grad, lse, needs, inputs: Proxied, spec: ProxySpec, engine: Engine) -> list[Tensor | None]:
-    """The gradients of x, w and scale, each where wanted."""
+    """The gradients of x, w and scale, None where not needed."""
     return _backward(grad, *lse, needs, inputs, spec, engine)
 
 
 def differentiable_bwd(grad, needs, inputs: Proxied, spec: ProxySpec, engine: Engine) -> list[Tensor | None]:
-    """As proxy_nca_bwd; with an engine of Functions differentiable in its turn, in grad and in all inputs."""
+    """As proxy_nca_bwd. With an engine of Functions the result is differentiable in grad and in all inputs."""
     same, different, *_ = engine.lse(bank_of(inputs), spec.lse)
     return _backward(grad, same, different, needs, inputs, spec, engine)
 
