@@ -66,13 +66,13 @@ def masked_argmax(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
 
 def positive_pair_sum(inputs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     x, w, y, c, exclude, u, v = inputs
-    same, _ = dense.members(y, c, exclude, spec.ignore_index)
+    same, _ = reference.sets(y, c, w.size(0), exclude, spec.ignore_index)
     s = reference.scores(x, w, spec.metric, spec.normalize, spec.eps)
     return dense.positive_pair_sum(s, same, u, v, spec)
 
 
 def triplet_sum(inputs: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
     x, w, y, c, exclude = inputs
-    same, different = dense.members(y, c, exclude, spec.ignore_index)
+    same, different = reference.sets(y, c, w.size(0), exclude, spec.ignore_index)
     s, between = (reference.scores(t, w, spec.metric, spec.normalize, spec.eps) for t in (x, w))
     return dense.triplet_sum(s, same, different, spec.margin, spec.smooth, between if spec.swap else None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ops.checks import check_integer, check_tensor, check_values_there, shown
 from ..ops.contract import check_matrix, check_pair_indices
 from ..pairs.batch import check_tuples
-from ..pairs.comparisons import IGNORED
+from ..pairs.sets import IGNORE_INDEX, sets_of
 from ..pairs.tuples import as_triplets, without_own
 from ..records import Recorded
 from .base import check_labels, family
@@ -84,7 +84,7 @@ class CrossBatchMemory(Recorded):
         self.loss, self.miner = loss, miner
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size))
-        self.register_buffer("label_memory", torch.full((memory_size,), IGNORED))
+        self.register_buffer("label_memory", torch.full((memory_size,), IGNORE_INDEX))
         # As tensors, so that a compiled step need not be compiled anew for each position.
         self.register_buffer("_queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("_has_been_filled", torch.zeros((), dtype=torch.bool), persistent=False)
@@ -128,7 +128,7 @@ class CrossBatchMemory(Recorded):
         """Empty the memory."""
         self._unshare()
         self.embedding_memory.zero_()
-        self.label_memory.fill_(IGNORED)
+        self.label_memory.fill_(IGNORE_INDEX)
         self.queue_idx, self.has_been_filled = 0, False
 
     def forward(
@@ -177,7 +177,7 @@ class CrossBatchMemory(Recorded):
         if not torch.compiler.is_compiling():
             self._shown = weakref.ref(memory)
         written = self._has_been_filled | (torch.arange(self.memory_size, device=memory.device) < self._queue_idx)
-        memory_labels = torch.where(written, self.label_memory, IGNORED)
+        memory_labels = torch.where(written, self.label_memory, IGNORE_INDEX)
         return self.loss.reduced(self.loss.batch(embeddings, labels, tuples, memory, memory_labels, exclude=places))
 
     def _checked(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -236,9 +236,8 @@ class CrossBatchMemory(Recorded):
                 raise TypeError("miner must return pairs or triplets; got None")
             check_pair_indices(found[0], found[1], embeddings.size(0), E_mem.size(0))
         else:
-            match = labels[:, None] == L_mem
-            used = (labels != IGNORED)[:, None] & (L_mem != IGNORED)
-            found = (*(match & used).nonzero(as_tuple=True), *(~match & used).nonzero(as_tuple=True))
+            same, different, _ = sets_of(labels, L_mem, None, IGNORE_INDEX, slice(0, len(L_mem)))
+            found = (*same.nonzero(as_tuple=True), *different.nonzero(as_tuple=True))
         if do_remove_self_comparisons:
             found = without_own(self.curr_batch_idx, found)
         if given is None:
@@ -276,7 +275,7 @@ class CrossBatchMemory(Recorded):
         if any(there is None or there.shape != t.shape or t.is_meta for t, there in loaded):
             return  # nothing was loaded, or an error will follow
         device = self.label_memory.device
-        written = (self.embedding_memory != 0).any(1) & (self.label_memory != IGNORED)
+        written = (self.embedding_memory != 0).any(1) & (self.label_memory != IGNORE_INDEX)
         count = torch.where(written, torch.arange(1, self.memory_size + 1, device=device), 0).max()
         position = count % self.memory_size, count == self.memory_size
         known = local_metadata.get("position")

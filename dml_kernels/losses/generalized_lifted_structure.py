@@ -22,6 +22,7 @@ from .. import distances
 from ..ops.checks import check_number
 from ..pairs.batch import Batch
 from ..pairs.comparisons import compared
+from ..pairs.sets import IGNORE_INDEX
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
@@ -67,7 +68,7 @@ def generalized_lifted_structure_reference(
     pairs = LabelledPairs.of(embeddings, labels, ref_emb, ref_labels, distance)
     d, sign = (pairs.s, -1) if distance.is_inverted else (-pairs.s, 1)
     rows = []
-    for i in (labels != -100).nonzero().flatten().tolist():
+    for i in (labels != IGNORE_INDEX).nonzero().flatten().tolist():
         row = d[i].sum() * 0
         if pairs.same[i].any():
             row = row + torch.logsumexp(sign * (d[i][pairs.same[i]] - pos_margin), 0)

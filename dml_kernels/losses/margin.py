@@ -23,6 +23,7 @@ from .. import distances, reducers
 from ..ops.checks import check_flag, check_integer, check_number
 from ..pairs.batch import Batch
 from ..pairs.comparisons import compared
+from ..pairs.sets import IGNORE_INDEX
 from ..pairs.tuples import check_per_anchor, random_triplets
 from ..reducers import TRIPLET, Terms, nonzero
 from ..reference.labelled import LabelledPairs
@@ -99,7 +100,7 @@ class MarginLoss(MetricLoss):
             return self.beta[0]
         if batch.y is None:
             raise ValueError("labels are needed: each class has its own beta")
-        y, classes = torch.where(batch.y == -100, 0, batch.y), self.beta.numel()
+        y, classes = torch.where(batch.y == IGNORE_INDEX, 0, batch.y), self.beta.numel()
         if values_can_be_read(y) and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
             raise ValueError(
                 f"labels must be in [0, {classes}), as num_classes says; got {int(y.min())} to {int(y.max())}"

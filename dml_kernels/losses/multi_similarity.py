@@ -23,6 +23,7 @@ from ..logspace import log1pexp
 from ..ops.checks import check_number
 from ..pairs.batch import Batch
 from ..pairs.comparisons import compared
+from ..pairs.sets import IGNORE_INDEX
 from ..reducers import Terms
 from ..reference.labelled import LabelledPairs, mean
 from .base import LossEntry
@@ -74,7 +75,7 @@ def multi_similarity_reference(
     rows = [
         torch.logsumexp(torch.cat((zero, -alpha * (pairs.s[i][pairs.same[i]] - at))), 0) / alpha
         + torch.logsumexp(torch.cat((zero, beta * (pairs.s[i][pairs.different[i]] - at))), 0) / beta
-        for i in (labels != -100).nonzero().flatten().tolist()
+        for i in (labels != IGNORE_INDEX).nonzero().flatten().tolist()
     ]
     return mean(torch.stack(rows) if rows else zero[:0], embeddings)
 

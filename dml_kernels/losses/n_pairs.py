@@ -22,7 +22,7 @@ from ..logspace import log1pexp
 from ..ops.contract import accumulate_dtype, check_pair_indices, values_can_be_read
 from ..ops.masked_logsumexp import masked_logsumexp
 from ..pairs.batch import Batch
-from ..pairs.comparisons import IGNORED
+from ..pairs.sets import IGNORE_INDEX
 from ..reducers import ELEMENT, Terms, nonzero
 from .base import LossEntry
 from .metric_loss import MetricLoss, as_function
@@ -88,7 +88,7 @@ def _pairs(batch: Batch, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         order = y.argsort(stable=True)
         a, p = order[:-1], order[1:]
-        two, slots = (y[a] == y[p]) & (y[a] != IGNORED), y.numel() // 2
+        two, slots = (y[a] == y[p]) & (y[a] != IGNORE_INDEX), y.numel() // 2
     label = y[a]
     first = torch.cat((torch.ones_like(label[:1], dtype=torch.bool), label[1:] != label[:-1]))
     used = two & first
@@ -103,7 +103,7 @@ def n_pairs_reference(
     from .. import reference
 
     distance = distance or distances.CosineSimilarity()
-    members = [(labels == label).nonzero().flatten() for label in labels.unique() if label != -100]
+    members = [(labels == label).nonzero().flatten() for label in labels.unique() if label != IGNORE_INDEX]
     pairs = [(rows[0], rows[1]) for rows in members if len(rows) > 1]
     if not pairs:
         return embeddings.sum() * 0

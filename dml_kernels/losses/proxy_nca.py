@@ -13,18 +13,18 @@ other scores instead of -|x^ - p^|^2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import distances, logspace
+from .. import distances
+from ..backends.composed import proxy_nca as composed
 from ..ops import choice
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
 from ..ops.contract import apart, check_eps, check_matrix, check_pair, check_vector, product_dtype, split_metric
-from ..ops.masked_logsumexp import MaskedLogSumExp, logsumexp_of
+from ..ops.masked_logsumexp import logsumexp_of
 from ..ops.normalize import normalize as unit_rows
 from ..ops.proxy_nca import differentiable
 from ..ops.signatures import Bank, Proxied, ProxySpec, Spec
@@ -151,35 +151,18 @@ def proxy_nca_loss(
             backend=chosen, sums=label_smoothing > 0,
         )  # fmt: skip
         out = logsumexp_of(Bank(embeddings, proxies, y, scale=scale), comparison)
-        rows, mass = _composed_rows(out, y != ignored, weight, exclude_positive, label_smoothing, proxies.size(0))
-        return reduce_rows(rows, mass, reduction)
+        counted = y != ignored
+        rows = composed.rows_of(out, counted, exclude_positive, label_smoothing, proxies.size(0))
+        if weight is None:
+            return reduce_rows(rows, counted, reduction)
+        mass = torch.where(counted, weight.to(rows.dtype), 0)
+        return reduce_rows(torch.where(counted, rows * mass, 0), mass, reduction)
     spec = ProxySpec(
         factor=factor, exclude_positive=exclude_positive, label_smoothing=label_smoothing, eps=eps,
         ignore_index=ignored, reduction=reduction, dtype=dtype, backend=chosen,
     )  # fmt: skip
     # The batch may be its own proxies, and Dynamo needs each argument to be a separate tensor.
     return differentiable(Proxied(embeddings, apart(proxies, embeddings), y, scale, weight), spec)
-
-
-def _composed_rows(
-    out: MaskedLogSumExp, counted: Tensor, weight: Tensor | None, exclude_positive: bool, label_smoothing: float,
-    classes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The losses (N,), and what each counts in the mean, for scores that the fused op does not take."""
-    if exclude_positive:
-        some = counted & (out.different != -math.inf)
-        rows = torch.where(some, torch.where(some, out.different, 0) - torch.where(some, out.same, 0), 0)
-    else:
-        rows = logspace.log1pexp((out.different - out.same.masked_fill(~counted, 0)).masked_fill(~counted, -math.inf))
-    if label_smoothing:
-        assert out.sum_same is not None
-        assert out.sum_different is not None
-        mean = (out.sum_same + out.sum_different) / classes
-        rows = rows + label_smoothing * (out.same - mean).masked_fill(~counted, 0)
-    if weight is None:
-        return rows, counted
-    mass = torch.where(counted, weight.to(rows.dtype), 0)
-    return torch.where(counted, rows * mass, 0), mass
 
 
 def proxy_nca_reference(

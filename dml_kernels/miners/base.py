@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import distances
-from ..pairs.batch import IGNORE_INDEX, Batch, Tile, make_batch, tiles
+from ..pairs.batch import Batch, Tile, make_batch, tiles
+from ..pairs.sets import IGNORE_INDEX
 from ..records import Recorded
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..pairs import dense
+from ..pairs.sets import sets_of
 from . import choice
 from .checks import check_choice, check_number, check_sequence
 from .contract import accumulate_dtype, apart, check_comparison, check_values, check_vector, with_labels
@@ -73,7 +74,7 @@ def again(total: Tensor, leaves: tuple[Tensor | None, ...], needs: list[bool], g
 
 
 def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> list[Tensor | None]:
-    same, _ = dense.members(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
+    same = sets_of(*pairs[2:5], spec.ignore_index, slice(0, pairs.w.size(0))).same
     acc = accumulate_dtype(spec.dtype)
     # Leaves of their own: what the caller's tensors hang from is not this derivative's.
     x, w, u = (t.view_as(t) for t in (pairs.x, pairs.w, pairs.u))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pairs import dense
+from ..pairs.sets import sets_of
 from . import choice
 from .checks import check_flag, check_number
 from .contract import apart, check_comparison, check_values, with_labels
@@ -42,7 +43,7 @@ bwd = register("triplet_sum_bwd", Points, TripletSpec, 2, _bwd, _bwd_fake, "Tens
 
 
 def _differentiable(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> list[Tensor | None]:
-    same, different = dense.members(points.y, points.c, points.exclude, spec.ignore_index)
+    same, different, _ = sets_of(*points[2:], spec.ignore_index, slice(0, points.w.size(0)))
     x, w = (t.view_as(t) for t in points[:2])
     between = scores(w, w, spec) if spec.swap else None
     total, _, _ = dense.triplet_sum(scores(x, w, spec), same, different, spec.margin, spec.smooth, between)

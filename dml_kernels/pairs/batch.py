@@ -11,10 +11,10 @@ from torch import Tensor
 from ..distances import Distance
 from ..ops.contract import accumulate_dtype, as_int64, check_labels, check_matrix, check_pair, product_dtype
 from ..ops.normalized_distance import matrix_in
+from .sets import IGNORE_INDEX, sets_of
 
 # The most scores that are held at once where they are computed tile by tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22
-IGNORE_INDEX = -100
 
 
 class Batch(NamedTuple):
@@ -112,16 +112,11 @@ def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
     assert y is not None
     assert c is not None
     step = max(1, TILE_ELEMENTS // w.size(0))
-    known, dtype = c != IGNORE_INDEX, accumulate_dtype(product_dtype(x, w))
+    dtype = accumulate_dtype(product_dtype(x, w))
     for start in range(0, x.size(0), step):
         rows = slice(start, start + step)
         # In half precision close pairs would tie, and fp16 holds no distance over 65504.
         values = matrix_in(dtype, x[rows], w, distance.metric, normalize=distance.normalize_embeddings)
-        same = y[rows, None] == c
-        different = ~same & known & (y[rows, None] != IGNORE_INDEX)
-        same &= known
-        if exclude is not None:
-            own = exclude[rows, None] == torch.arange(w.size(0), device=w.device)
-            same &= ~own
-            different &= ~own
+        own_copy = None if exclude is None else exclude[rows]
+        same, different, _ = sets_of(y[rows], c, own_copy, IGNORE_INDEX, slice(0, w.size(0)))
         yield Tile(rows, values if distance.is_inverted else values.neg_(), same, different)

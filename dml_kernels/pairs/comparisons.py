@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from ..distances import Distance
-from ..logspace import logaddexp
 from ..ops import segments
 from ..ops.contract import accumulate_dtype, product_dtype
 from ..ops.masked_hinge_sum import MaskedHingeSum, masked_hinge_sum
@@ -24,10 +22,11 @@ from ..ops.masked_logsumexp import MaskedLogSumExp, masked_logsumexp
 from ..ops.pair_scores import pair_scores
 from ..ops.positive_pair_sum import positive_pair_sum
 from ..reducers import PAIR, TRIPLET, Terms, nonzero
-from .batch import IGNORE_INDEX, Batch
+from . import dense
+from .batch import Batch
 from .class_ranges import count_pairs
+from .sets import IGNORE_INDEX
 
-IGNORED = IGNORE_INDEX
 Line = tuple[float, float]
 
 
@@ -93,7 +92,7 @@ class Compared:
         return Terms(total, number, either, TRIPLET, self.batch.y, divisor.sum())
 
     def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
-        """One term for each positive pair (a, p): see :func:`positive_term`.
+        """One term for each positive pair (a, p): see :func:`dense.term`.
 
         Args:
             u: (N,) by anchor. v: (M,) by positive, or None.
@@ -123,16 +122,16 @@ class Streamed(Compared):
         if batch.c is None:
             raise ValueError("ref_labels are needed where no indices_tuple says which pairs to compare")
         self.batch, self.distance, self.y, self.c = batch, distance, batch.y, batch.c
-        self.kept = batch.y != IGNORED
+        self.kept = batch.y != IGNORE_INDEX
         self.dtype = accumulate_dtype(product_dtype(batch.x, batch.w))
         self.call: dict[str, Any] = {
             "metric": distance.metric, "normalize": distance.normalize_embeddings, "exclude": batch.exclude,
-            "ignore_index": IGNORED,
+            "ignore_index": IGNORE_INDEX,
         }  # fmt: skip
 
     def counts(self) -> Counts:
         """By binary search in the sorted labels, so that shapes do not depend on the values."""
-        positives, negatives = count_pairs(self.y, self.c, self.batch.exclude, IGNORED)
+        positives, negatives = count_pairs(self.y, self.c, self.batch.exclude, IGNORE_INDEX)
         return Counts(positives.to(self.dtype), negatives.to(self.dtype))
 
     def _empty(self) -> Tensor:
@@ -278,24 +277,8 @@ class Listed(Compared):
         """Over the listed pairs."""
         pairs = self.same
         by_positive = None if v is None else v.index_select(0, pairs.cols)
-        values = positive_term(kind, pairs.s, pairs.spread(u), by_positive, params)
+        values = dense.term(pairs.s, pairs.spread(u), by_positive, kind, params)
         return self.pair_terms(pairs.total(values), pairs.count(), pairs.total(nonzero(values)))
-
-
-def positive_term(kind: str, s: Tensor, u: Tensor, v: Tensor | None, params: Sequence[float]) -> Tensor:
-    """What a positive pair of score s adds to a loss whose negatives are summed in u (those of its anchor) and v.
-
-    ``softplus``, (k,): softplus(u - k s). ``lifted``, (k, o): relu(logaddexp(u, v) - k s - o)^2 / 2, where -inf (no
-    negatives) in both u and v counts as a log-sum-exp of 0.
-    """
-    if kind == "softplus":
-        (k,) = params
-        return softplus(u - k * s)
-    if kind != "lifted":
-        raise ValueError(f"kind must be softplus or lifted; got {kind!r}")
-    k, o = params
-    assert v is not None
-    return torch.relu(logaddexp(u, v, empty=0.0) - k * s - o).square() / 2
 
 
 def _first_of_equal(rows: Tensor, cols: Tensor, m: int) -> Tensor:

@@ -5,6 +5,8 @@ Of a given score matrix, so that they serve the tests (scores from reference.sco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,22 +14,22 @@ from ..logspace import log1pexp, logaddexp
 from ..ops.signatures import PairSpec
 
 
-def term(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Tensor:
-    """f(s, u, v), broadcast; differentiable twice by autograd where u or v is -inf, too."""
-    if spec.kind == "softplus":
-        return log1pexp(u - spec.params[0] * s)
+def term(s: Tensor, u: Tensor, v: Tensor | None, kind: str, params: Sequence[float]) -> Tensor:
+    """What a positive pair of score s adds to a loss whose negatives are summed in u (those of its anchor) and v.
+
+    ``softplus``, (k,): log(1 + exp(u - k s)). ``lifted``, (k, o): relu(logaddexp(u, v) - k s - o)^2 / 2, where -inf (no
+    negatives) in both u and v counts as a log-sum-exp of 0. Broadcast; autograd differentiates it twice where u or v is
+    -inf, too.
+    """
+    if kind == "softplus":
+        (k,) = params
+        return log1pexp(u - k * s)
+    if kind != "lifted":
+        raise ValueError(f"kind must be softplus or lifted; got {kind!r}")
     if v is None:
-        raise ValueError(f"kind {spec.kind!r} needs v")
-    return torch.relu(logaddexp(u, v, empty=0.0) - spec.params[0] * s - spec.params[1]).square() / 2
-
-
-def members(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(N, M) bool each: the positives and the negatives of every row."""
-    used = (y != ignore_index)[:, None] & (c != ignore_index)
-    if exclude is not None:
-        used = used & (exclude[:, None] != torch.arange(c.numel(), device=c.device))
-    same = y[:, None] == c
-    return same & used, ~same & used
+        raise ValueError(f"kind {kind!r} needs v")
+    k, o = params
+    return torch.relu(logaddexp(u, v, empty=0.0) - k * s - o).square() / 2
 
 
 def positive_pair_sum(
@@ -35,7 +37,7 @@ def positive_pair_sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of :func:`term` over ``same``, how many, and how many over 0; O(number of positives) terms."""
     i, j = same.nonzero(as_tuple=True)
-    return _by_row(term(s[i, j], u[i], None if v is None else v[j], spec), i, s.size(0))
+    return _by_row(term(s[i, j], u[i], None if v is None else v[j], spec.kind, spec.params), i, s.size(0))
 
 
 def triplet_sum(

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..ops.checks import check_integer
 from ..ops.contract import values_can_be_read
-from .batch import IGNORE_INDEX, Batch
+from .batch import Batch
 from .class_ranges import ClassRanges
+from .sets import IGNORE_INDEX
 
 
 def check_per_anchor(value: int | str) -> int | str:

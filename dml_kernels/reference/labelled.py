@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import matrix
+from .sets import sets
 
 
 class LabelledPairs(NamedTuple):
@@ -26,11 +27,8 @@ class LabelledPairs(NamedTuple):
         own = ref_emb is None
         w, c = (embeddings, labels) if ref_emb is None or ref_labels is None else (ref_emb, ref_labels)
         s = matrix.scores(embeddings, w, distance.metric, distance.normalize_embeddings)
-        match = labels[:, None] == c
-        used = (labels != -100)[:, None] & (c != -100)
-        if own:
-            used = used & ~torch.eye(len(labels), dtype=torch.bool)
-        return LabelledPairs(s, match & used, ~match & used, labels)
+        same, different = sets(labels, c, len(c), torch.arange(len(labels), device=labels.device) if own else None)
+        return LabelledPairs(s, same, different, labels)
 
 
 def mean_of_positive(terms: Tensor) -> Tensor:

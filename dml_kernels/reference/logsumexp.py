@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import matrix
+from .sets import sets
 
 
 def _logsumexp(z: Tensor, members: Tensor) -> Tensor:
@@ -41,22 +42,15 @@ def masked_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
     s = pool(matrix.scores(x, w, metric, normalized, eps), policy, policy_params)
-    columns = torch.arange(s.size(1), device=w.device)
-    is_same = y[:, None] == (columns if c is None else c)
-    used = (y != ignore_index)[:, None].expand_as(is_same)
-    if c is not None:
-        used = used & (c != ignore_index)
-    if exclude is not None:
-        used = used & (exclude[:, None] != columns)
+    members = sets(y, c, s.size(1), exclude, ignore_index)
     t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
     if policy == "quadratic":
         z_same, z_different = circle_logits(s, t, same, different, *policy_params)
     else:
         z_same, z_different = (k * t * (s - o) for k, o in (same, different))
     if col_bias is not None:
-        used = used & (col_bias != -math.inf)
+        members = [each & (col_bias != -math.inf) for each in members]
         bias = torch.where(col_bias == -math.inf, 0, col_bias)
         z_same, z_different = z_same + bias, z_different + bias
-    sets = ((z_same, is_same & used), (z_different, ~is_same & used))
-    lse = [_logsumexp(z, members) for z, members in sets]
-    return *lse, *(torch.where(members, z, 0).sum(1) for z, members in sets)
+    both = list(zip((z_same, z_different), members, strict=True))
+    return *(_logsumexp(z, each) for z, each in both), *(torch.where(each, z, 0).sum(1) for z, each in both)

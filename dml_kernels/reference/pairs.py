@@ -9,18 +9,7 @@ from torch import Tensor
 
 from .. import noise
 from . import matrix
-
-
-def _sets(y: Tensor, c: Tensor | None, m: int, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(N, M) bool of both sets."""
-    columns = torch.arange(m, device=y.device)
-    match = y[:, None] == (columns if c is None else c)
-    used = (y != ignore_index)[:, None].expand_as(match)
-    if c is not None:
-        used = used & (c != ignore_index)
-    if exclude is not None:
-        used = used & (exclude[:, None] != columns)
-    return match & used, ~match & used
+from .sets import sets
 
 
 def masked_hinge_sum(
@@ -32,8 +21,8 @@ def masked_hinge_sum(
     if relative:
         s = s - s.gather(1, y.clamp(0, w.size(0) - 1)[:, None])
     sums, counts = [], []
-    sets = _sets(y, c, w.size(0), exclude, ignore_index)
-    for (k, o), t, members in zip((same, different), (t_same, t_different), sets, strict=True):
+    both = sets(y, c, w.size(0), exclude, ignore_index)
+    for (k, o), t, members in zip((same, different), (t_same, t_different), both, strict=True):
         z = k * s + o
         if t is not None:
             z = z + (t[:, None] if t.dim() else t)
@@ -65,7 +54,7 @@ def masked_argmax(
         distance = {"sqeuclidean": (-s).clamp_min(0).sqrt(), "euclidean": -s}.get(metric, of_cosine)
         key = key + distance_log_weight(distance.double(), x.size(1), *cutoffs)
     found = []
-    for wants_largest, members in zip(largest, _sets(y, c, m, exclude, ignore_index), strict=True):
+    for wants_largest, members in zip(largest, sets(y, c, m, exclude, ignore_index), strict=True):
         rank = key if seed is not None else s if wants_largest else -s
         rank = torch.where(members & usable, rank, -math.inf)
         best, at = rank.max(1)

@@ -136,7 +136,7 @@ def test_masked_argmax(case, metric, largest, backend):
 
     def dense(leaves):
         s = reference.scores(*points(leaves), name, normalize)
-        same, different = dense_pairs.members(case.y, case.c, options["exclude"], -100)
+        same, different = reference.sets(case.y, case.c, case.c.numel(), options["exclude"])
         out = {}
         for key, members, most in (("same", same, largest[0]), ("different", different, largest[1])):
             extreme = (
@@ -195,7 +195,7 @@ def test_positive_pair_sum(case, metric, kind, infinite):
 
     def dense(leaves):
         s = reference.scores(*points(leaves), name, normalize)
-        same, _ = dense_pairs.members(case.y, case.c, exclude, -100)
+        same, _ = reference.sets(case.y, case.c, case.c.numel(), exclude)
         spec = PairSpec(
             kind=kind, params=list(params), metric=name, normalize=normalize, eps=1e-12, ignore_index=-100,
             dtype=torch.float64,
@@ -222,7 +222,7 @@ def test_triplet_sum(case, metric, smooth, swap):
     def dense(leaves):
         x, w = points(leaves)
         s, between = (reference.scores(t, w, name, normalize) for t in (x, w))
-        same, different = dense_pairs.members(case.y, case.c, exclude, -100)
+        same, different = reference.sets(case.y, case.c, case.c.numel(), exclude)
         return {"total": dense_pairs.triplet_sum(s, same, different, 0.1, smooth, between if swap else None)[0]}
 
     check(case, ours, dense)

@@ -14,7 +14,6 @@ from dml_kernels import reference
 from dml_kernels.backends.torch import by_class as blocks
 from dml_kernels.ops import choice as backends
 from dml_kernels.ops import triplet_sum as ops
-from dml_kernels.pairs import dense
 from dml_kernels.profiling import run_in_child
 from tests.support.class_sums import Labelled, assert_counts_and_all_accurate, sticks, with_gradients
 from tests.support.dtypes import BF16, FP32, FP64, MIXED
@@ -38,7 +37,7 @@ def in_a_gap(p, metric, normalize, swap):
     """A margin that no triplet comes near: which terms are over 0 is then the same in every dtype."""
     w = p.x if p.w is None else p.w
     s, between = (reference.scores(t, w, metric, normalize) for t in (p.x, w))
-    same, different = dense.members(p.y, p.c, p.exclude, -100)
+    same, different = reference.sets(p.y, p.c, p.c.numel(), p.exclude)
     i, j = same.nonzero(as_tuple=True)
     violation = (torch.maximum(s[i], between[j]) if swap else s[i]) - s[i, j, None]
     v = violation[different[i]].sort().values

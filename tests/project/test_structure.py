@@ -20,7 +20,7 @@ FLOORS = (
     ("build_info", "foreign", "logspace", "noise", "optional", "profiling", "progress",
      "saved_state", "reference", "elsewhere"),
     ("ops.signatures", "ops.checks", "ops.contract", "ops.library", "ops.segments", "pairs.class_ranges",
-     "pairs.dense"),
+     "pairs.dense", "pairs.sets"),
     ("backends",),
     ("ops",),
     ("distances", "labels", "pairs", "records", "reducers", "regularizers"),

@@ -25,11 +25,28 @@ def bank_of(inputs: Proxied) -> Bank:
     return Bank(inputs.x, inputs.w, inputs.y, scale=inputs.scale)
 
 
-def _contributes(inputs: Proxied, different: Tensor, spec: ProxySpec) -> tuple[Tensor, Tensor]:
-    """Which rows count in the mean, and which have a loss that is not 0 by definition."""
-    counted = inputs.y != spec.ignore_index
+def _contributes(different: Tensor, counted: Tensor, exclude_positive: bool) -> Tensor:
+    """Which rows have a loss that is not 0 by definition."""
     # Where the positive is left out, a row without negatives contributes nothing; a NaN contributes.
-    return counted, counted & (different != -math.inf) if spec.exclude_positive else counted
+    return counted & (different != -math.inf) if exclude_positive else counted
+
+
+def rows_of(
+    lse: Sequence[Tensor | None], counted: Tensor, exclude_positive: bool, label_smoothing: float, columns: int
+) -> Tensor:
+    """The loss of each row (N,) from what masked_logsumexp returns, 0 where not counted; autograd differentiates it."""
+    same, different, sum_same, sum_different = lse
+    assert same is not None
+    assert different is not None
+    contributes = _contributes(different, counted, exclude_positive)
+    u = (different - same).masked_fill(~contributes, 0 if exclude_positive else -math.inf)
+    rows = u if exclude_positive else logspace.log1pexp(u)
+    if label_smoothing:
+        assert sum_same is not None
+        assert sum_different is not None
+        mean = (sum_same + sum_different) / columns
+        rows = rows + label_smoothing * (same - mean).masked_fill(~counted, 0)
+    return rows
 
 
 def _row_factor(inputs: Proxied, counted: Tensor, like: Tensor, reduction: str) -> Tensor:
@@ -43,16 +60,12 @@ def _row_factor(inputs: Proxied, counted: Tensor, like: Tensor, reduction: str) 
 
 def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
     """(the loss, L+ of each row, L- of each row)."""
-    same, different, sum_same, sum_different = engine.lse(bank_of(inputs), spec.lse)
-    counted, contributes = _contributes(inputs, different, spec)
-    u = (different - same).masked_fill(~contributes, 0 if spec.exclude_positive else -math.inf)
-    rows = u if spec.exclude_positive else logspace.log1pexp(u)
-    if spec.label_smoothing:
-        mean = (sum_same + sum_different) / inputs.w.size(0)
-        rows = rows + spec.label_smoothing * (same - mean).masked_fill(~counted, 0)
+    lse = engine.lse(bank_of(inputs), spec.lse)
+    counted = inputs.y != spec.ignore_index
+    rows = rows_of(lse, counted, spec.exclude_positive, spec.label_smoothing, inputs.w.size(0))
     # By a mask and not by a factor of 0, because the loss of an ignored row may be NaN.
     value = torch.where(counted, rows * _row_factor(inputs, counted, rows, spec.reduction), 0)
-    return value if spec.reduction == "none" else value.sum(), same, different
+    return value if spec.reduction == "none" else value.sum(), lse[0], lse[1]
 
 
 def proxy_nca_bwd(grad, lse, needs, inputs: Proxied, spec: ProxySpec, engine: Engine) -> list[Tensor | None]:
@@ -70,7 +83,8 @@ def _backward(
     grad: Tensor, same: Tensor, different: Tensor, needs: Sequence[bool], inputs: Proxied, spec: ProxySpec,
     engine: Engine,
 ) -> list[Tensor | None]:  # fmt: skip
-    counted, contributes = _contributes(inputs, different, spec)
+    counted = inputs.y != spec.ignore_index
+    contributes = _contributes(different, counted, spec.exclude_positive)
     h = torch.where(counted, grad * _row_factor(inputs, counted, same, spec.reduction), 0)
     if spec.exclude_positive:
         slope = contributes.to(same.dtype)

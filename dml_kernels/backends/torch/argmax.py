@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ... import noise
 from ...ops.signatures import ArgmaxSpec, Search
+from ...pairs.sets import sets_of
 from . import tiles
-from .hinge import members
 
 
 def squared_distances(s: Tensor, metric: str) -> Tensor:
@@ -53,7 +53,7 @@ def masked_argmax_fwd(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
             usable &= s > low
         if high is not None:
             usable &= s < high
-        sets = members(inputs, k, spec.ignore_index)
+        sets = sets_of(*inputs[2:5], spec.ignore_index, k)
         if spec.noise:
             key = draw_keys(s, k, spec, d)
         for i in range(2):

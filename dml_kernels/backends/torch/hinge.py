@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ...ops.contract import accumulate_dtype
+from ...pairs.sets import Sets, sets_of
 from . import tiles
 from .double import Tangents
-
-
-class Members(NamedTuple):
-    """Of one chunk, (N, chunk) bool: the row's set of its own label, that of the others, and its own label's entries
-    whether counted or excluded.
-    """
-
-    same: Tensor
-    different: Tensor
-    own: Tensor
-
-
-def members(inputs, k: slice, ignore_index: int) -> Members:
-    """``inputs`` has y, c and exclude, as ops.contract.Bank does."""
-    columns = torch.arange(k.start, k.stop, device=inputs.y.device)
-    c = columns if inputs.c is None else inputs.c[k]
-    match, row = inputs.y[:, None] == c, (inputs.y != ignore_index)[:, None]
-    used = row.expand_as(match)
-    if inputs.c is not None:
-        used = used & (c != ignore_index)
-    if inputs.exclude is not None:
-        used = used & (inputs.exclude[:, None] != columns)
-    return Members(match & used, ~match & used, match & row)
 
 
 def positive_scores(inputs, spec) -> Tensor:
@@ -63,7 +39,7 @@ def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
     counts = [rows.full.new_zeros(n, dtype=torch.int64) for _ in range(2)]
     for chunk in tiles.chunks(n, *lines.w.shape):
         s = tiles.scores(rows, tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype), spec.metric).s
-        sets = members(lines, chunk, spec.ignore_index)
+        sets = sets_of(*lines[2:5], spec.ignore_index, chunk)
         for i in range(2):
             z, active = _active(s, lines.k[i], lines.offset[i], sets[i])
             sums[i] += z.masked_fill_(~active, 0).sum(1)
@@ -71,7 +47,7 @@ def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
     return (*sums, *counts)
 
 
-def _weights(s: Tensor, sets: Members, slopes, lines) -> tuple[Tensor, list[Tensor]]:
+def _weights(s: Tensor, sets: Sets, slopes, lines) -> tuple[Tensor, list[Tensor]]:
     """The gradient on each score of a chunk, and where each set's terms are positive."""
     active = [_active(s, lines.k[i], lines.offset[i], sets[i])[1] for i in range(2)]
     ds = torch.where(active[0], slopes.same[:, None], torch.where(active[1], slopes.different[:, None], 0))
@@ -87,7 +63,7 @@ def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Ten
     for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
         b = tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype)
         scores = tiles.scores(rows, b, spec.metric)
-        ds, _ = _weights(scores.s, members(lines, chunk, spec.ignore_index), slopes, lines)
+        ds, _ = _weights(scores.s, sets_of(*lines[2:5], spec.ignore_index, chunk), slopes, lines)
         part = collect.chunk(b, scores, ds)
         if grad_w is not None:
             grad_w[chunk] = part.to(grad_w.dtype)
@@ -105,7 +81,7 @@ def masked_hinge_sum_dbl(directions, slopes, lines, counts, spec) -> tuple[list[
     d_w = torch.empty_like(lines.w, memory_format=torch.contiguous_format)
     for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
         step = tangents.chunk(lines.w[chunk], v_w[chunk] if v_w.numel() else None)
-        sets = members(lines, chunk, spec.ignore_index)
+        sets = sets_of(*lines[2:5], spec.ignore_index, chunk)
         ds, active = _weights(step.s, sets, slopes, lines)
         for i in range(2):
             along[i] += lines.k[i] * torch.where(active[i], step.ds, 0).sum(1)

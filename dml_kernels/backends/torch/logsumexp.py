@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ops.signatures import Bank, Spec
+from ...pairs.sets import sets_of
 from . import tiles
 from .policies import Pooled, circle_weight
 from .tiles import Gradients, Side
@@ -38,14 +39,8 @@ def row_scale(bank: Bank, acc: torch.dtype) -> Tensor:
 
 
 def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> Logits:
-    columns = torch.arange(k.start, k.stop, device=s.device)
-    c = columns if bank.c is None else bank.c[k]
-    same = bank.y[:, None] == c
-    used = (bank.y != spec.ignore_index)[:, None].expand_as(same)
-    if bank.c is not None:
-        used = used & (c != spec.ignore_index)
-    if bank.exclude is not None:
-        used = used & (bank.exclude[:, None] != columns)
+    same, different, _ = sets_of(bank.y, bank.c, bank.exclude, spec.ignore_index, k)
+    used = same | different
     k_same, o_same, k_diff, o_diff = spec.logit
     factor = k_same if k_same == k_diff else torch.where(same, *s.new_tensor((k_same, k_diff)))
     offset = o_same if o_same == o_diff else torch.where(same, *s.new_tensor((o_same, o_diff)))

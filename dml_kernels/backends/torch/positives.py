@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...ops.contract import accumulate_dtype
 from ...ops.signatures import Pairs, PairSpec
 from ...pairs import dense
 from ...pairs.class_ranges import ClassRanges
@@ -66,20 +67,16 @@ def positive_pair_sum_fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor,
     for block in by_class.blocks(ranges, ranges.positives > 0):
         a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
         for tile in _tiles(block, a, pairs, spec):
-            value = dense.term(tile.scores.s, tile.u, tile.v, spec).masked_fill_(~tile.mask, 0)
+            value = dense.term(tile.scores.s, tile.u, tile.v, spec.kind, spec.params).masked_fill_(~tile.mask, 0)
             total[block.rows] += value.sum(1, dtype=torch.float64)
             active[block.rows] += (value > 0).sum(1)
-    return total.to(_acc(spec)), ranges.positives, active
-
-
-def _acc(spec) -> torch.dtype:
-    return torch.float64 if spec.dtype == torch.float64 else torch.float32
+    return total.to(accumulate_dtype(spec.dtype)), ranges.positives, active
 
 
 def positive_pair_sum_bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
     """Gradients in x, w, u and v, of <grad, total>."""
     ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
-    acc, need_points = _acc(spec), needs[0] or needs[1]
+    acc, need_points = accumulate_dtype(spec.dtype), needs[0] or needs[1]
     g_x, g_w, g_u, g_v = (
         torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip((pairs.x, pairs.w, pairs.u, pairs.v), needs, strict=True)

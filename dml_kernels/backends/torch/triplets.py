@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ...logspace import log1pexp
+from ...ops.contract import accumulate_dtype
 from ...ops.signatures import Points, TripletSpec
 from ...pairs.class_ranges import ClassRanges
+from ...pairs.sets import sets_of
 from . import by_class, tiles
-from .positives import _acc
 from .tiles import Gradients, Scores, Side
 
 # Up to this many positives a walk over them is faster than a binary search.
@@ -44,8 +45,8 @@ class _Block:
 
     def __init__(self, block: by_class.Block, points: Points, spec: TripletSpec):
         self.block, self.points, self.spec = block, points, spec
-        self.y = points.y[block.rows][:, None]
-        self.exclude = None if points.exclude is None else points.exclude[block.rows][:, None]
+        self.y = points.y[block.rows]
+        self.exclude = None if points.exclude is None else points.exclude[block.rows]
         self.a = Side.of(points.x[block.rows], spec.normalize, spec.eps, spec.dtype)
         # Swapped, the positives are compared with the negatives, too.
         self.p = self._side(points.w[block.cols]) if spec.swap else None
@@ -77,10 +78,8 @@ class _Block:
         step -= step % (8 * LANE) if step > 8 * LANE else 0
         for start in range(0, m, step):
             k = slice(start, min(start + step, m))
-            b, c = self._side(self.points.w[k]), self.points.c[k]
-            masked = (self.y == c).logical_or_(c == self.spec.ignore_index)
-            if self.exclude is not None:
-                masked.logical_or_(self.exclude == torch.arange(k.start, k.stop, device=c.device))
+            b = self._side(self.points.w[k])
+            masked = ~sets_of(self.y, self.points.c, self.exclude, self.spec.ignore_index, k).different
             yield k, b, tiles.scores(self.a, b, self.spec.metric), masked
 
     def passed(self, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +132,7 @@ def triplet_sum_fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, 
     for block in by_class.blocks(ranges, _kept(ranges)):
         work = _Block(block, points, spec)
         total[block.rows], active[block.rows] = (_walked if one_by_one else _separated)(work)
-    return total.to(_acc(spec)), ranges.positives * ranges.negatives, active
+    return total.to(accumulate_dtype(spec.dtype)), ranges.positives * ranges.negatives, active
 
 
 def _separated(work: _Block) -> tuple[Tensor, Tensor]:
@@ -168,7 +167,7 @@ def _walked(work: _Block) -> tuple[Tensor, Tensor]:
 def triplet_sum_bwd(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> tuple[Tensor | None, ...]:
     """Gradients in x and w of <grad, total>."""
     ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
-    acc = _acc(spec)
+    acc = accumulate_dtype(spec.dtype)
     g_x, g_w = (
         torch.zeros_like(t, dtype=acc, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((points.x, points.w), needs, strict=True)

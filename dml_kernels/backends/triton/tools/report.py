@@ -130,7 +130,7 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
     """Every launch of forward and backward of the ops, recorded from the host code."""
     found: list[Launch] = []
     x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns * case.centres, case.d, dtype=case.w)
-    acc = torch.float64 if case.x == torch.float64 else torch.float32
+    acc = accumulate_dtype(case.x)
     n, m = torch.zeros(case.rows, dtype=acc), torch.zeros(case.columns, dtype=acc)
     y, c = torch.zeros(case.rows, dtype=torch.int64), torch.zeros(case.columns, dtype=torch.int64)
     base, normalize = ("dot", True) if case.metric == "cosine" else (case.metric, True)

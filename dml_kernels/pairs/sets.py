@@ -1,0 +1,45 @@
+"""Which pairs are same, different, ignored and excluded: the one spelling of all that compares in plain PyTorch.
+
+The references have a spelling of their own, :mod:`dml_kernels.reference.sets`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The label that is in no pair, where a call does not name another one.
+IGNORE_INDEX = -100
+
+
+class Sets(NamedTuple):
+    """Of N rows and some bank entries, (N, chunk) bool: the entries of the row's own label, those of other labels, and
+    the entries of its own label whether counted or excluded.
+    """
+
+    same: Tensor
+    different: Tensor
+    own: Tensor
+
+
+def sets_of(y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int, k: slice) -> Sets:
+    """The sets of rows labelled y (N,) among the bank entries ``k``.
+
+    Args:
+        y: (N,) labels of the rows.
+        c: (M,) labels of the bank; None: each entry's own index.
+        exclude: (N,) bank index that is in no set of the row, -1 for none; or None.
+        ignore_index: rows and bank entries of this label are in no set.
+        k: bank entries, with a start and a stop.
+    """
+    columns = torch.arange(k.start, k.stop, device=y.device)
+    labels = columns if c is None else c[k]
+    match, row = y[:, None] == labels, (y != ignore_index)[:, None]
+    used = row.expand_as(match)
+    if c is not None:
+        used = used & (labels != ignore_index)
+    if exclude is not None:
+        used = used & (exclude[:, None] != columns)
+    return Sets(match & used, ~match & used, match & row)

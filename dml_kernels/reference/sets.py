@@ -1,0 +1,20 @@
+"""Which pairs are same and different: the one spelling of the dense references, apart from that of production."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sets(
+    y: Tensor, c: Tensor | None, m: int, exclude: Tensor | None = None, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """(N, m) bool each: a row's bank entries of its own label, and of other labels. Without c labels are columns."""
+    columns = torch.arange(m, device=y.device)
+    match = y[:, None] == (columns if c is None else c)
+    used = (y != ignore_index)[:, None].expand_as(match)
+    if c is not None:
+        used = used & (c != ignore_index)
+    if exclude is not None:
+        used = used & (exclude[:, None] != columns)
+    return match & used, ~match & used
