@@ -2,8 +2,8 @@
 
 | file | what is there |
 |---|---|
-| ``logsumexp.py``, ``hinge.py``, ``argmax.py``, ``distance.py`` | the ops: what is launched, in which order |
-| ``guard.py`` | shapes and dtypes that kernels read by address, checked at the door |
+| ``logsumexp.py``, ``hinge.py``, ``argmax.py``, ``distance.py`` | the ops: which kernels they launch, in which order |
+| ``guard.py`` | checks of shapes and dtypes before a kernel reads by address |
 | ``collect.py``, ``operand.py``, ``launch.py`` | gradients from chunks of dS; matrices for kernels; launching |
 | ``configs.py``, ``precision.py`` | tiles and forms by architecture; arithmetic of fp32 products |
 | ``interpreter.py`` | corrections to Triton's interpreter |
@@ -13,11 +13,11 @@
 | ``kernels/logsumexp_owned.py`` | its backward in the owned form, and from what the forward kept |
 | ``kernels/hinge.py``, ``kernels/distance.py`` | masked_hinge_sum; normalized_distance |
 | ``kernels/argmax.py``, ``kernels/noise.py`` | masked_argmax; its draws' bits |
-| ``triton/tools/model.py`` | the cost model, by which the form of the backward is chosen |
-| ``triton/tools/autotune.py`` | timing tiles on a real GPU, for the table |
-| ``triton/tools/aot.py``, ``triton/tools/report.py`` | compiling with no GPU at hand, and the report of what came out |
+| ``triton/tools/model.py`` | the cost model that determines the form of the backward |
+| ``triton/tools/autotune.py`` | timing of tiles on a real GPU, for the table |
+| ``triton/tools/aot.py``, ``triton/tools/report.py`` | compilation without a GPU, and a report of the results |
 
-Importing this package imports Triton only where it could run: with a PyTorch built for GPUs, or interpreted.
+Importing this package imports Triton only where Triton could run: with a PyTorch built for GPUs, or in the interpreter.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ OPTIONS = ("sums", "keep", "policy", "policy_params")
 METRICS = ("dot", "sqeuclidean", "euclidean")
 POLICIES = ("linear", "quadratic", "max_pool", "softmax_pool")
 INSTALL = "pip install -r requirements/triton.txt"
-OLDEST = (8, 0)  # compute capability: bf16 tensor cores
+OLDEST = (8, 0)  # the first compute capability with bf16 tensor cores
 
 
-# Triton reads the variable when a kernel is defined: later changes do nothing.
+# Triton reads the variable when a kernel is defined, so later changes have no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _load() -> str | None:
-    """Import Triton where there is a use for it; why that cannot be, or None."""
+    """Imports Triton if it could run here; returns None, or the reason why it cannot be used."""
     spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:  # a folder of that name on the path is no installation
+    if spec is None or spec.origin is None:  # a folder with the name on the path is not an installation
         return f"Triton is not installed: {INSTALL}"
     if not (INTERPRETED or torch.version.cuda or torch.version.hip):
         return "this PyTorch is built without CUDA and ROCm"
@@ -60,15 +60,15 @@ def _load() -> str | None:
         importlib.import_module("triton")
         if INTERPRETED:
             importlib.import_module(".interpreter", __name__).mend()
-    except Exception as error:  # a broken installation, or one that this NumPy does not suit
+    except Exception as error:  # the installation is broken, or does not work with this NumPy
         return f"Triton cannot be imported ({type(error).__name__}: {error}): {INSTALL}"
     return None
 
 
-# Centres a class that a tile can hold.
+# The most centres of a class that a tile can hold.
 MOST_CENTRES = 64
 
-# Here and not at the first call: Dynamo cannot trace an import.
+# Imported here and not at the first call, because Dynamo cannot trace an import.
 MISSING = _load()
 
 
@@ -105,7 +105,7 @@ def describe() -> str:
 
 
 def status() -> str:
-    """One line for ``python -m dml_kernels info``: what runs, or why nothing does."""
+    """One line for ``python -m dml_kernels info``: how Triton runs, or why it does not."""
     if INTERPRETED:
         return MISSING or describe()
     return can_run("masked_logsumexp", torch.device("cuda"), torch.float32, {}) or describe()

@@ -1,4 +1,4 @@
-"""masked_argmax on the GPU: what to launch, in which order, in which memory. No host synchronisation anywhere."""
+"""masked_argmax on the GPU: launches the kernels and allocates their memory, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MASK = (1 << 64) - 1
 
 
 def stream_of(seed: int) -> int:
-    """The seed mixed as in ``noise.mix``, as a signed 64-bit number: once a call, so not in the kernel."""
+    """The seed mixed as in ``noise.mix``, a signed 64-bit number; mixed on the host because once a call is enough."""
     h = seed & MASK
     for by, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         h = (h ^ (h >> by)) * factor & MASK

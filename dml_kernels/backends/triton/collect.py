@@ -1,7 +1,8 @@
-"""Gradients of rows and bank from chunks of dS: the loop over chunks, the two products, what near pairs add.
+"""The gradients of rows and bank from chunks of dS: the loop over chunks, the two products, and near pairs' part.
 
-8NMD in all: the chunk's kernel recomputes the scores, and the vendor's library does the two gradient products out of
-a buffer that stays in the GPU's cache. Memory beside the gradients is bounded by BUFFER_BYTES, whatever N and M.
+Forward and backward cost 8NMD in all: the kernel of a chunk recomputes the scores, and the vendor's library computes
+the two gradient products out of a buffer that stays in the GPU's cache. For any N and M, BUFFER_BYTES bounds the memory
+in addition to the gradients.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from .kernels import near
 from .launch import ACCUMULATE, cdiv, launch
 from .operand import Operand, finish, part
 
-# The buffers of a chunk fit a GPU's cache. Wide embeddings do enough arithmetic on each dS to live with memory, and
-# many rows then take larger chunks, so that launching does not take longer than computing.
+# The buffers of a chunk fit into a GPU's cache. Wide embeddings do so much arithmetic on each dS that memory is fast
+# enough for them; then many rows take larger chunks, so that launching does not take longer than computing.
 BUFFER_BYTES = 48 << 20
 LARGE_BUFFER_BYTES = 192 << 20
 WIDE = 256
@@ -29,7 +30,7 @@ LARGEST_FP16 = 2.0**15
 
 
 class Block(NamedTuple):
-    """Rows x chunk of the bank, with the buffers one launch fills; None where nobody asks."""
+    """Some rows and a chunk of the bank, with the buffers that one launch fills; None for those not needed."""
 
     rows: slice
     cols: slice
@@ -39,8 +40,8 @@ class Block(NamedTuple):
     e: Tensor | None  # (n, m) product dtype
     near: Tensor | None  # (n, m) accumulation dtype, written in marked tiles only
     flags: Tensor | None  # (bank tiles, row tiles) int32
-    own_rows: Tensor | None  # (bank tiles, n)
-    own_cols: Tensor | None  # (row tiles, m)
+    own_rows: Tensor | None  # (bank tiles, n): the own part of the rows' gradient in distances
+    own_cols: Tensor | None  # (row tiles, m): that of the bank's
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -50,7 +51,7 @@ class Block(NamedTuple):
 
 
 def product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """a @ b in the accumulation dtype, straight out of the tensor cores where the operands are narrower."""
+    """a @ b in the accumulation dtype; for narrower operands the tensor cores write that dtype directly."""
     if a.dtype == acc:
         return a @ b
     if a.is_cuda:
@@ -59,15 +60,15 @@ def product(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
 
 
 def lift(bound: Tensor) -> Tensor:
-    """The power of two that takes the largest |E| possible near the top of fp16: 1e-6 / 4096 is 0 there unlifted."""
+    """The power of two that lifts the largest possible |E| near fp16's maximum; unlifted, 1e-6 / 4096 would be 0."""
     peak = bound.nan_to_num(nan=LARGEST_FP16, posinf=LARGEST_FP16).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.exp2(torch.floor(torch.log2(LARGEST_FP16 / peak)).clamp(-100, 100))
 
 
 def slope_bound(x: Operand, w: Operand, metric: str) -> Tensor | float:
-    """A bound on |E| / |dS|: the Euclidean slope is largest at the nearest pair that is not a near one.
+    """A bound on |E| / |dS|: the Euclidean slope is largest at the nearest pair that is not a near pair.
 
-    Two rows of zeros are at distance 0, where the slope is 0: they must not take the lift from all others.
+    Two rows of zeros are at distance 0, where the slope is 0, so they must not lower the lift of all others.
     """
     if metric != "euclidean":
         return 1.0 if metric == "dot" else 2.0
@@ -78,7 +79,7 @@ def slope_bound(x: Operand, w: Operand, metric: str) -> Tensor | float:
 
 
 class Gradients:
-    """Walks the chunks: ``fill(block)`` launches the kernel that writes a block's dS, the rest happens here."""
+    """Goes through the chunks: ``fill(block)`` launches the kernel that writes a block's dS; the rest happens here."""
 
     def __init__(
         self, x: Operand, w: Operand, metric: str, dtype: torch.dtype, needs: tuple[bool, bool],
@@ -97,7 +98,7 @@ class Gradients:
         self.own_x = x.t.new_zeros(x.t.size(0), dtype=self.acc) if distance else None
 
     def chunk_width(self, n: int) -> int:
-        """Bank entries at a time: buffers within BUFFER_BYTES, or for wide embeddings 12 N x D in fp32."""
+        """Bank entries in a chunk: its buffers take BUFFER_BYTES, or for wide embeddings 12 N x D in fp32."""
         d, item, acc = self.w.t.size(1), self.dtype.itemsize, self.acc.itemsize
         column = n * item + d * acc * self.need_w + d * item * (self.w.t.dtype != self.dtype)
         if self.metric != "dot":
@@ -117,9 +118,9 @@ class Gradients:
             yield Block(rows, cols, self.x.part(rows), w, grid, *self._buffers(n, m, grid))
 
     def _buffers(self, n: int, m: int, grid: tuple[int, int]) -> tuple[Tensor | None, ...]:
-        """e, near, flags, own_rows and own_cols of a block of this size: the same ones for every such block."""
+        """e, near, flags, own_rows and own_cols of a block of this size; blocks of the same size share them."""
         if (n, m) not in self.buffers:
-            self.buffers.clear()  # the last block may be smaller: never two sets at once
+            self.buffers.clear()  # the last block may be smaller; never hold two sets at once
             new, acc, distance = self.x.t.new_empty, {"dtype": self.acc}, self.metric != "dot"
             self.buffers[n, m] = (
                 new((n, m), dtype=self.dtype) if self.need_x or self.need_w else None,
@@ -131,7 +132,7 @@ class Gradients:
         return self.buffers[n, m]
 
     def run(self, fill: Callable[[Block], None]) -> tuple[Tensor | None, Tensor | None]:
-        """(grad_x, grad_w) in their tensors' dtypes; None where not needed."""
+        """(grad_x, grad_w) in the dtypes of x and w; None where not needed."""
         n, m = self.x.t.size(0), self.w.t.size(0)
         row_step = min(n, ROWS_AT_ONCE)
         step = self.chunk_width(row_step)
@@ -146,7 +147,7 @@ class Gradients:
         return self._finish_x(), self.grad_w
 
     def _add(self, block: Block, chunk: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Adds a block to grad_x; returns the chunk's grad_w so far, and the sum of its dS down the columns."""
+        """Adds a block to grad_x; returns the chunk's grad_w so far, and the column sums of its dS."""
         if self.grad_x is not None:
             rows = part(self.grad_x, block.rows)
             rows += product(block.e, block.w.factor(self.dtype), self.acc)

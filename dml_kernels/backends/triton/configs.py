@@ -1,7 +1,7 @@
-"""The one table of tile shapes, by architecture, kernel, product dtype and width: no search at import or first call.
+"""The table of tile shapes by architecture, kernel, product dtype and width; nothing is searched at run time.
 
 ``python -m dml_kernels.backends.triton.tools.report`` compiles every entry ahead of time and prints registers, spills,
-shared memory and instructions; the tests hold the entries to no spills in bf16 and to the chip's shared memory.
+shared memory and instructions. Tests require that no entry spills in bf16 or exceeds the chip's shared memory.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 class Config(NamedTuple):
     """A tile of block_n rows by block_m bank entries, block_d columns at a time.
 
-    ``tma``: the forward's tiles come by tensor descriptors, on sm_90 and later and where matrices allow it; with
-    ``specialize`` some warps fetch what others multiply, on sm_100 and from Triton 3.7 on. Compiled, and right in the
-    interpreter; nobody has timed either, so no entry of the table takes them yet.
+    With ``tma`` the forward loads its tiles by tensor descriptors, on sm_90 and later where the matrices allow it. With
+    ``specialize`` some warps load what others multiply, on sm_100 and from Triton 3.7 on. Both compile and give the
+    right results in the interpreter, but neither has been timed, so no entry of the table uses them yet.
     """
 
     block_n: int
@@ -32,7 +32,7 @@ class Config(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """What an architecture offers: ``target`` as Triton names it, shared memory in bytes a block may use."""
+    """An architecture: ``target`` is Triton's name for it, ``shared`` the bytes of shared memory of a block."""
 
     target: tuple[str, int | str, int]
     shared: int
@@ -49,17 +49,17 @@ CHIPS = {
 
 HALF, FP32, FP64 = "half", "fp32", "fp64"
 KINDS = {torch.bfloat16: HALF, torch.float16: HALF, torch.float32: FP32, torch.float64: FP64}
-# A width class holds every D up to it; None is any D beyond.
+# A width class holds every D up to its number; None stands for any larger D.
 WIDTHS = (64, 128, 256, None)
 
 
 def _wide(*configs: Config) -> tuple[Config, ...]:
-    """One Config for each width class; the last stands for the rest."""
+    """One Config for each width class; the last one given serves the remaining classes."""
     return configs + (configs[-1],) * (len(WIDTHS) - len(configs))
 
 
-# (kernel, dtype kind, whether the scores are distances): one Config per width class. Distances hold a second tile, of
-# the near pairs' direct sums, beside the first: their tiles are smaller.
+# (kernel, dtype kind, whether the scores are distances): one Config for each width class. Distances hold a second tile,
+# for the direct sums of near pairs, so their tiles are smaller.
 _HOPPER = {
     ("forward", HALF, False): _wide(
         Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 4)
@@ -74,7 +74,7 @@ _HOPPER = {
     **{(kernel, FP32, False): _wide(Config(64, 64, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP32, True): _wide(Config(64, 32, 32, 8, 3)) for kernel in ("forward", "gradient")},
     **{(kernel, FP64, d): _wide(Config(32, 32, 32, 4, 2)) for kernel in ("forward", "gradient") for d in (False, True)},
-    # Draws: noise of 64 bits an entry, logarithms in fp64.
+    # Draws need 64 bits of noise for each entry, and logarithms in fp64.
     **{("draw", kind, d): _wide(Config(32, 16, 32, 4, 2)) for kind in (HALF, FP32, FP64) for d in (False, True)},
     ("draw", HALF, False): _wide(Config(32, 32, 32, 4, 2)),
 }
@@ -111,8 +111,8 @@ _INTERPRETER = {
     for distance in (False, True)
 }
 
-# Kernels whose tiles, where the table has none of their own, are those of another: the same products and masks, with
-# less done to a score. "kept": the forward that keeps the rows' gradient.
+# Kernels that use the tiles of another kernel where the table has none for them. They have the same products and masks,
+# and do less with a score. "kept" is the forward that keeps the rows' gradient.
 ALIKE = {"kept": "rows", "hinge": "forward", "hinge_gradient": "gradient", "argmax": "gradient"}
 _Table = dict[tuple[str, str, bool], tuple[Config, ...]]
 
@@ -127,8 +127,8 @@ TABLE = {
     "gfx942": _completed(_CDNA3), "interpreter": _completed(_INTERPRETER),
 }  # fmt: skip
 
-# Rows, bank entries and stages of owners' tiles that keep extras, or a bank in fp32 beside products in 16 bits, without
-# a spill; all other kernels, and owners not named here, take 64 x 64 then.
+# Rows, bank entries and stages with which owning kernels do not spill although they hold extras, or a bank in fp32 with
+# products in 16 bits. All other kernels, and owning kernels not named here, then take 64 x 64.
 OWNERS_WITH_EXTRAS = {
     ("sm_80", "rows"): (32, 64, 2), ("sm_80", "bank"): (64, 32, 2), ("sm_90", "rows"): (64, 32, 3),
     ("sm_100", "rows"): (64, 32, 2), ("sm_100", "bank"): (64, 32, 2),
@@ -136,9 +136,9 @@ OWNERS_WITH_EXTRAS = {
 }  # fmt: skip
 OWNERS_OF_WIDER = {("sm_80", "rows"): (32, 64, 2), ("gfx942", "kept"): (64, 32, 2)}
 
-# Rows and columns at a time in the kernels over single matrices.
+# The tile of the kernels over single matrices.
 ROWS = Config(16, 0, 128, 8, 2)
-# The near pairs' gradients: owned rows, pairs' tile side, columns.
+# The tile of the near pairs' gradients: owned rows, the other side of the tile of pairs, columns.
 NEAR = Config(32, 32, 64, 4, 2)
 
 _forced: list[str] = []
@@ -148,7 +148,7 @@ _trials: dict[str, Config] = {}
 
 @contextlib.contextmanager
 def compile_for(arch: str) -> Iterator[None]:
-    """Take the table of another architecture, to compile for it without having one."""
+    """Uses the table of another architecture, to compile for it on a machine without one."""
     _forced.append(arch)
     try:
         yield
@@ -158,7 +158,7 @@ def compile_for(arch: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def take_form(name: str) -> Iterator[None]:
-    """Take one form of the backward, "owned" or "chunk", whatever the table says: to compile, test or time it."""
+    """Uses one form of the backward, "owned" or "chunk", in place of the table's, to compile, test or time it."""
     _forced_forms.append(name)
     try:
         yield
@@ -168,7 +168,7 @@ def take_form(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trial(kernel: str, config: Config) -> Iterator[None]:
-    """Launch one kernel with this tile whatever the table says, to try it."""
+    """Launches one kernel with this tile in place of the table's."""
     _trials[kernel] = config
     try:
         yield
@@ -203,12 +203,12 @@ def cores_of(device: torch.device) -> int:
     return _cores_of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-# Beyond this the owned form's accumulators no longer fit the registers beside the scores.
+# Beyond this width the registers do not hold both the scores and the accumulators of the owned form.
 OWNED_WIDTH = 128
 
 
 def aligned(d: int) -> bool:
-    """Whether Triton sees that rows of this width are aligned; if not, addresses take registers that owners need."""
+    """Whether Triton sees that rows of this width are aligned; else addresses take registers that owners need."""
     return d % 16 == 0
 
 
@@ -217,8 +217,8 @@ def pick(
 ) -> Config:
     """The tile of a kernel ("forward", "kept", "gradient", "rows", "bank") for products of ``dtype`` over width ``d``.
 
-    ``extras``: bank labels, exclusions or column biases, which take registers for every column of a tile, as
-    the addresses of a narrow matrix do whose rows are not aligned.
+    ``extras`` says that bank labels, exclusions or column biases are present. They take registers for every column of a
+    tile, and so do the addresses of a narrow matrix whose rows are not aligned.
     """
     if kernel in _trials:
         return _trials[kernel]
@@ -230,19 +230,19 @@ def pick(
     wider = bank.itemsize > dtype.itemsize
     owner = ALIKE.get(kernel, kernel)
     extras = extras or (d <= OWNED_WIDTH and not aligned(d))
-    # Owners cast a tile of a wider bank, and of fp16 make unit vectors.
+    # Owning kernels cast a tile of a wider bank, and turn a tile of fp16 into unit vectors.
     crowded = extras or ((wider or dtype == torch.float16) and owner in ("rows", "bank"))
     if crowded and kernel != "draw" and KINDS[dtype] == HALF and arch != "interpreter":
         few = OWNERS_WITH_EXTRAS if extras else OWNERS_OF_WIDER
         n, m, stages = few.get((arch, kernel), few.get((arch, owner), (64, 64, config.num_stages)))
         config = config._replace(block_n=n, block_m=m, num_stages=stages)
-    if wider:  # the bank is cast in the tile: each stage holds it in its own dtype
+    if wider:  # the bank is cast in the tile, so each stage holds it in the bank's dtype
         config = config._replace(num_stages=min(config.num_stages, 2))
     return config
 
 
 def for_policy(tile: Config, arch: str, pad: int) -> Config:
-    """The tile where a logit policy holds more of it: weights, or a pool's scores beside those of its centres."""
+    """A smaller tile for logit policies, which hold weights, or pooled scores in addition to those of the centres."""
     if arch == "interpreter":
         return tile
     if pad == 1:
@@ -255,19 +255,19 @@ def has_owned(arch: str, dtype: torch.dtype, d: int, metric: str) -> bool:
 
 
 def form(arch: str, dtype: torch.dtype, d: int, metric: str) -> str:
-    """ "owned" or "chunk": how the backward takes its second products.
+    """ "owned" or "chunk": how the backward computes its second products.
 
-    Where the table has tiles for the owned form it is the faster one by the cost model, for the gradient of either
-    matrix and of both; a test compares this with ``model.faster``.
+    Where the table has tiles for the owned form, that form is the faster one by the cost model, for the gradient of
+    either matrix and of both; a test compares this with ``model.faster``.
     """
     if _forced_forms and d <= OWNED_WIDTH:
         return _forced_forms[-1]
-    # The interpreter, which has tiles for everything, does what a GPU would.
+    # The interpreter has tiles for everything; it takes the form that a GPU would.
     return "owned" if has_owned("sm_90" if arch == "interpreter" else arch, dtype, d, metric) else "chunk"
 
 
 def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
-    """In how many ranges the bank is cut, so that a few rows fill the chip and many leave no half-empty last wave."""
+    """The number of ranges the bank is cut into, so that few rows fill the chip and many leave no half-empty wave."""
     slots = 2 * cores
     if n_tiles * m_tiles <= slots:
         return m_tiles
@@ -281,7 +281,7 @@ def splits(n_tiles: int, m_tiles: int, cores: int) -> int:
 
 
 def ranges(tile: Config, n: int, m: int, device: torch.device, most: int | None = None) -> tuple[int, int, int]:
-    """(row tiles, ranges of the bank, at the ``most``, bank entries in one): each program walks one range."""
+    """(row tiles, ranges of the bank, at most ``most`` of them, bank entries in a range); a program walks one range."""
     n_tiles, m_tiles = -(-n // tile.block_n), -(-m // tile.block_m)
     count = splits(n_tiles, m_tiles, cores_of(device))
     per_split = -(-m_tiles // (count if most is None else min(most, count)))

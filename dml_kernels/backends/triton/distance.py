@@ -1,4 +1,4 @@
-"""normalize and normalized_distance on the GPU: what to launch, in which order."""
+"""normalize and normalized_distance on the GPU: launches the kernels in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def normalize_fwd(rows: Rows, spec: NormalizeSpec) -> Tensor:
 
 
 def normalize_bwd(grad: Tensor, inputs: Rows, spec: NormalizeSpec) -> Tensor:
-    """r (g - u (u.g)): the projection that ends every gradient, of a gradient that has no norms folded in."""
+    """r (g - u (u.g)): the projection that ends every gradient, here of a gradient without norms folded in."""
     x = inputs.x
     with on_device(x):
         rows = Operand.of(x, "dot", True, spec.eps, x.dtype)
@@ -53,7 +53,7 @@ def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -
         tile = configs.pick("gradient", configs.arch_of(x.device), dtype, x.size(1), metric, w.dtype)
         up = None
         if dtype == torch.float16:
-            low, high = torch.aminmax(grad)  # no N x M temporary, unlike abs().amax()
+            low, high = torch.aminmax(grad)  # unlike abs().amax() this makes no N x M temporary
             up = lift(torch.maximum(-low, high).float() * slope_bound(rows, bank, metric))
 
         def fill(block: Block) -> None:

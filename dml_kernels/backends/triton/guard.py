@@ -1,6 +1,6 @@
-"""What a kernel reads by address, checked at the door: the registered ops can be called with anything.
+"""Checks of everything that a kernel reads by address, because the registered ops can be called with any arguments.
 
-The public functions have checked all of it. A launch takes some hundred times as long as this.
+The public functions have already checked all of it. A launch takes about a hundred times as long as these checks.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from ...ops.contract import FLOATS, check_members, check_pair
 
 
 def same_shape(grad: Tensor, *shape: int) -> None:
-    """A gradient is as large as what it belongs to, and floating."""
+    """Checks that a gradient is floating and has the shape of its tensor."""
     if tuple(grad.shape) != shape or grad.dtype not in FLOATS:
         raise ValueError(f"grad must be floating of shape {shape}; got {grad.dtype} {tuple(grad.shape)}")
 
 
 def vectors(size: int, values: Iterable[Tensor | None]) -> None:
-    """Floating vectors (size,), or one value for all; absent ones are None or empty."""
+    """Checks for floating vectors (size,) or single values; one that is absent is None or empty."""
     for t in values:
         if t is None or t.numel() == 0:
             continue
@@ -28,7 +28,7 @@ def vectors(size: int, values: Iterable[Tensor | None]) -> None:
 
 
 def comparison(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, centres: int = 1) -> None:
-    """Rows, bank and labels that belong together."""
+    """Checks that rows, bank and labels fit together."""
     check_pair(x, w)
     if w.size(0) % centres:
         raise ValueError(f"w must have whole classes of {centres} centres; got {w.size(0)} rows")

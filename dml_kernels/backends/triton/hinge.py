@@ -1,4 +1,4 @@
-"""masked_hinge_sum on the GPU: what to launch, in which order, in which memory. No host synchronisation anywhere."""
+"""masked_hinge_sum on the GPU: launches the kernels and allocates their memory, without a host synchronisation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Triton's interpreter (TRITON_INTERPRET=1), mended so that kernels give on CPU tensors what they give on a GPU.
+"""Corrections to Triton's interpreter (TRITON_INTERPRET=1): kernels then give on CPU tensors what they give on a GPU.
 
-As shipped (3.6 to 3.7) it keeps bfloat16 as raw 16-bit integers, so products are off by 1e12 and sums are garbage;
-float32 is truncated to bfloat16; a float argument keeps full precision whatever its annotation; and the precision of
-a product is ignored, so that TF32 looks exact. :func:`mend` corrects these, and refuses bfloat16 arithmetic outside
-products and casts: no kernel here does any, as sums are kept in fp32.
+Versions 3.6 to 3.7 keep bfloat16 as raw 16-bit integers, so that products are off by 1e12 and sums are garbage. They
+truncate float32 to bfloat16, keep the full precision of a float argument whatever its annotation says, and ignore the
+precision of a product, so that TF32 looks exact. :func:`mend` corrects these. It also refuses bfloat16 arithmetic
+outside products and casts; no kernel here has any, because sums are kept in fp32.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round to nearest even, as the hardware does; a NaN stays one."""
+    """Rounds to nearest even, as the hardware does; a NaN stays NaN."""
     bits = np.ascontiguousarray(values.astype(np.float32)).view(np.uint32)
     rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, np.uint16(0x7FC0), rounded)
 
 
 def to_tf32(values: np.ndarray) -> np.ndarray:
-    """The 10 mantissa bits that the tensor cores read of a float32, rounded to nearest."""
+    """Rounds float32 to the 10 mantissa bits that the tensor cores read."""
     bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
     half = np.uint64(1 << (_TF32_DROPPED_BITS - 1))
     kept = (bits + half) & ~np.uint64((1 << _TF32_DROPPED_BITS) - 1)
@@ -45,20 +45,20 @@ def to_tf32(values: np.ndarray) -> np.ndarray:
 
 
 def _product(a: np.ndarray, b: np.ndarray, dtype: Any, precision: Any) -> np.ndarray:
-    """A product of float32 operands in the requested precision, with an exact sum of a few terms for 3xTF32."""
+    """A product of float32 operands in the requested precision; for 3xTF32 a few products are summed exactly."""
     if a.dtype != np.float32 or precision == ir.INPUT_PRECISION.IEEE:
         return np.matmul(a, b, dtype=dtype)
     a_high, b_high = to_tf32(a), to_tf32(b)
     out = np.matmul(a_high, b_high, dtype=dtype)
     if precision == ir.INPUT_PRECISION.TF32x3:
-        with np.errstate(invalid="ignore"):  # inf - inf: the full product is not finite there either
+        with np.errstate(invalid="ignore"):  # inf - inf occurs only where the full product is not finite either
             a_low, b_low = (to_tf32(np.nan_to_num(f - h)) for f, h in ((a, a_high), (b, b_high)))
         out += np.matmul(a_low, b_high, dtype=dtype) + np.matmul(a_high, b_low, dtype=dtype)
     return out
 
 
 def _widened(handle: Any) -> Any:
-    """A bfloat16 handle as float32, others as they are."""
+    """A bfloat16 handle as float32; any other handle unchanged."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return interpreter.TensorHandle(to_float32(handle.data), tl.float32)
@@ -101,7 +101,7 @@ def _refuse_bfloat16(name: str, original: Any) -> Any:
 def _argument(original: Any) -> Any:
     @functools.wraps(original)
     def implicit_cvt(arg: Any) -> Any:
-        if isinstance(arg, float):  # every float parameter of our kernels is annotated "fp64"; a test sees to it
+        if isinstance(arg, float):  # every float parameter of our kernels is annotated "fp64", as a test checks
             return tl.tensor(interpreter.TensorHandle(np.array([arg], np.float64), tl.float64), tl.float64)
         return original(arg)
 
@@ -110,7 +110,7 @@ def _argument(original: Any) -> Any:
 
 @functools.cache
 def mend() -> None:
-    """Correct the interpreter, once a process."""
+    """Corrects the interpreter, once in a process."""
     builder = interpreter.InterpreterBuilder
     builder.create_dot = _create_dot
     builder.cast_impl = _cast(builder.cast_impl)

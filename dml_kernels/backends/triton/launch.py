@@ -1,4 +1,4 @@
-"""Kernel launches, on the tensors' device and its current stream; and a recorder, for compiling ahead of time."""
+"""Kernel launches on the device and current stream of the tensors, and a recorder for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _recorders: list[Callable[..., None]] = []
 
 @contextlib.contextmanager
 def recorded(recorder: Callable[..., None]) -> Iterator[None]:
-    """Hand every launch to ``recorder(kernel, grid, arguments, options)`` in place of running it."""
+    """Passes every launch to ``recorder(kernel, grid, arguments, options)`` instead of running it."""
     _recorders.append(recorder)
     try:
         yield
@@ -39,7 +39,7 @@ def launch(
     num_warps: int,
     num_stages: int,
 ) -> None:
-    """Run ``kernel`` over ``grid``."""
+    """Runs ``kernel`` over ``grid``."""
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if _recorders:
         _recorders[-1](kernel, grid, arguments, options)
@@ -50,7 +50,7 @@ def launch(
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device: make it the tensor's."""
+    """Makes the tensor's device the current one, because launches go to the current device."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 

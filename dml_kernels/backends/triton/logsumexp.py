@@ -1,4 +1,4 @@
-"""masked_logsumexp on the GPU: what to launch, in which order, in which memory. No host synchronisation anywhere."""
+"""masked_logsumexp on the GPU: launches the kernels and allocates their memory, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .kernels import logsumexp_owned as owned
 from .launch import ACCUMULATE, cdiv, launch, on_device
 from .operand import Operand, finish, part, tile_arguments
 
-# A fixed offset replaces the running maximum while the logit's whole span stays under this, in natural units.
+# A fixed offset replaces the running maximum where the span of all possible logits, in natural units, is below this.
 SPAN_LIMIT = 80.0
 
 
 def fixed_peak(bank: Bank, spec: Spec) -> float | None:
-    """The largest logit `different` can have, in units of log 2, where it may stand for the running maximum.
+    """The largest possible logit of `different`, in units of log 2, if it can replace the running maximum, else None.
 
-    That is where the scale is a plain number, no column has a bias, and vectors are unit vectors whose logits span
-    little; else None.
+    It can where the scale is a plain number, no column has a bias, and unit vectors are compared whose logits have a
+    small span.
     """
     if not spec.normalize or spec.policy == "quadratic" or bank.scale is not None or bank.col_bias is not None:
         return None
@@ -40,7 +40,7 @@ def fixed_peak(bank: Bank, spec: Spec) -> float | None:
 
 
 def logit_arguments(bank: Bank, spec: Spec) -> dict[str, Any]:
-    """The arguments by which a score becomes a logit, and a pair a member of a set."""
+    """The kernel arguments that turn a score into a logit and determine the set of a pair."""
     c, exclude, bias = (None if t is None else t.contiguous() for t in (bank.c, bank.exclude, bank.col_bias))
     stride = 0 if bank.scale is None or bank.scale.dim() == 0 else bank.scale.stride(0)
     return {
@@ -51,7 +51,7 @@ def logit_arguments(bank: Bank, spec: Spec) -> dict[str, Any]:
 
 
 def pad_of(spec: Spec) -> int:
-    """Bank rows that a class takes in the kernels: its centres, up to the next power of two."""
+    """The number of bank rows of a class in the kernels: its centres, rounded up to a power of two."""
     return 1 << (spec.centres - 1).bit_length()
 
 
@@ -61,7 +61,7 @@ def policy_arguments(spec: Spec) -> dict[str, Any]:
 
 
 def padded(w: Tensor, spec: Spec) -> Tensor:
-    """The bank with each class's last centre repeated up to its place in a tile: w itself for a power of two."""
+    """The bank with the last centre of each class repeated up to a power of two; w itself where there are as many."""
     beyond = pad_of(spec) - spec.centres
     if not beyond:
         return w
@@ -88,10 +88,10 @@ def operands(bank: Bank, spec: Spec) -> tuple[Operand, Operand]:
 
 
 def keeps_mean(bank: Bank, spec: Spec) -> bool:
-    """Whether the forward works out the rows' gradient too: in the owned form, of products, with labels as indices.
+    """Whether the forward also computes the rows' gradient: in the owned form, for products, with labels as indices.
 
-    A bank with labels of its own may hold many positives of a row, a second sum to accumulate; and plain sums have
-    a gradient that no softmax weighs.
+    A bank with labels may hold many positives of a row, which would be a second sum to accumulate, and the gradient of
+    plain sums is not weighted by a softmax.
     """
     if not spec.keep or bank.x.size(0) == 0 or spec.metric != "dot" or spec.policy != "linear":
         return False
@@ -101,7 +101,7 @@ def keeps_mean(bank: Bank, spec: Spec) -> bool:
 
 
 def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
-    """Whether the forward's tiles come by tensor descriptors: asked for, rows contiguous and aligned to 16 bytes."""
+    """Whether the forward loads by tensor descriptors: the tile asks for it, and rows are contiguous and 16-aligned."""
     return tile.tma and all(
         t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.size(0) < 1 << 30
         for t in (x, w)
@@ -109,7 +109,7 @@ def by_descriptors(tile: configs.Config, x: Tensor, w: Tensor) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where Triton puts the descriptors of a launch."""
+    """Memory in which Triton puts the descriptors of a launch."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -128,7 +128,7 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
         n_tiles, splits, span = configs.ranges(tile, n, m, bank.x.device, slices(x) if keep else None)
         kept = bank.x.new_empty((splits, *x.t.shape), dtype=acc) if keep else None
         parts = bank.x.new_empty((6 if spec.sums else 4, splits, n), dtype=acc)
-        # A weight against a fixed offset may be too small for fp16.
+        # A weight relative to a fixed offset may be too small for fp16.
         peak = None if keep and spec.dtype == torch.float16 else fixed_peak(bank, spec)
         logit = logit_arguments(bank, spec)
         described = by_descriptors(tile, x.t, w.t)
@@ -154,7 +154,7 @@ def weight_lift(spec: Spec) -> float:
 
 
 def _merge(parts: Tensor, y: Tensor, out: list[Tensor], spec: Spec) -> None:
-    """``merge_kernel``: the ranges' partial results -> the op's."""
+    """Runs ``merge_kernel``: the partial results of the ranges become those of the op."""
     _, splits, n = parts.shape
     arguments = {
         "part_ptr": parts, "y_ptr": y, "same_ptr": out[0], "different_ptr": out[1], "sum_same_ptr": out[2],
@@ -165,7 +165,7 @@ def _merge(parts: Tensor, y: Tensor, out: list[Tensor], spec: Spec) -> None:
 
 
 def _mean(kept: Tensor, parts: Tensor, y: Tensor, spec: Spec) -> Tensor:
-    """``merge_means_kernel``: what the ranges kept -> the mean of `different` (N, D)."""
+    """Runs ``merge_means_kernel``: the partial sums of the ranges become the mean of `different` (N, D)."""
     splits, n, d = kept.shape
     mean = kept.new_empty(n, d)
     arguments = {
@@ -178,19 +178,19 @@ def _mean(kept: Tensor, parts: Tensor, y: Tensor, spec: Spec) -> Tensor:
 
 
 def whole_rows(d: int, acc: torch.dtype) -> dict[str, Any]:
-    """The arguments by which a kernel over rows takes all of D in one block."""
+    """The arguments with which a kernel over rows takes all of D in one block."""
     block_d = max(16, 1 << (d - 1).bit_length())
     return {"D": d, "BLOCK_N": configs.ROWS.block_n, "BLOCK_D": block_d, "ACC": ACCUMULATE[acc]}
 
 
 def slices(operand: Operand, least: int = 16) -> int:
-    """How many partial gradients of a matrix may be held: 16 of the rows', or what one bounded buffer takes."""
+    """The most partial gradients of a matrix that may be held: 16, or as many as fit into one bounded buffer."""
     rows, d = operand.t.shape
     return max(least, BUFFER_BYTES // (rows * d * 4))
 
 
 class Backward:
-    """One backward call: the vectors every chunk shares, and what the chunks add up to."""
+    """One backward call: the vectors that all chunks share, and the sums over the chunks."""
 
     def __init__(self, grads: tuple[Tensor, ...], lse: tuple[Tensor, ...], needs: list[bool], bank: Bank, spec: Spec):
         self.bank, self.spec, self.needs = bank, spec, needs
@@ -209,7 +209,7 @@ class Backward:
         self.fold = spec.normalize and spec.dtype != torch.float16
 
     def _lift(self) -> Tensor:
-        """From a bound on |E| = |dz k t s'|, with p at most 1."""
+        """The lift, from a bound on |E| = |dz k t s'| with p at most 1."""
         parts = []
         for g, h, k in (("g_same_ptr", "h_same_ptr", 0), ("g_different_ptr", "h_different_ptr", 2)):
             size = self.rows[g].abs() if self.rows[h] is None else self.rows[g].abs() + self.rows[h].abs()
@@ -221,7 +221,7 @@ class Backward:
         return lift(bound * slope_bound(self.x, self.w, self.spec.metric) * self._policy_bound())
 
     def _policy_bound(self) -> Tensor | float:
-        """On what a policy multiplies dS by: Circle's weight, or a pool's slope dS/ds_k."""
+        """A bound on the factor that a policy has in dS: Circle's weight, or the slope dS/ds_k of a pool."""
         bank, spec = self.bank, self.spec
         if spec.policy == "softmax_pool":  # p_k (1 + (s_k - S) / gamma), where (s_k - S) / gamma <= p_k K / e
             return 1 + spec.centres / math.e
@@ -231,7 +231,7 @@ class Backward:
             scores: Tensor | float = {"dot": 1.0, "sqeuclidean": 4.0, "euclidean": 2.0}[spec.metric]
         else:
             longest = [t.to(self.acc).square().sum(1).amax() for t in (bank.x, bank.w)]
-            scores = longest[0] + longest[1]  # |x.w| is at most half of it, |x - w|^2 twice
+            scores = longest[0] + longest[1]  # |x.w| is at most half of this sum, |x - w|^2 at most twice
             scores = 1 + 2 * scores.nan_to_num(nan=0.0, posinf=0.0)
         return 1 + abs(spec.policy_params[0]) + scores
 
@@ -261,7 +261,7 @@ class Backward:
             self.of_bias[cols] += b_cols.sum(0)
 
     def owned(self, which: str) -> Tensor | None:
-        """grad_x ("rows") or grad_w ("bank") in the owned form, where needed; sums beside it that are of that side."""
+        """grad_x ("rows") or grad_w ("bank") in the owned form, if needed, together with the sums over that side."""
         rows = which == "rows"
         operand, walked = (self.x, self.w) if rows else (self.w, self.x)
         tile = _pick(which, self.bank, self.spec)
@@ -294,7 +294,7 @@ class Backward:
         return finish(parts.sum(0), operand, own, out, lift=self.lift, folded=self.fold)
 
     def from_mean(self, mean: Tensor) -> Tensor | None:
-        """grad_x and the scale's gradient from what the forward has kept."""
+        """grad_x and the scale's gradient, from the mean that the forward has kept."""
         n, d = self.x.t.shape
         out = torch.empty_like(self.x.t, memory_format=torch.contiguous_format) if self.needs[0] else None
         taken = ("y_ptr", "scale_ptr", "stride_scale", "k_same", "o_same", "k_different", "o_different")

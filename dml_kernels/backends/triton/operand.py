@@ -1,4 +1,4 @@
-"""Rows or bank of one op as the kernels take them: the matrix as it is stored, and what one pass says of each row."""
+"""Rows or bank of an op as the kernels take them: the matrix as it is stored, and the norms of its rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .precision import fp32_products
 
 
 def part(t: Tensor | None, rows: slice) -> Tensor | None:
-    """t[rows]; t itself where that is all of it, as a view costs the host as much as a small kernel."""
+    """t[rows], but t itself where that is all of it, because a view costs the host as much as a small kernel."""
     return t if t is None or rows.stop - rows.start == t.size(0) else t[rows]
 
 
-# Kernels take a tile's row offsets, up to 128 rows, in 32 bits.
+# Kernels compute the offsets within a tile, of up to 128 rows, in 32 bits.
 WIDEST_STRIDE = 1 << 24
 
 
 class Operand(NamedTuple):
-    """t (R, D) in any dtype and strides; r, unit, sq as ``norms_kernel`` gives them, or None where nobody asks."""
+    """t (R, D) in any dtype and strides; r, unit and sq as ``norms_kernel`` gives them, None where not needed."""
 
     t: Tensor
     r: Tensor | None
@@ -58,7 +58,9 @@ class Operand(NamedTuple):
         return self.t.stride(0), self.t.stride(1)
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        """For the vendor's products: t in the product dtype; in fp16 unit vectors: no power of two suits all norms."""
+        """The factor of the vendor's products: t in the product dtype, but in fp16 unit vectors, because no power of
+        two suits all norms.
+        """
         if dtype == torch.float16 and self.r is not None:
             return (self.t * self.r[:, None]).to(dtype)
         return self.t.to(dtype)
@@ -70,7 +72,7 @@ def _row_tile(d: int, acc: torch.dtype) -> tuple[configs.Config, dict[str, Any]]
 
 
 def tile_arguments(x: Operand, w: Operand, metric: str, dtype: torch.dtype, tile: configs.Config) -> dict[str, Any]:
-    """The arguments by which every kernel over rows x bank reads its tiles."""
+    """The arguments with which every kernel over rows x bank reads its tiles."""
     return {
         "x_ptr": x.t, "w_ptr": w.t, "rx_ptr": x.r, "rw_ptr": w.r, "sqx_ptr": x.sq, "sqw_ptr": w.sq,
         "stride_xn": x.t.stride(0), "stride_xd": x.t.stride(1), "stride_wm": w.t.stride(0), "stride_wd": w.t.stride(1),
@@ -97,7 +99,7 @@ def normalize_rows(t: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 def project(
     grad: Tensor, operand: Operand, out: Tensor, *, own: Tensor | None = None, lift: Tensor | None = None, folded: bool
 ) -> Tensor:
-    """``project_kernel``: the gradient in the matrix as stored, from the one in the rows as the scores see them."""
+    """Runs ``project_kernel``: turns the gradient in the compared vectors into the gradient in the stored matrix."""
     rows, d = operand.t.shape
     tile, shared = _row_tile(d, accumulate_dtype(operand.t.dtype if grad.dtype != torch.float64 else grad.dtype))
     arguments = {
@@ -114,7 +116,7 @@ def project(
 def finish(
     grad: Tensor, operand: Operand, own: Tensor | None, out: Tensor, *, lift: Tensor | None, folded: bool
 ) -> Tensor:
-    """``project``, or a copy where there is nothing to project."""
+    """Calls :func:`project`, or copies where there is nothing to project."""
     if operand.r is None and own is None and lift is None:
         return out.copy_(grad)
     return project(grad, operand, out, own=own, lift=lift, folded=folded)

@@ -1,1 +1,1 @@
-"""Device functions and kernels; the modules one floor up launch them."""
+"""Device functions and kernels; the modules in the folder above launch them."""

@@ -1,7 +1,7 @@
-"""masked_argmax: the best entry of each row in both sets, over ranges of the bank; and draws, by Gumbel noise.
+"""masked_argmax: the best entry of each row in both sets, over ranges of the bank, and draws by Gumbel noise.
 
-A program keeps for each row and set the best key, its index and, for draws, its score, and how many candidates there
-were. Of equal keys the first counts: within a tile by the lowest index, over tiles and ranges by their order.
+For each row and set a program keeps the best key, its index, the number of candidates, and for draws the score. Of
+equal keys the first counts: the lowest index within a tile, then the order of tiles and ranges.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .tiles import INF, any_same, clamped, columns, load_tile, products, same_la
 @triton.jit
 def improved(best, index, score, count, key, s, candidates, m0, LARGEST: tl.constexpr, NOISE: tl.constexpr,
              BLOCK_M: tl.constexpr):  # fmt: skip
-    """The best of a set, and the count of its candidates, with one tile's seen."""
+    """The best of a set and the count of its candidates, updated with one tile."""
     if not LARGEST and not NOISE:
         key = -key
     key = tl.where(candidates, key, -INF)
@@ -30,7 +30,7 @@ def improved(best, index, score, count, key, s, candidates, m0, LARGEST: tl.cons
     return tl.where(better, value, best), tl.where(better, m0 + at, index), score, count
 
 
-# A seed is no reason to compile anew.
+# A new seed must not compile the kernel again.
 @triton.jit(do_not_specialize=["stream"])
 def argmax_kernel(
     x_ptr, w_ptr, y_ptr, c_ptr, exclude_ptr, low_ptr, high_ptr, rx_ptr, rw_ptr, sqx_ptr, sqw_ptr,
@@ -44,9 +44,9 @@ def argmax_kernel(
 ):  # fmt: skip
     """x (N, D), w (M, D) -> key, index (int64), count (int32) and with NOISE score, each (2, splits, N).
 
-    Both planes, same and different, where wanted (SAME, DIFFERENT). Candidates lie within the open interval of low and
-    high, (N,) or None. The key is the score or its negative; with NOISE, in fp64, Gumbel noise of ``stream`` plus the
-    log weight of ``noise.py``. Grid (row tiles, splits).
+    The first axis is same, different; SAME and DIFFERENT say which are needed. Candidates lie within the open interval
+    (low, high), each (N,) or None. The key is the score or its negative; with NOISE it is, in fp64, Gumbel noise of
+    ``stream`` plus the log weight of ``noise.py``. Grid (row tiles, splits).
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -130,7 +130,8 @@ def argmax_merge_kernel(
 ):  # fmt: skip
     """One set's parts (splits, N) -> index, score, count, each (N,): -1, the worst score and 0 for an empty set.
 
-    Parallel over rows; the ranges in their order, so that of equal keys the lowest index stays. Ignored rows are empty.
+    Parallel over rows. The ranges are merged in order, so that of equal keys the lowest index stays. An ignored row has
+    empty sets.
     """
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     counts = tl.load(y_ptr + offs) != ignore_index

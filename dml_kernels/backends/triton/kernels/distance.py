@@ -1,4 +1,4 @@
-"""normalized_distance: kernels over tiles of the N x M matrix, the tiles of ``tiles.py`` with other ends."""
+"""normalized_distance: kernels over tiles of the N x M matrix; ``tiles.py`` computes the scores of a tile."""
 
 import triton
 import triton.language as tl
@@ -72,9 +72,9 @@ def distance_gradient_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The incoming gradient g (N, M), of any strides, -> E and its companions as ``backward.store_gradient`` has them.
+    """The incoming gradient g (N, M), of any strides, -> E and the other outputs of ``gradients.store_gradient``.
 
-    Parallel over tiles, rows fastest. A dot product's gradient needs no scores: no product is taken.
+    Parallel over tiles, rows fastest. The gradient of a dot product needs no scores, so no product is computed.
     """
     n_tile, m_tile = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
     offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)

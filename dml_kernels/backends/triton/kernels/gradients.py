@@ -1,8 +1,8 @@
-"""masked_logsumexp, backward: one kernel writes dS for a block of rows x a chunk of the bank, ready for two products.
+"""masked_logsumexp, backward: one kernel writes E for a block of rows x a chunk of the bank, ready for two products.
 
 The vendor's library then multiplies: grad_x += E w, grad_w = E^T x. E holds dS with the norms folded in
-(E_ij = dS_ij r_i r_j), so that no normalised copy of either matrix is needed. What concerns rows or columns alone
-comes as one partial sum a tile, added in order by the host's torch.sum: no atomics.
+(E_ij = dS_ij r_i r_j), so that no normalised copy of either matrix is needed. A tile writes one partial sum of each
+quantity that belongs to rows or columns alone; torch.sum on the host adds these in order, without atomics.
 """
 
 import triton
@@ -30,7 +30,7 @@ from .tiles import (
 
 @triton.jit
 def closed(lse_ptr, offs_n, counts):
-    """A log-sum-exp to subtract: +inf, so that every weight is 0, for an empty set and for rows that do not count."""
+    """The log-sum-exp to subtract; +inf for an empty set and for rows that do not count, so that every weight is 0."""
     lse = tl.load(lse_ptr + offs_n)
     return tl.where((lse == -INF) | (counts == 0), INF, lse)
 
@@ -45,10 +45,10 @@ def rows_of_tile(
     offs_n, mask_n, y_ptr, c_ptr, exclude_ptr, scale_ptr, rx_ptr, sqx_ptr, stride_scale, ignore_index, first,
     METRIC: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What a tile needs of its rows: (which count, place of the label, place left out, scale, norm's inverse, square).
+    """What a tile needs of its rows: (which count, label's place, excluded place, scale, inverse norm, squared norm).
 
-    Places are bank indices less ``first``; with bank labels (c_ptr) the label itself. What nobody asks for stands for
-    something that is there.
+    A place is a bank index minus ``first``; with bank labels (c_ptr) the label's place is the label itself. A value
+    that is not needed is a placeholder.
     """
     y = tl.load(y_ptr + offs_n)
     counts = mask_n & (y != ignore_index)
@@ -72,7 +72,7 @@ def scores(
     s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd, rx, sqx, rw_ptr, sqw_ptr,
     D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Raw products of a tile -> scores; of a cosine without the rows' norms, which the slopes carry."""
+    """Raw products of a tile -> scores. Those of a cosine lack the rows' norms, which the slopes contain."""
     if METRIC != "dot":
         s = squared_distances(
             s, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,
@@ -94,9 +94,10 @@ def pair_gradients(
 ):  # fmt: skip
     """Scores s of a tile -> (dz, dz k, and with T_ROWS the scale's gradient by row), both sets together.
 
-    With UNIT the scores lack the rows' norms. With QUADRATIC the factor k is times Circle's weight, ``number`` its m.
+    With UNIT the scores lack the rows' norms. With QUADRATIC the factor k includes Circle's weight, whose m is
+    ``number``.
     """
-    # The forward's own steps in its own order: z - lse keeps no rounding error that it did not have.
+    # The steps of the forward, in its order, so that z - lse has no rounding error that the forward did not have.
     k_s, k_d = tl.cast(k_same, ACC), tl.cast(k_different, ACC)
     slope_same, slope_different = k_s * t, k_d * t
     base_same, base_different = slope_same * tl.cast(o_same, ACC), slope_different * tl.cast(o_different, ACC)
@@ -151,10 +152,11 @@ def store_gradient(
     N, M, offs_n, mask_n, m0, left, n_tile, m_tile, n_tiles, stride_e,
     METRIC: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dS on the scores of a tile -> E on the raw products; near pairs of a distance apart, in ``near`` and flagged.
+    """dS on the scores of a tile -> E on the raw products; near pairs of a distance go to ``near``, with a flag.
 
-    Distances: dS on |u - p|^2; E = 2 dS, and its sums over rows and columns, as -(sum dS) u is the points' own part.
-    A near pair's gradient -2 dS (u - p) would cancel in that: ``near_kernel`` takes it from the difference.
+    For distances dS is on |u - p|^2, E = 2 dS, and the sums of dS over rows and columns are stored for the own part
+    -2 (sum dS) u. A near pair's gradient -2 dS (u - p) would cancel there, so ``near_kernel`` computes it from the
+    difference.
     """
     index = tl.arange(0, BLOCK_M)
     mask = mask_n[:, None] & (index < left)[None, :]
@@ -197,10 +199,10 @@ def gradient_kernel(
     """x (N, D), chunk w (M, D) of a bank from entry ``first`` -> E (N, M), and partial sums by tile.
 
     With p_ij = exp(z_ij - lse_i) of the pair's set and dz = g_i p_ij + h_i (g, h: gradients of the log-sum-exp and of
-    the plain sum): dS_ij = dz k t_i. Partial sums, wanted where the pointer is not None: t_rows (m_tiles, N) the
-    scale's gradient dz k (s_ij - o), b_cols (n_tiles, M) dz, and own_rows,
-    own_cols as in ``store_gradient``. Parallel over tiles, rows fastest: programs that run together share the bank.
-    POLICY as in the forward; of a pool ``first`` and b_cols are of columns, PAD bank rows each.
+    the plain sum): dS_ij = dz k t_i. Partial sums, each stored if its pointer is not None: t_rows (m_tiles, N) the
+    scale's gradient dz k (s_ij - o), b_cols (n_tiles, M) dz, and own_rows, own_cols as in ``store_gradient``. Parallel
+    over tiles, rows fastest, so that programs that run together share the bank. POLICY is as in the forward; with a
+    pool, ``first`` and b_cols count columns of PAD bank rows each.
     """
     n_tile, m_tile = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
     offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)

@@ -1,7 +1,7 @@
-"""masked_hinge_sum: kernels over the tiles of masked_logsumexp, a hinge in place of the exponential.
+"""masked_hinge_sum: kernels over the tiles of masked_logsumexp, with a hinge in place of the exponential.
 
-A term is relu(k s + offset), with the offset the row's. Where it is positive is asked in one place, for the forward's
-counts and the backward's dS alike.
+A term is relu(k s + offset), where each row has an offset. One function determines where a term is positive, for the
+counts of the forward and the dS of the backward.
 """
 
 import triton
@@ -13,14 +13,14 @@ from .tiles import any_same, clamped, columns, load_tile, products, same_label, 
 
 @triton.jit
 def hinge_terms(s, slope, offset, counted):
-    """k s + offset of a tile, and where it is a positive term of the set. NaN counts as positive, to be seen."""
+    """k s + offset of a tile, and where it is a positive term of the set. NaN counts as positive, so that it shows."""
     z = s * slope[:, None] + offset[:, None]
     return z, counted & ((z <= 0) == 0)
 
 
 @triton.jit
 def row_slope(k, rx, UNIT: tl.constexpr, ACC: tl.constexpr):
-    """The factor of a set on the scores of a tile: of a cosine's, which lack the rows' norms, times these."""
+    """The factor of a set on the scores of a tile; for a cosine it includes the rows' norms, which the scores lack."""
     slope = tl.zeros_like(rx) + tl.cast(k, ACC)
     if UNIT:
         slope = slope * rx
@@ -101,10 +101,10 @@ def hinge_gradient_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x (N, D), chunk w (M, D) of a bank from entry ``first`` -> E and its companions as ``store_gradient`` has them.
+    """x (N, D), chunk w (M, D) of a bank from entry ``first`` -> E and the other outputs of ``store_gradient``.
 
-    dS is the row's g of the pair's set where the term is positive, else 0; with g_own that at the row's own label's
-    entry, excluded or not. Parallel over tiles, rows fastest.
+    dS is the row's g for the pair's set where the term is positive, else 0. With g_own, dS at the entry of the row's
+    label, excluded or not, is g_own. Parallel over tiles, rows fastest.
     """
     n_tile, m_tile = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
     offs_n, mask_n = clamped(n_tile.to(tl.int64) * BLOCK_N, N, BLOCK_N)

@@ -1,12 +1,12 @@
-"""masked_logsumexp, forward: the bank streams past a tile of rows; both log-sum-exps come out of one pass.
+"""masked_logsumexp, forward: the bank streams past a tile of rows; one pass gives both log-sum-exps.
 
-A program owns BLOCK_N rows and one range of the bank. What it keeps per row: for each set the running maximum m and
-the sum l of exp(z - m) (m of `different` in units of log 2: one fused multiply-add before its exp2), and the plain sums
-if asked for. The ranges' results, O(N x splits), are merged in order by ``merge_kernel``: the same bits every run.
+A program owns BLOCK_N rows and one range of the bank. For each row and set it keeps the running maximum m, the sum l of
+exp(z - m), and if needed the plain sum. The m of `different` is in units of log 2, so that one fused multiply-add comes
+before its exp2. ``merge_kernel`` merges the results of the ranges, O(N x splits), in order: the same bits every run.
 
-With KEEP it also works out the gradient in x of `different`, as flash attention does its output, with the bank as keys
-and values: sum_j exp(z_ij - m) w_j stays in registers beside the scores, 2NMD more, and saves the backward a pass
-of 4NMD. ``merge_means_kernel`` makes the mean of it, ``owned_means_kernel`` the gradient.
+With KEEP the program also computes the gradient in x of `different`, as flash attention computes its output, with the
+bank as keys and values: sum_j exp(z_ij - m) w_j stays in registers together with the scores. This costs 2NMD and saves
+the backward a pass of 4NMD. ``merge_means_kernel`` turns it into the mean, ``owned_means_kernel`` into the gradient.
 """
 
 import triton
@@ -36,7 +36,7 @@ from .tiles import (
 
 @triton.jit
 def finite(m):
-    """A maximum to subtract: 0 in place of -inf, as exp(-inf - -inf) is NaN."""
+    """The maximum to subtract: 0 in place of -inf, because exp(-inf - -inf) is NaN."""
     return tl.where(m == -INF, 0.0, m)
 
 
@@ -45,9 +45,9 @@ def weighted(
     total, weight, w_tile, rw_ptr, m0, local, left, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
     LIFT: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total (BLOCK_N, BLOCK_D) + weight (BLOCK_N, BLOCK_M) . the entries, as unit vectors with UNIT.
+    """total (BLOCK_N, BLOCK_D) + weight (BLOCK_N, BLOCK_M) . the entries, which are unit vectors with UNIT.
 
-    A weight is at most 1. In fp16 those below 6e-8 would be 0: LIFT, a power of two and not 1 there, takes them all up.
+    A weight is at most 1. In fp16 a weight below 6e-8 would be 0, so all are multiplied by LIFT, a power of two above 1.
     """
     UNITS: tl.constexpr = UNIT and LIFT > 1
     if UNIT and not UNITS:
@@ -72,12 +72,12 @@ def forward_kernel(
     """x (N, D), w (M, D) -> out (6 or 4, splits, N): m, l of `same`; m, l of `different`; with SUMS both plain sums.
 
     z_ij = k t_i (s_ij - o) + b_j with the factor k and offset o of the pair's set. Grid (row tiles, splits): each
-    program walks ``span`` bank entries. rx, rw (inverse norms) with NORMALIZE; sqx, sqw (squared norms) for
-    distances. FIXED: `different` is summed against the constant ``peak`` (in units of log 2), no running maximum.
-    TMA: tiles come by tensor descriptors; columns of x and w are contiguous, rows a multiple of 16 bytes apart.
-    SPECIALIZE: some warps load, others multiply.
-    POLICY with its ``number`` (m of quadratic, gamma of softmax_pool): of a pool's bank rows PAD make a column.
-    KEEP: mean (splits, N, D) gets LIFT times sum_j exp(z_ij - m) w_j of `different`; all of D is in one block.
+    program walks ``span`` bank entries. NORMALIZE needs the inverse norms rx and rw; distances need the squared norms
+    sqx and sqw. FIXED: `different` is summed relative to the constant ``peak`` (in units of log 2) and not to a
+    running maximum. TMA: tiles are loaded by tensor descriptors; the columns of x and w are contiguous, and their rows
+    a multiple of 16 bytes apart. SPECIALIZE: some warps load, others multiply. POLICY takes ``number`` (m of quadratic,
+    gamma of softmax_pool); in a pool PAD bank rows make a column. KEEP: mean (splits, N, D) becomes LIFT times
+    sum_j exp(z_ij - m) w_j of `different`; all of D is in one block.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -85,7 +85,7 @@ def forward_kernel(
     tiles = tl.cdiv(tl.minimum(M - start, span), BLOCK_M).to(tl.int32)
 
     UNIT: tl.constexpr = NORMALIZE and METRIC == "dot"
-    FOLD: tl.constexpr = UNIT and POLICY == "linear"  # the slopes carry the rows' norms
+    FOLD: tl.constexpr = UNIT and POLICY == "linear"  # the slopes contain the rows' norms
     COLUMNS: tl.constexpr = BLOCK_M // PAD
     EXCLUDE: tl.constexpr = exclude_ptr is not None
     y = tl.load(y_ptr + offs_n)
@@ -149,9 +149,9 @@ def forward_kernel(
         if PAD > 1:
             s = pooled(s, number, POLICY, CENTRES, PAD, ACC)
             m0, left = m0 // PAD, left // PAD
-        # First, so that the scores need not outlive their turn to `different`, which every tile takes.
+        # `same` comes first, so that no score is needed after `different`, which every tile has.
         if any_same(y, c_ptr, m0, left, COLUMNS):
-            # In natural units: a row's only positive comes out as its own logit, to the bit.
+            # In natural units, so that the result for a row's only positive is exactly its logit.
             counted = used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, COLUMNS, EXCLUDE)
             counted = counted & same_label(y, c_ptr, m0, left, COLUMNS)
             z = s * slope_same[:, None] - base_same[:, None]
@@ -258,9 +258,9 @@ def merge_means_kernel(
     part_ptr, sums_ptr, y_ptr, mean_ptr, N, splits, ignore_index, D: tl.constexpr, LIFT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The ranges' weighted sums (splits, N, D) beside their m and l of `different` -> mean (N, D).
+    """The weighted sums of the ranges (splits, N, D), with their m and l of `different` -> mean (N, D).
 
-    0 for an empty set and for an ignored row.
+    The mean is 0 for an empty set and for an ignored row.
     """
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)

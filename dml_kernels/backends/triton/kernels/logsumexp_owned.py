@@ -1,9 +1,9 @@
 """masked_logsumexp, backward in the owned form: a program owns a tile of one matrix's gradient and walks the other.
 
-Both kernels recompute the scores (2NMD) and keep the second product (2NMD) in registers: no dS in memory, no atomics,
-and a gradient stored once, finished, where one program sees all of the other matrix. Otherwise the walk is cut into
-splits, whose partial sums are added in their order. All of D is in one block: for D up to 128 or so.
-Where the forward has kept the mean of `different` (KEEP there), the rows' gradient takes no walk at all.
+Both kernels recompute the scores (2NMD) and keep the second product (2NMD) in registers. There is no dS in memory and
+there are no atomics. Where one program sees all of the other matrix, it stores the finished gradient once; else the
+walk is cut into splits, whose partial sums are added in order. All of D is in one block, so D is at most about 128.
+Where the forward has kept the mean of `different` (KEEP there), the rows' gradient needs no walk.
 """
 
 import triton
@@ -17,7 +17,7 @@ from .tiles import INF, NEAR, clamped, column, columns, factor, load_tile, round
 def point_gradients(
     ds, s, sqx, sqw_ptr, m0, left, METRIC: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """dS on the scores of distances -> on |u - p|^2, and whether that is a near pair's, which must not cancel."""
+    """dS on the scores of distances -> dS on |u - p|^2, and which pairs are near, where it must not cancel."""
     d2 = -s
     if METRIC == "euclidean":
         ds = ds * tl.where(s == 0, 0.0, -0.5 / s)
@@ -30,7 +30,7 @@ def point_gradients(
 def on_products(
     ds, rx, rw_ptr, lift_ptr, m0, left, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, PRODUCT: tl.constexpr
 ):  # fmt: skip
-    """dS -> E on the raw products, as ``store_gradient`` has it, in the product dtype."""
+    """dS -> E on the raw products, as in ``store_gradient``, in the product dtype."""
     if FOLD:
         ds = ds * rx[:, None] * column(rw_ptr, m0, left, BLOCK_M)[None, :]
     if lift_ptr is not None:
@@ -43,7 +43,7 @@ def near_part(
     total, ds, b_ptr, rb_ptr, u, b0, stride_b, stride_bd, count,
     D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """total (A, BLOCK_D) - sum_b ds_ab (u_a - p_b) over the walked tile, one of its ``count`` rows after the other."""
+    """total (A, BLOCK_D) - sum_b ds_ab (u_a - p_b) over the ``count`` rows of the walked tile, one after the other."""
     offs_d = tl.arange(0, BLOCK_D)
     index = tl.arange(0, BLOCK_B)
     for j in range(count):
@@ -60,10 +60,11 @@ def points(
     t_ptr, r_ptr, offs, stride, stride_d, D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Rows as the distances see them: stored, or unit vectors.
+    """The vectors between which distances are taken: rows as stored, or unit vectors.
 
-    Callers add to ``t_ptr`` what is 0 wherever this runs but no compiler knows to be: the rows a program owns would
-    otherwise be loaded before its loop, and held in registers throughout, for the sake of a branch seldom taken.
+    Callers add to ``t_ptr`` a number that is 0 wherever this runs, but which the compiler cannot know to be 0.
+    Otherwise the compiler would load the rows that a program owns before its loop and hold them in registers
+    throughout, for a branch that is seldom taken.
     """
     u = load_tile(t_ptr, offs, stride, stride_d, 0, D, BLOCK_D).to(ACC)
     if NORMALIZE:
@@ -77,7 +78,7 @@ def store_owned(
     D: tl.constexpr, METRIC: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in t as stored, finished as by ``project_kernel``; with PARTS this split's part of it."""
+    """Stores the gradient in t, finished as ``project_kernel`` does; with PARTS, stores this split's part of it."""
     offs_d = tl.arange(0, BLOCK_D)
     inside = mask[:, None] & (offs_d < D)[None, :]
     at = (offs * D)[:, None] + offs_d[None, :]
@@ -117,10 +118,10 @@ def owned_rows_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x (N, D), w (M, D) -> out: grad_x (N, D), or with PARTS those of the splits (splits, N, D) and own (splits, N).
+    """x (N, D), w (M, D) -> out: grad_x (N, D), or with PARTS the splits' parts (splits, N, D) and own (splits, N).
 
-    t_rows (splits, N): the scale's gradient. Either may be None. Grid (row tiles, splits): a program owns BLOCK_N rows
-    and walks ``span`` bank entries. dS as in ``gradient_kernel``.
+    t_rows (splits, N) is the scale's gradient. Either output may be None. Grid (row tiles, splits): a program owns
+    BLOCK_N rows and walks ``span`` bank entries. dS is as in ``gradient_kernel``.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     split = tl.program_id(1)
@@ -194,10 +195,10 @@ def owned_bank_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x (N, D), w (M, D) -> out: grad_w (M, D), or with PARTS those of the splits (splits, M, D) and own (splits, M).
+    """x (N, D), w (M, D) -> out: grad_w (M, D), or with PARTS the splits' parts (splits, M, D) and own (splits, M).
 
-    b_cols (splits, M): the gradient of the biases. Either may be None. Grid (bank tiles, splits): a
-    program owns BLOCK_M bank entries and walks ``span`` rows.
+    b_cols (splits, M) is the gradient of the biases. Either output may be None. Grid (bank tiles, splits): a program
+    owns BLOCK_M bank entries and walks ``span`` rows.
     """
     m0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     local, left = columns(m0, M, BLOCK_M)
@@ -235,7 +236,7 @@ def owned_bank_kernel(
             b_total += tl.sum(dz, 0)
         ds = ds * t[:, None]
         if out_ptr is not None:
-            # Beyond the last row lie copies of it: they count for nothing, but a NaN would.
+            # Beyond the last row are copies of it. They have no weight, but a NaN in them would spread.
             ds = tl.where(mask_n[:, None], ds, 0.0)
             if METRIC != "dot":
                 ds, near = point_gradients(ds, s, sqx, sqw_ptr, m0, left, METRIC, BLOCK_M)
@@ -278,7 +279,8 @@ def owned_means_kernel(
 ):  # fmt: skip
     """mean (N, D) of `different`, kept by the forward -> grad_x (N, D) and the scale's gradient t_rows (N,).
 
-    A row has one positive at most, the entry of its label's index: its share is a gather. Either output may be None.
+    A row has at most one positive, the entry whose index is its label, so its share is a gather. Either output may be
+    None.
     """
     offs_n, mask_n = clamped(tl.program_id(0).to(tl.int64) * BLOCK_N, N, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -286,7 +288,7 @@ def owned_means_kernel(
     at = (offs_n * D)[:, None] + offs_d[None, :]
     mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
     x = load_tile(x_ptr, offs_n, stride_xn, stride_xd, 0, D, BLOCK_D).to(ACC)
-    # Neither set counts for an ignored row: both are empty there.
+    # Both sets of an ignored row are empty, so neither counts.
     has_same = tl.load(same_ptr + offs_n) != -INF
     has_different = tl.load(different_ptr + offs_n) != -INF
     place = tl.where(has_same, tl.load(y_ptr + offs_n), 0)

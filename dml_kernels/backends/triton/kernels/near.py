@@ -15,8 +15,8 @@ def near_kernel(
 ):  # fmt: skip
     """out (A, D) += -2 sum_b ds_ab (u_a - p_b), over the tiles that ``flag`` marks; times r_a with FOLD.
 
-    u = a ra and p = b rb. ``ds`` (A, B) holds near pairs in the marked tiles only, 0 elsewhere in them. A program
-    owns BLOCK_A rows and BLOCK_D columns of out and walks the tiles in order. Grid (row tiles, column tiles).
+    u = a ra and p = b rb. In the marked tiles ``ds`` (A, B) holds near pairs, and 0 for other pairs. A program owns
+    BLOCK_A rows and BLOCK_D columns of out and walks the tiles in order. Grid (row tiles, column tiles).
     """
     a_tile = tl.program_id(0)
     offs, mask = clamped(a_tile.to(tl.int64) * BLOCK_A, A, BLOCK_A)

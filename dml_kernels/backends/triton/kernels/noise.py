@@ -1,7 +1,7 @@
-"""Counter-based noise as ``dml_kernels.noise`` has it, bit for bit, in kernels: int64 arithmetic modulo 2^64.
+"""The counter-based noise of ``dml_kernels.noise``, bit for bit, in kernels: int64 arithmetic modulo 2^64.
 
-From the bits on all is fp64, where the functions of a device agree with PyTorch's to the last few places: a choice
-could differ only between two keys that near.
+The bits are processed in fp64, where the functions of a device agree with PyTorch's to the last few digits. A choice
+could differ only between two keys that are as close as that.
 """
 
 import triton
@@ -29,13 +29,13 @@ def mix(h):
 
 @triton.jit
 def row_streams(stream, rows):
-    """Where each row's stream starts; ``stream`` is the mixed seed."""
+    """The state in which each row's stream starts; ``stream`` is the mixed seed."""
     return mix(stream + rows * GAMMA)
 
 
 @triton.jit
 def log1p_of_minus(t):
-    """log(1 - t) in fp64, to the last places for any t: the rounding of 1 - t is divided out."""
+    """log(1 - t) in fp64, accurate for any t, because the rounding error of 1 - t is divided out."""
     u = 1.0 - t
     gone = u - 1.0
     return tl.where(gone == 0, -t, tl.log(u) * (-t / tl.where(gone == 0, 1.0, gone)))
@@ -43,7 +43,7 @@ def log1p_of_minus(t):
 
 @triton.jit
 def gumbel(streams, columns):
-    """-log(-log(1 - t)) for rows x columns, t the upper 53 bits as a number within (0, 1)."""
+    """-log(-log(1 - t)) for rows x columns, where t is the number in (0, 1) that the upper 53 bits make."""
     bits = mix(streams[:, None] + ((columns + 1) * GAMMA)[None, :])
     t = (shifted(bits, 11).to(tl.float64) + 0.5) * 1.1102230246251565e-16
     return -tl.log(-log1p_of_minus(t))
@@ -53,7 +53,7 @@ def gumbel(streams, columns):
 def distance_log_weights(s, cutoff2, beyond2, of_log, of_log1p, METRIC: tl.constexpr):
     """log w of scores of unit vectors: of_log log(d2) + of_log1p log(1 - d2 / 4), d2 at least cutoff2.
 
-    -inf, so never drawn, from ``beyond2`` on and where that is not finite.
+    It is -inf, so never drawn, from ``beyond2`` on and where the weight is not finite.
     """
     if METRIC == "dot":
         d2 = 2 - 2 * s

@@ -1,7 +1,7 @@
-"""Logit policies inside a tile, as ``torch_backend.policies`` has them: Circle's weights, pooling over centres.
+"""Logit policies inside a tile, as in ``backends/torch/policies.py``: Circle's weights, and pooling over centres.
 
-Where K centres are pooled a class takes PAD bank rows, K rounded up to a power of two: the rows beyond K are there to
-be left out. A tile of BLOCK_M bank rows then is BLOCK_M / PAD columns, and everything after the pool is of columns.
+Where K centres are pooled, a class takes PAD bank rows: K rounded up to a power of two. The rows beyond K are left out.
+A tile of BLOCK_M bank rows then has BLOCK_M / PAD columns, and everything after the pool works on columns.
 """
 
 import triton
@@ -12,7 +12,7 @@ from .tiles import INF
 
 @triton.jit
 def circle_weights(s, m, SAME: tl.constexpr, ACC: tl.constexpr):
-    """relu(1 + m - s) in the same set, relu(s + m) in the other. NaN stays one."""
+    """relu(1 + m - s) in the same set, relu(s + m) in the other. NaN stays NaN."""
     if SAME:
         weight = tl.cast(1 + m, ACC) - s
     else:
@@ -28,9 +28,9 @@ def by_class(s, PAD: tl.constexpr):
 
 @triton.jit
 def softmax_parts(each, real, gamma, ACC: tl.constexpr):
-    """(p, s_k less the class's largest, the pooled score less that, and that): softmax over the centres of each class.
+    """The softmax over the centres of each class: (p, s_k minus the largest, the pooled score minus it, the largest).
 
-    Relative to the largest, as a difference of two scores is divided by gamma, which may be small.
+    Scores are relative to the largest, because a difference of two scores is divided by gamma, which may be small.
     """
     largest = tl.max(tl.where(real, each, -INF), 2)
     off = tl.where(real, each - largest[:, :, None], 0.0)
@@ -41,7 +41,7 @@ def softmax_parts(each, real, gamma, ACC: tl.constexpr):
 
 @triton.jit
 def pooled(s, gamma, POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr):
-    """Scores of bank rows -> one score a class. NaN among the centres is the class's."""
+    """Scores of bank rows -> one score for each class. A NaN among the centres makes the class's score NaN."""
     each = by_class(s, PAD)
     real = (tl.arange(0, PAD) < CENTRES)[None, None, :]
     if POLICY == "max_pool":
@@ -56,7 +56,7 @@ def pooled(s, gamma, POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.conste
 
 @triton.jit
 def spread(ds, s, v, gamma, POLICY: tl.constexpr, CENTRES: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr):
-    """The gradient of a tile's scores s from that of the pooled v = pooled(s): times dv/ds, 0 for rows beyond K."""
+    """The gradient in a tile's scores s from that in v = pooled(s), multiplied by dv/ds; 0 for rows beyond K."""
     each = by_class(s, PAD)
     place = tl.arange(0, PAD)[None, None, :]
     real = place < CENTRES

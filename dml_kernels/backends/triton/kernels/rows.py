@@ -1,7 +1,7 @@
 """Kernels over single matrices: norms, normalisation, and the projection that ends every gradient.
 
-One program owns BLOCK_R rows and loops over ``width`` = D, at run time: unrolled, a wide row spills. Everything is
-read as it is stored and worked on in ACC.
+One program owns BLOCK_R rows and loops over ``width`` = D at run time, because the unrolled loop of a wide row spills.
+Everything is read as it is stored and computed in ACC.
 """
 
 import triton
@@ -14,13 +14,13 @@ from .tiles import clamped, load_tile
 def inverse_norm(
     t_ptr, offs, stride, stride_d, eps, width, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """1 / max(|t|, eps) and |t|, both in fp64: squares of fp32 values neither overflow nor vanish there."""
+    """1 / max(|t|, eps) and |t|, in fp64, where squares of fp32 values neither overflow nor vanish."""
     total = tl.zeros((BLOCK_R,), tl.float64)
     for d0 in range(0, width, BLOCK_D):
         t = load_tile(t_ptr, offs, stride, stride_d, d0, D, BLOCK_D).to(tl.float64)
         total += tl.sum(t * t, 1)
     norm = tl.sqrt(total)
-    # Not tl.maximum, which would drop a NaN.
+    # tl.maximum would drop a NaN.
     return 1.0 / tl.where(norm < eps, eps, norm), norm
 
 
@@ -29,9 +29,9 @@ def norms_kernel(
     t_ptr, r_ptr, unit_ptr, sq_ptr, R, stride, stride_d, eps: "fp64",  # noqa: F821
     width, D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """t (R, D) -> r = 1 / max(|t|, eps), unit = |t| >= eps (int8), sq = |t r|^2, each (R,); None: not wanted.
+    """t (R, D) -> r = 1 / max(|t|, eps), unit = |t| >= eps (int8), sq = |t r|^2, each (R,) or None if not needed.
 
-    Without NORMALIZE only sq = |t|^2. Parallel over rows; reads t once.
+    Without NORMALIZE it computes only sq = |t|^2. Parallel over rows; reads t once.
     """
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_R, R, BLOCK_R)
     r, norm = inverse_norm(t_ptr, offs, stride, stride_d, eps, width, D, BLOCK_R, BLOCK_D)
@@ -48,7 +48,7 @@ def normalize_kernel(
     t_ptr, out_ptr, R, stride, stride_d, eps: "fp64",  # noqa: F821
     width, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out (R, D) contiguous = t r, r = 1 / max(|t|, eps). Parallel over rows; the second read of t is from cache."""
+    """out (R, D) contiguous = t r with r = 1 / max(|t|, eps). Parallel over rows; the cache serves the second read."""
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_R, R, BLOCK_R)
     r, _ = inverse_norm(t_ptr, offs, stride, stride_d, eps, width, D, BLOCK_R, BLOCK_D)
     r = r.to(ACC)
@@ -76,15 +76,15 @@ def project_kernel(
     width, D: tl.constexpr, NORMALIZE: tl.constexpr, FOLDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in t (R, D) from g (R, D), that in the rows as the scores see them; out may be g.
+    """The gradient in t (R, D) from g (R, D), the gradient in the compared vectors; out may be g.
 
-    With h = g / lift (times r unless FOLDED, when g holds it already), minus 2 own r^2 t where the row is no unit
-    vector (a point's own part in its squared distances; the projection takes it from unit vectors anyway):
+    h = g / lift, times r unless FOLDED, when g contains r already. Where the row is not a unit vector, h also loses
+    2 own r^2 t, the own part of its squared distances; from unit vectors the projection removes it anyway. Then
     out = h - u (u.h) for unit vectors u = t r, else h. Parallel over rows.
     """
     offs, mask = clamped(tl.program_id(0).to(tl.int64) * BLOCK_R, R, BLOCK_R)
     r = tl.full((BLOCK_R,), 1.0, ACC)
-    free = tl.full((BLOCK_R,), 1.0, ACC)  # 1 for rows that are not divided by their own norm
+    free = tl.full((BLOCK_R,), 1.0, ACC)  # 1 for rows that are not divided by their norm
     if NORMALIZE:
         r = tl.load(r_ptr + offs)
         free = tl.where(tl.load(unit_ptr + offs) > 0, 0.0, 1.0).to(ACC)

@@ -1,15 +1,15 @@
-"""What every kernel over rows x bank is made of: loads, products, scores and memberships of one tile.
+"""Device functions of every kernel over rows x bank: loads, products, scores and memberships of one tile.
 
-Device functions only. A tile is (BLOCK_N rows) x (BLOCK_M bank entries). Indices are 64-bit and held inside the matrix
-(``clamped``), so no load needs a row mask: what lies beyond the edge is a copy of the last row, masked later.
-ACC is the accumulation dtype, PRODUCT the dtype of the tensor-core products. Numbers a kernel is given are annotated
-"fp64", as a plain float would be fp32. No ``from __future__ import annotations`` here: Triton reads the annotations.
+A tile is (BLOCK_N rows) x (BLOCK_M bank entries). Indices are 64-bit and kept inside the matrix (``clamped``), so that
+no load needs a row mask: beyond the edge there are copies of the last row, which are masked later. ACC is the
+accumulation dtype, PRODUCT the dtype of the tensor-core products. Numbers that a kernel takes are annotated "fp64",
+because a plain float would be fp32. Triton reads the annotations, so ``from __future__ import annotations`` is absent.
 """
 
 import triton
 import triton.language as tl
 
-# Below this share of |u|^2 + |p|^2 a squared distance is recomputed from differences: expanding has cancelled 4 bits.
+# Below this share of |u|^2 + |p|^2 a squared distance is computed from differences: the expansion has cancelled 4 bits.
 NEAR = tl.constexpr(1.0 / 16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -18,16 +18,17 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def clamped(start, count, BLOCK: tl.constexpr):
-    """BLOCK int64 indices from ``start``, held below ``count``, and which of them are real."""
+    """BLOCK int64 indices from ``start``, kept below ``count``, and which of them were below it."""
     offs = start + tl.arange(0, BLOCK).to(tl.int64)
     return tl.minimum(offs, count - 1), offs < count
 
 
 @triton.jit
 def columns(m0, M, BLOCK_M: tl.constexpr):
-    """The bank entries of a tile relative to its start m0, int32, held below M; how many are real.
+    """The int32 offsets of a tile's bank entries from its start m0, kept below M, and how many entries are real.
 
-    Whether an entry is real is asked as ``tl.arange(0, BLOCK_M) < left`` on the spot: an index costs no register.
+    Code asks whether an entry is real by ``tl.arange(0, BLOCK_M) < left`` where it needs it, because an index costs no
+    register.
     """
     left = tl.minimum(M - m0, BLOCK_M).to(tl.int32)
     return tl.minimum(tl.arange(0, BLOCK_M), left - 1), left
@@ -35,14 +36,14 @@ def columns(m0, M, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def column(ptr, m0, left, BLOCK_M: tl.constexpr):
-    """A vector over the bank, of one tile; 0 beyond its end. Plain indices: addresses differ by constants."""
+    """The part of a vector over the bank that belongs to one tile; 0 beyond its end. Addresses differ by constants."""
     index = tl.arange(0, BLOCK_M)
     return tl.load(ptr + m0 + index, mask=index < left, other=0)
 
 
 @triton.jit
 def load_tile(ptr, offs, stride, stride_d, d0, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows of ``offs``) x (BLOCK_D columns from d0), zero beyond D."""
+    """The values of the rows ``offs`` in the BLOCK_D columns from d0, zero beyond D."""
     offs_d = d0 + tl.arange(0, BLOCK_D)
     at = ptr + (offs * stride)[:, None] + (offs_d.to(tl.int64) * stride_d)[None, :]
     if D % BLOCK_D == 0:
@@ -58,7 +59,7 @@ def products(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x . w of a tile, in ACC. ``x_tile`` holds the rows, already loaded, where all of D fits one block."""
+    """x . w of a tile, in ACC. ``x_tile`` holds the rows, already loaded, where all of D fits into one block."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     if D <= BLOCK_D:
         w_tile = load_tile(w_ptr, offs_m, stride_wm, stride_wd, 0, D, BLOCK_D).to(PRODUCT)
@@ -76,7 +77,7 @@ def described_products(
     x_tiles, w_tiles, x_tile, n0, m0, width, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``products`` of tiles that come by tensor descriptors: zeros beyond an edge, not copies of the last row."""
+    """As ``products``, for tiles loaded by tensor descriptors: beyond an edge are zeros, not copies of the last row."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
     if D <= BLOCK_D:
         w_tile = w_tiles.load([m0, 0]).to(PRODUCT)
@@ -91,7 +92,7 @@ def described_products(
 
 @triton.jit
 def factor(tile, r_ptr, offs, UNITS: tl.constexpr, PRODUCT: tl.constexpr, ACC: tl.constexpr):
-    """A stored tile as a gradient's product takes it: with UNITS (fp16) unit vectors: no power of two suits all."""
+    """A stored tile as a factor of a gradient's product: unit vectors with UNITS (fp16), where no lift suits all."""
     if UNITS:
         tile = tile.to(ACC) * tl.load(r_ptr + offs)[:, None]
     return tile.to(PRODUCT)
@@ -99,9 +100,9 @@ def factor(tile, r_ptr, offs, UNITS: tl.constexpr, PRODUCT: tl.constexpr, ACC: t
 
 @triton.jit
 def rounded(unit):
-    """A component of a unit vector, as a number: a compiler that fused x r - w r would not give 0 for identical rows.
+    """A component of a unit vector, rounded: a compiler that fuses x r - w r would not give 0 for identical rows.
 
-    It keeps one of the two products unrounded, unless something that it cannot see through stands between.
+    The fused form leaves one of the two products unrounded, unless an opaque operation is between.
     """
     return tl.minimum(tl.maximum(unit, -1e30), 1e30)
 
@@ -111,19 +112,19 @@ def squared_distances(
     acc, x_ptr, w_ptr, offs_n, m0, left, stride_xn, stride_xd, stride_wm, stride_wd,
     rx, sqx, rw_ptr, sqw_ptr, D: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """|u - p|^2 of a tile from its products; of near pairs from differences.
+    """|u - p|^2 of a tile from its products, and for near pairs from differences.
 
-    The tile pays for that only when it holds a near pair. Identical rows give exactly 0.
+    Only a tile with a near pair computes differences. Identical rows give exactly 0.
     """
     if NORMALIZE:
         acc = acc * rx[:, None] * column(rw_ptr, m0, left, BLOCK_M)[None, :]
     span = sqx[:, None] + column(sqw_ptr, m0, left, BLOCK_M)[None, :]
     d2 = span - 2 * acc
-    # Copies of the last row and of the last entry, beyond the edges, are near exactly where those are.
+    # Beyond the edges, copies of the last row and of the last entry are near exactly where the originals are.
     if tl.min(d2 - span * NEAR) < 0:
         x_at = x_ptr + offs_n * stride_xn
         w_at = w_ptr + m0 * stride_wm
-        index = tl.arange(0, BLOCK_M)  # times the stride in 32 bits: one register an entry, see Operand.of
+        index = tl.arange(0, BLOCK_M)  # times the stride in 32 bits, one register for each entry; see Operand.of
         direct = tl.zeros_like(d2)
         for _ in range(D):
             u = tl.load(x_at).to(ACC)
@@ -150,7 +151,7 @@ def distances_to_scores(d2, METRIC: tl.constexpr):
 def same_label(y, c_ptr, m0, left, BLOCK_M: tl.constexpr):
     """Which pairs of the tile share a label; without bank labels (c_ptr None) an entry's label is its index.
 
-    The index is compared in 32 bits, relative to the tile: one operation an entry.
+    The index is compared in 32 bits, relative to the tile, which takes one operation for each entry.
     """
     if c_ptr is None:
         same = relative(y, m0, left)[:, None] == tl.arange(0, BLOCK_M)[None, :]
@@ -171,7 +172,7 @@ def any_same(y, c_ptr, m0, left, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def relative(index, m0, left):
-    """A bank index as int32 within the tile that starts at m0 and has ``left`` entries, -1 outside."""
+    """A bank index as int32 within the tile that starts at m0 and has ``left`` entries; -1 outside."""
     inside = (index >= m0) & (index < m0 + left)
     return tl.where(inside, index - m0, -1).to(tl.int32)
 
@@ -192,14 +193,14 @@ def used_pairs(c_ptr, bias_ptr, exclude, m0, left, ignore_index, BLOCK_M: tl.con
 
 @triton.jit
 def column_bias(bias_ptr, m0, left, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    """Each column's bias, 0 for the columns that -inf leaves out."""
+    """Each column's bias, 0 for a column that a bias of -inf leaves out."""
     bias = column(bias_ptr, m0, left, BLOCK_M).to(ACC)
     return tl.where(bias == -INF, 0.0, bias)
 
 
 @triton.jit
 def row_scale(scale_ptr, offs_n, stride_scale, ACC: tl.constexpr):
-    """The logit's scale of each row, 1 where there is none; stride 0 for a scalar."""
+    """The scale of each row, 1 where there is none; a scalar has stride 0."""
     scale = tl.full(offs_n.shape, 1.0, ACC)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + offs_n * stride_scale).to(ACC)

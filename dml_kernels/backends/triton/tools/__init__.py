@@ -1,1 +1,1 @@
-"""Tools for tuning the kernels: compiling ahead of time, a report, the cost model, timing tiles."""
+"""Tools for tuning the kernels: ahead-of-time compilation, a report, the cost model, and the timing of tiles."""

@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation, with no GPU and no driver: what a kernel takes in registers, memory and instructions.
+"""Ahead-of-time compilation without a GPU or driver: the registers, memory and instructions that a kernel takes.
 
-The launches of the host code itself are recorded, so what is compiled is what would run: the same arguments, types,
-alignments and options.
+The launches of the host code are recorded, so the compiled kernels are those that would run: with the same arguments,
+types, alignments and options.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TYPES = {
     torch.int64: "i64", torch.int32: "i32", torch.int8: "i8",
 }  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# What Triton calls in PTX, and what the assembler made of it.
+# The instructions that Triton writes in PTX, and those that the assembler makes of them.
 PTX = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"\bmma\.sync", "cp_async": r"cp\.async\.c[ag]",
        "tma": r"cp\.async\.bulk\.tensor"}  # fmt: skip
 SASS = ("HGMMA", "HMMA", "DMMA", "UTCHMMA", "FFMA", "STL", "LDL")
@@ -35,7 +35,7 @@ AMD = {"mfma": r"v_mfma", "ds_read": r"ds_read", "buffer_load": r"(?:buffer|glob
 
 @dataclass
 class Build:
-    """One compiled kernel: registers a thread, bytes of shared memory and spills, instruction counts."""
+    """One compiled kernel: registers of a thread, bytes of shared memory and of spills, instruction counts."""
 
     kernel: str
     arch: str
@@ -49,7 +49,7 @@ class Build:
 
 
 def signature(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[tuple[int], Any], dict[Any, Any]]:
-    """Types, constants and alignments of the arguments, as Triton's own launcher would derive them."""
+    """The types, constants and alignments of the arguments, as Triton's launcher would derive them."""
     types: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[Any, Any] = {}
@@ -92,7 +92,7 @@ def _amd(compiled: Any, target: tuple[Any, ...]) -> tuple[int, int, dict[str, in
 
 
 def _nvidia(compiled: Any, target: tuple[Any, ...]) -> tuple[int, int, dict[str, int]]:
-    """Resources by cuobjdump, spills by assembling the PTX once more with -v: loads and stores, in bytes."""
+    """The resources, from cuobjdump, and the spills: bytes of loads and stores, from assembling the PTX with -v."""
     ptx = compiled.asm["ptx"]
     counts = {name: len(re.findall(pattern, ptx)) for name, pattern in PTX.items()}
     with tempfile.TemporaryDirectory() as folder:

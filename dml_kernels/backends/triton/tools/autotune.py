@@ -1,8 +1,8 @@
 """``python -m dml_kernels.backends.triton.tools.autotune``: the fastest tiles on this GPU, as rows for ``configs.py``.
 
-For each kernel, dtype, metric and width: every candidate that fits the chip's shared memory is compiled, those that
-spill are dropped, the others must agree with fp64 before they are timed. Nothing is searched when the package runs:
-what comes out here is written into the table by hand, and the tests hold it to its gates.
+For each kernel, dtype, metric and width it compiles every candidate that fits into the chip's shared memory, drops
+those that spill, and times the others once they agree with fp64. Nothing is searched when the package runs: a person
+writes the results into the table, and the tests check the table.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from .... import functional as F
 from .. import INTERPRETED, configs
 from ..configs import Config
 
-KERNELS = {  # the table's name: the kernel's, and the form that launches it
+KERNELS = {  # name in the table: name of the kernel, and the form that launches it
     "forward": ("forward_kernel", "chunk"),
     "kept": ("forward_kernel", "owned"),
     "gradient": ("gradient_kernel", "chunk"),
     "rows": ("owned_rows_kernel", "owned"),
     "bank": ("owned_bank_kernel", "owned"),
 }
-OWNERS = ("kept", "rows", "bank")  # they hold a gradient, all of D wide
+OWNERS = ("kept", "rows", "bank")  # they hold a gradient over all of D
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 KIND_NAMES = {configs.HALF: "HALF", configs.FP32: "FP32", configs.FP64: "FP64"}
 BLOCKS_N, BLOCKS_M, BLOCKS_D, WARPS, STAGES = (32, 64, 128), (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
-# A tile that is wrong is wrong by far. Dense PyTorch takes distances from differences, which no product equals.
+# A wrong tile is far off. Dense PyTorch computes distances from differences, with a precision that no product reaches.
 SLACK = 8
-WIDEST = 512  # stands for every width beyond the last class
+WIDEST = 512  # represents every width beyond the last class
 
 
 class Task(NamedTuple):
@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
     @property
     def exists(self) -> bool:
-        """Owners hold all of D; what a forward keeps is the gradient of products."""
+        """Whether the kernel exists: owners hold all of D, and a forward keeps only the gradient of products."""
         return self.kernel not in OWNERS or (
             self.d <= configs.OWNED_WIDTH and not (self.kernel == "kept" and self.distance)
         )
@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
 
 def shared_bytes(task: Task, config: Config) -> int:
-    """At least what a tile's operands take: a stage each of what streams, and what stays."""
+    """A lower bound on the bytes of a tile's operands: each stage of those that stream, and those that stay."""
     item = task.dtype.itemsize
     n, m, d = config.block_n * config.block_d * item, config.block_m * config.block_d * item, config.block_d
     if task.d > d:
@@ -70,7 +70,9 @@ def shared_bytes(task: Task, config: Config) -> int:
 
 
 def candidates(task: Task, arch: str) -> list[Config]:
-    """Every tile that may fit the chip: one block of columns where D fits it or an owner must hold it, else several."""
+    """Every tile that may fit the chip. D is in one block where it fits or an owning kernel must hold it, else in
+    several.
+    """
     owner = task.kernel in OWNERS
     whole = max(16, 1 << (task.d - 1).bit_length())
     if not task.exists:
@@ -87,13 +89,13 @@ def candidates(task: Task, arch: str) -> list[Config]:
     return [
         c for c in found
         if shared_bytes(task, c) <= configs.CHIPS[arch].shared
-        and c.block_n * c.block_m <= 128 * c.num_warps * threads  # scores alone would take half the registers
+        and c.block_n * c.block_m <= 128 * c.num_warps * threads  # else scores alone take half the registers
     ]  # fmt: skip
 
 
 def compiled(task: Task, config: Config, arch: str) -> str | None:
-    """Why a candidate is out once it is compiled ahead of time, or None."""
-    from . import aot, report  # they refuse to be imported in the interpreter
+    """Why ahead-of-time compilation rules a candidate out, or None."""
+    from . import aot, report  # these modules refuse to be imported in the interpreter
 
     name, form = KERNELS[task.kernel]
     case = report.Case("autotune", task.d, task.metric, task.dtype, task.dtype)
@@ -115,13 +117,13 @@ def compiled(task: Task, config: Config, arch: str) -> str | None:
 
 
 def _logsumexp(task: Task, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, backend: str) -> F.MaskedLogSumExp:
-    # Of a bank with labels of its own nothing is kept: the rows' gradient has its own kernel.
+    # With bank labels the forward keeps nothing, so the kernel of the rows' gradient runs.
     c = torch.arange(w.size(0), device=w.device) if task.kernel == "rows" else None
     return F.masked_logsumexp(x, w, y, c, metric=task.metric, normalize=True, scale=8.0, backend=backend)
 
 
 def _step(task: Task, n: int, m: int, device: str, backend: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Both log-sum-exps and both gradients; inputs are rounded to the task's dtype whatever the one of the step."""
+    """Both log-sum-exps and both gradients in ``dtype``, of inputs rounded to the task's dtype."""
     generator = torch.Generator().manual_seed(n + m)
     x, w = (torch.randn(k, task.d, generator=generator) for k in (n, m))
     x, w = (t.to(device, task.dtype).to(dtype).requires_grad_() for t in (x, w))
@@ -131,7 +133,7 @@ def _step(task: Task, n: int, m: int, device: str, backend: str, dtype: torch.dt
 
 
 def wrong(task: Task, config: Config, device: str) -> str | None:
-    """Why a candidate is out by its results, or None: errors from fp64 at most SLACK times those of dense PyTorch."""
+    """Why its results rule a candidate out, or None if its errors are at most SLACK times those of dense PyTorch."""
     n, m = 3 * config.block_n + 5, 3 * config.block_m + 7
     truth = _step(task, n, m, device, "reference", torch.float64)
     dense = _step(task, n, m, device, "reference", task.dtype)
@@ -145,7 +147,7 @@ def wrong(task: Task, config: Config, device: str) -> str | None:
 
 
 def seconds(task: Task, config: Config, n: int, m: int) -> float:
-    """Of the pass that launches the kernel, the median on the GPU."""
+    """The median time on the GPU of the pass that launches the kernel."""
     from triton.testing import do_bench
 
     x, w = (torch.randn(k, task.d, device="cuda").to(task.dtype) for k in (n, m))
@@ -186,7 +188,7 @@ def row(kernel: str, dtype: torch.dtype, distance: bool, found: Sequence[Config]
     """One row of the table, a Config for each width class, as ``configs.py`` writes it."""
     shown = list(found)
     while len(shown) > 1 and shown[-1] == shown[-2]:
-        shown.pop()  # the last stands for the rest
+        shown.pop()  # the last one serves the remaining classes
     inside = ", ".join(f"Config({', '.join(map(str, c[: 7 if c.specialize else 6 if c.tma else 5]))})" for c in shown)
     return f'("{kernel}", {KIND_NAMES[configs.KINDS[dtype]]}, {distance}): _wide({inside}),'
 

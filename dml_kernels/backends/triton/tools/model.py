@@ -1,8 +1,8 @@
 """The cost model: time, bytes and launches of forward and backward in bf16, for each form of the gradients.
 
-A kernel takes the longest of its products, its exponentials and its bytes, from memory and through the cache that all
-cores share; launches are added. At datasheet rates: bounds to hold measurements against, no measurements. What the
-table of ``configs.form`` says is what comes out faster here.
+The time of a kernel is the longest of the times of its products, its exponentials, and its bytes from memory and
+through the cache that all cores share; launches are added. The rates are from datasheets, so the results are bounds to
+compare measurements with and not measurements. ``configs.form`` says which form is faster here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from ..collect import BUFFER_BYTES, LARGE_BUFFER_BYTES, WIDE
 
 
 class Rates(NamedTuple):
-    """A second: dense bf16 products, bytes of memory and of shared cache, exponentials (16 a clock and core)."""
+    """Rates in a second: dense bf16 products, bytes of memory and of the shared cache, and exponentials (16 for each
+    clock and core).
+    """
 
     products: float
     bytes: float
@@ -26,7 +28,7 @@ class Rates(NamedTuple):
     launch: float = 4e-6  # seconds
 
 
-# Cache: 5,120 bytes a clock, NVIDIA's figure for the A100's, for the later ones as well; AMD's for the Infinity Cache.
+# Of the cache: 5,120 bytes a clock, NVIDIA's figure for the A100, also for later GPUs; AMD's for the Infinity Cache.
 RATES = {
     "sm_80": Rates(312e12, 2.0e12, 5120 * 1.41e9, 108 * 16 * 1.41e9),
     "sm_90": Rates(989e12, 3.35e12, 5120 * 1.83e9, 132 * 16 * 1.83e9),
@@ -42,11 +44,11 @@ SHAPES = (
     (1_000_000, 64, 4096),
     (10_000_000, 512, 4096),
 )
-SIDES = ("both", "rows", "bank")  # whose gradient is wanted
+SIDES = ("both", "rows", "bank")  # which gradients are needed
 
 
 class Cost(NamedTuple):
-    """Of one pass: arithmetic in NMD, bytes by memory and by cache, launches, seconds."""
+    """The cost of one pass: arithmetic in NMD, bytes through memory and through the cache, launches, seconds."""
 
     nmd: int
     memory: float
@@ -59,7 +61,7 @@ class Cost(NamedTuple):
 
 
 def _kernel(arch: str, n: int, m: int, d: int, nmd: int, exponentials: bool, memory: float, cache: float) -> Cost:
-    """One kernel, or one kernel a chunk over all chunks, without its launches."""
+    """The cost of one kernel, or of one kernel run for each chunk, without its launches."""
     rate = RATES[arch]
     busy = (nmd * n * m * d / rate.products, exponentials * n * m / rate.exponentials, memory / rate.bytes,
             cache / rate.cache)  # fmt: skip
@@ -85,7 +87,7 @@ def forward(arch: str, n: int, m: int, d: int) -> Cost:
 
 
 def kept_forward(arch: str, n: int, m: int, d: int) -> Cost:
-    """The forward that keeps the rows' gradient: its tile of the bank serves both products."""
+    """The cost of the forward that keeps the rows' gradient; its tile of the bank serves both products."""
     tile = _tile("kept", arch, d)
     parts = configs.splits(math.ceil(n / tile.block_n), math.ceil(m / tile.block_m), configs.CHIPS[arch].cores)
     memory, operands = 2 * m * d + 8 * parts * n * d, 2 * d * n * m / tile.block_n
@@ -93,29 +95,33 @@ def kept_forward(arch: str, n: int, m: int, d: int) -> Cost:
 
 
 def chunks(arch: str, n: int, m: int, d: int) -> int:
-    """How many chunks ``collect.Gradients`` cuts the bank into."""
+    """The number of chunks that ``collect.Gradients`` cuts the bank into."""
     tile = _tile("gradient", arch, d)
     budget = max(BUFFER_BYTES, min(48 * n * d, LARGE_BUFFER_BYTES)) if d >= WIDE else BUFFER_BYTES
     return math.ceil(m / max(budget // (2 * n + 4 * d) // tile.block_m * tile.block_m, tile.block_m))
 
 
 def chunk_backward(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
-    """dS is written once and read once a product, through the cache; the products' operands once per 128 of D."""
+    """The cost of the chunk form: dS goes through the cache once to be written and once for each product, and the
+    operands of the products once for each 128 of D.
+    """
     tile, count = _tile("gradient", arch, d), chunks(arch, n, m, d)
     pairs = n * m
     operands = 2 * d * pairs * (1 / tile.block_n + 1 / tile.block_m)
     total = norms(arch, n, m, d) + _kernel(arch, n, m, d, 2, True, 2 * m * d, operands + 2 * pairs)
     through = 2 * pairs * math.ceil(d / 256) + 2 * d * pairs / 128
-    if side != "bank":  # grad_x is read and written in fp32 by every chunk
+    if side != "bank":  # every chunk reads and writes grad_x in fp32
         total += _kernel(arch, n, m, d, 2, False, 2 * m * d, through + 12 * count * n * d)
         total += _launches(arch, 2 * count)
-    if side != "rows":  # grad_w is written in fp32, in the cache, and from there in its own dtype
+    if side != "rows":  # grad_w is written to the cache in fp32, and from there in the bank's dtype
         total += _kernel(arch, n, m, d, 2, False, 2 * m * d, through + 8 * m * d) + _launches(arch, 2 * count)
     return total + _launches(arch, count + 1)
 
 
 def owned_backward(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
-    """Each owner recomputes the scores: 4NMD a side. Its own tile stays, the other matrix passes through the cache."""
+    """The cost of the owned form: each owning kernel recomputes the scores, 4NMD a side. The owned tile stays in
+    registers, and the other matrix passes through the cache.
+    """
     total, cores = norms(arch, n, m, d), configs.CHIPS[arch].cores
     if side != "bank":
         tile = _tile("rows", arch, d)
@@ -134,29 +140,31 @@ def chunk_step(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
 
 
 def owned_step(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
-    """Of a bank with labels of its own: nothing is kept."""
+    """A step with bank labels: the forward keeps nothing."""
     return forward(arch, n, m, d) + owned_backward(arch, n, m, d, side)
 
 
 def kept_step(arch: str, n: int, m: int, d: int, side: str = "both") -> Cost:
-    """Of a bank whose labels are its indices: the rows' gradient is one small kernel over N x D, and norms anew."""
+    """A step where the labels of the bank are its indices: the rows' gradient takes one small kernel over N x D, and
+    the norms are computed again.
+    """
     if side == "bank":
         return owned_step(arch, n, m, d, side)
     total = kept_forward(arch, n, m, d) + _kernel(arch, n, m, d, 0, False, 12 * n * d, 0) + _launches(arch, 1)
     return total + (owned_backward(arch, n, m, d, "bank") if side == "both" else norms(arch, n, m, d))
 
 
-# Forward and backward. "kept" is the owned form wherever labels are indices.
+# Forward and backward. "kept" is the owned form where labels are indices.
 FORMS = {"chunk": chunk_step, "owned": owned_step, "kept": kept_step}
 
 
 def forms(arch: str, d: int) -> list[str]:
-    """Those that have tiles for this width."""
+    """The forms that have tiles for this width."""
     return [form for form in FORMS if form == "chunk" or configs.has_owned(arch, torch.bfloat16, d, "dot")]
 
 
 def faster(arch: str, n: int, m: int, d: int, side: str = "both", *, labels: bool = False) -> str:
-    """ "chunk" or "owned", as ``configs.form`` says it. ``labels``: the bank has labels of its own."""
+    """ "chunk" or "owned", as ``configs.form`` returns it. ``labels`` says that the bank has labels."""
     owned = "owned" if labels else "kept"
     if owned not in forms(arch, d):
         return "chunk"

@@ -1,7 +1,7 @@
 """``python -m dml_kernels.backends.triton.tools.report``: what every kernel costs, compiled ahead of time for each GPU.
 
-Registers a thread, spilled bytes, shared memory and tensor-core instructions are the compilers' own; times, bytes and
-launches of each form of the gradients are those of the cost model (``model.py``): bounds to hold measurements against.
+The compilers report registers of a thread, spilled bytes, shared memory and tensor-core instructions. The cost model
+(``model.py``) gives times, bytes and launches of each form of the gradients: bounds to compare measurements with.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 class Case(NamedTuple):
-    """One call to compile: its dtypes, width and metric, and which of the optional arguments it has."""
+    """One call to compile: its dtypes, width and metric, and which optional arguments it has."""
 
     name: str
     d: int
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     x: torch.dtype = torch.bfloat16
     w: torch.dtype = torch.bfloat16
     options: bool = False
-    labels: bool = True  # of the options also the bank's labels and plain sums
+    labels: bool = True  # the options include the bank's labels and plain sums
     rows: int = 256
     columns: int = 4096
     precision: str = "highest"  # PyTorch's setting for fp32 products
@@ -85,7 +85,7 @@ CASES = (
     Case("every option", 128, "euclidean", options=True),
     Case("no labels", 128, options=True, labels=False),
     Case("no labels", 128, w=torch.float32, options=True, labels=False),
-    # Arguments that are 1 become constants, others of odd sizes lose their alignment.
+    # Arguments that are 1 become constants; arguments of odd sizes lose their alignment.
     Case("ones", 1, "euclidean", options=True, rows=1, columns=1),
     Case("odd", 99, "sqeuclidean", rows=33, columns=777),
     Case("odd", 99, rows=33, columns=777),
@@ -127,7 +127,7 @@ Launch = tuple[Any, dict[str, Any], dict[str, Any]]  # kernel, arguments, option
 
 
 def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -> list[Launch]:
-    """Every launch of forward and backward of the ops, recorded from the host code."""
+    """Every launch of the ops' forward and backward, recorded from the host code."""
     found: list[Launch] = []
     x, w = torch.zeros(case.rows, case.d, dtype=case.x), torch.zeros(case.columns * case.centres, case.d, dtype=case.w)
     acc = accumulate_dtype(case.x)
@@ -170,7 +170,7 @@ def launches(case: Case, arch: str, forms: Sequence[str] = ("chunk", "owned")) -
 
 
 def _pairs(case: Case, bank: Bank, spec: Spec) -> None:
-    """Forward, and backward where there is one, of masked_hinge_sum or masked_argmax."""
+    """Runs the forward, and the backward where there is one, of masked_hinge_sum or masked_argmax."""
     shared = {"metric": spec.metric, "normalize": True, "eps": 1e-12, "ignore_index": -100, "dtype": spec.dtype,
               "backend": "triton"}  # fmt: skip
     row = torch.zeros(case.rows, dtype=accumulate_dtype(spec.dtype))
@@ -187,7 +187,7 @@ def _pairs(case: Case, bank: Bank, spec: Spec) -> None:
 
 
 def _parts(bank: Bank, form: str) -> list[Bank]:
-    """The bank, and for the owned form also few rows and few columns: one split, and with it a finished gradient."""
+    """The bank; for the owned form also few rows and few columns, which take one split and finish the gradient."""
     few = 32
 
     def cut(n: int, m: int) -> Bank:
@@ -211,7 +211,7 @@ def _build(work: tuple[str, Case, int]) -> dict[str, Any]:
 
 
 def _work(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[tuple[str, Case, int]]:
-    """Each distinct kernel once."""
+    """Yields each distinct kernel once."""
     for arch in archs:
         seen: set[str] = set()
         for case in cases:
@@ -226,7 +226,7 @@ def build_all(cases: Sequence[Case], archs: Sequence[str], jobs: int) -> list[di
     work = list(_work(cases, archs))
     if jobs == 1:
         return [_build(w) for w in work]
-    # Spawned: a fork of a process whose OpenMP threads have run hangs at its first parallel region.
+    # Spawned, because a fork of a process whose OpenMP threads have run hangs at its first parallel region.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_build, work))
 
@@ -275,7 +275,7 @@ KERNELS = {
 
 
 def _registers(builds: list[dict[str, Any]], arch: str, d: int, *kernels: str) -> str:
-    """The most of these kernels, on bf16 and cosine at this width."""
+    """The most registers that any of these kernels takes, for bf16 and cosine at this width."""
     of = [b["registers"] for b in builds if (b["arch"], b["d"], b["dtype"], b["metric"], b["case"])
           == (arch, d, "bfloat16", "cosine", "proxies") and b["kernel"] in kernels]  # fmt: skip
     return str(max(of)) if of else "-"
