@@ -47,7 +47,7 @@ def weighted(
 ):  # fmt: skip
     """total (BLOCK_N, BLOCK_D) + weight (BLOCK_N, BLOCK_M) . the entries, which are unit vectors with UNIT.
 
-    A weight is at most 1. In fp16 a weight below 6e-8 would be 0, so all are multiplied by LIFT, a power of two above 1.
+    A weight is at most 1. In fp16 a weight below 6e-8 would be 0, so LIFT, a power of two above 1, multiplies all.
     """
     UNITS: tl.constexpr = UNIT and LIFT > 1
     if UNIT and not UNITS:
