@@ -46,7 +46,7 @@ def exchange(numbers: Sequence[int], device: torch.device, group: Group) -> list
     return all_ranks.view(-1, len(numbers)).tolist()
 
 
-class Rows(NamedTuple):
+class RankRows(NamedTuple):
     """How the rows of a tensor are spread over the ranks.
 
     Args:
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
         """Where this rank's rows begin."""
         return sum(self.sizes[: self.rank])
 
-    def own(self, device: torch.device) -> Tensor:
+    def places(self, device: torch.device) -> Tensor:
         """The places of this rank's rows, (N_r,) int64."""
         return torch.arange(self.start, self.start + self.sizes[self.rank], device=device)
 
@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(t: Tensor, rows: Rows) -> Tensor:
+    def forward(t: Tensor, rows: RankRows) -> Tensor:
         most = max(rows.sizes)
         if most == 0:
             return t.clone()
@@ -98,7 +98,7 @@ class _Scatter(torch.autograd.Function):
     """From (sum of N_r, ...) on each rank to this rank's rows of the sum over the ranks, computed in fp32 or fp64."""
 
     @staticmethod
-    def forward(whole: Tensor, rows: Rows) -> Tensor:
+    def forward(whole: Tensor, rows: RankRows) -> Tensor:
         n, most = rows.sizes[rows.rank], max(rows.sizes)
         if most == 0:
             return whole.clone()

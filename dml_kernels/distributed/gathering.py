@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from ..ops.checks import check_choice
 from ..ops.contract import FLOATS, as_int64, check_matrix
 from ..pairs.batch import check_tuples
-from .collectives import Group, Rows, exchange, world_size
+from .collectives import Group, RankRows, exchange, world_size
 
 GRADIENTS = ("mean", "sum")
 
@@ -129,7 +129,7 @@ class Parts:
         by_rank = exchange([*known.values(), *lengths], self.embeddings.device, group)
         check_alike(known, by_rank)
         self.rows, self.ref_rows, *self.list_rows = (
-            Rows(sizes, distributed.get_rank(group), group) for sizes in list(zip(*by_rank))[len(known) :]
+            RankRows(sizes, distributed.get_rank(group), group) for sizes in list(zip(*by_rank))[len(known) :]
         )
 
     def _check_tuples(self) -> None:
@@ -186,9 +186,9 @@ class Parts:
     def references(self, found: Gathered) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the rank's rows are compared with, its labels, and the place of each row's own copy in it, if any."""
         if self.ref_emb is None:
-            return found.embeddings, found.labels, self.rows.own(self.embeddings.device)
+            return found.embeddings, found.labels, self.rows.places(self.embeddings.device)
         assert found.ref_emb is not None
-        return found.ref_emb, found.ref_labels, self.rows.own(self.embeddings.device) if self.same_emb else None
+        return found.ref_emb, found.ref_labels, self.rows.places(self.embeddings.device) if self.same_emb else None
 
     def whole_mask(self) -> Tensor | None:
         """The masks of all ranks as one mask."""

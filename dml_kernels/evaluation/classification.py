@@ -23,7 +23,7 @@ from torch import Tensor
 from ..ops.checks import check_flag, check_integer, check_positive, check_tensor
 from ..progress import Progress, reporter
 from . import streaming
-from .streaming import Problem
+from .streaming import GallerySearch
 
 __all__ = ["Classification", "k_nearest_clusters", "k_nearest_neighbours"]
 
@@ -227,7 +227,7 @@ class _Groups:
         out.log_probabilities[rows, :width] = log_probabilities.gather(1, best).float()
 
 
-def _squared_distances(problem: Problem, rows: Tensor, found: Tensor) -> Tensor:
+def _squared_distances(problem: GallerySearch, rows: Tensor, found: Tensor) -> Tensor:
     """|r - mu|^2 for the centres found for each row, (n, k) fp64, from differences, a tile of entries at a time."""
     queries = problem.queries_of(rows)
     squared = torch.empty(found.shape, dtype=torch.float64, device=found.device)
@@ -239,7 +239,7 @@ def _squared_distances(problem: Problem, rows: Tensor, found: Tensor) -> Tensor:
     return squared
 
 
-def _new_result(problem: Problem, top: int) -> Classification:
+def _new_result(problem: GallerySearch, top: int) -> Classification:
     shape, device = (len(problem.queries), top), problem.queries.device
     return Classification(
         torch.full(shape, NO_CLASS, dtype=torch.int64, device=device), torch.full(shape, -math.inf, device=device)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..ops.checks import check_choice, check_integer
 from ..progress import Progress, reporter
 from . import streaming
-from .streaming import Problem
+from .streaming import GallerySearch
 from .verification import check_far
 
 __all__ = ["Identification", "IdentificationResult", "evaluate_identification", "identify"]
@@ -224,7 +224,7 @@ def _threshold(alarms: Tensor, rate: float) -> float:
     return torch.nextafter(alarms[allowed], torch.full_like(alarms[allowed], math.inf)).item()
 
 
-def _identity_keys(problem: Problem, rows: Tensor, order: Tensor) -> Iterator[Tensor]:
+def _identity_keys(problem: GallerySearch, rows: Tensor, order: Tensor) -> Iterator[Tensor]:
     """Yield keys (len(rows), identities) of whole identities; ``order`` sorts the gallery by identity, from 0 on."""
     queries = problem.queries_of(rows)
     unfinished = torch.full((len(rows),), -math.inf, device=rows.device)  # the best score of an identity that is cut
@@ -247,7 +247,7 @@ def _identity_keys(problem: Problem, rows: Tensor, order: Tensor) -> Iterator[Te
 
 def _check(
     probes: Tensor, gallery: Tensor, gallery_labels: Tensor, template: str, metric: str, tile: tuple[int, int] | None
-) -> tuple[Problem, Tensor]:
+) -> tuple[GallerySearch, Tensor]:
     """The checked problem, with identities numbered by ascending label, and their labels."""
     check_choice("template", template, ("max", "mean"))
     streaming.check_vectors("probes", probes)
@@ -264,4 +264,4 @@ def _check(
             templates.index_add_(0, part, problem.gallery_of(start) / sizes[part, None])
         numbers = torch.arange(len(names), device=gallery.device)
     none = torch.empty(0, dtype=torch.int64, device=gallery.device)
-    return Problem(problem.queries, none, templates, numbers, problem.exclude, metric, problem.tile), names
+    return GallerySearch(problem.queries, none, templates, numbers, problem.exclude, metric, problem.tile), names

@@ -28,7 +28,7 @@ from ..ops.checks import check_flag, check_integer, check_sequence
 from ..progress import Progress, reporter
 from . import streaming
 from .clustering import cluster_agreement
-from .streaming import Problem
+from .streaming import GallerySearch
 
 __all__ = ["RetrievalResult", "evaluate", "evaluate_retrieval", "map_at_r", "nearest", "recall_at_k"]
 
@@ -180,7 +180,7 @@ def evaluate_retrieval(
 
 
 def _measure(
-    problem: Problem, ks: tuple[int, ...], at_r: bool, reciprocal: bool, report: Callable[[int], object]
+    problem: GallerySearch, ks: tuple[int, ...], at_r: bool, reciprocal: bool, report: Callable[[int], object]
 ) -> RetrievalResult:
     """Pass over the queries once. Without at_r, max(ks) neighbours are enough, and the two metrics at R are NaN."""
     positives = _count_positives(problem)
@@ -308,13 +308,13 @@ def _check(
     exclude: Tensor | None,
     metric: str,
     tile: tuple[int, int] | None,
-) -> Problem:
+) -> GallerySearch:
     if (ref_embeddings is None) != (ref_labels is None):
         raise ValueError("ref_embeddings and ref_labels belong together: give both or neither")
     return streaming.check(embeddings, labels, ref_embeddings, ref_labels, exclude, metric, tile)
 
 
-def _count_positives(problem: Problem) -> Tensor:
+def _count_positives(problem: GallerySearch) -> Tensor:
     """R of each query, (N,) int64: the gallery entries of its class, without an excluded one of the class."""
     classes, counts = torch.unique(problem.gallery_labels, return_counts=True)
     place = torch.searchsorted(classes, problem.labels).clamp(max=len(classes) - 1)

@@ -32,7 +32,7 @@ SMALLEST, LARGEST = 1e-27, 1e38
 
 
 @dataclass(frozen=True)
-class Problem:
+class GallerySearch:
     """Checked inputs.
 
     Attributes:
@@ -123,7 +123,7 @@ def prepare(vectors: Tensor, unit: bool) -> Tensor:
     return wide / lengths(wide)[:, None]
 
 
-def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def stream(problem: GallerySearch, order: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Find the nearest gallery entries of chunks of queries.
 
     Args:
@@ -146,13 +146,13 @@ def stream(problem: Problem, order: Tensor, wanted: Tensor) -> Iterator[tuple[Te
         start += len(rows)
 
 
-def stream_all(problem: Problem, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def stream_all(problem: GallerySearch, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """As ``stream``, over all queries in order, each with its ``depth`` nearest."""
     everyone = torch.arange(len(problem.queries), device=problem.queries.device)
     return stream(problem, everyone, torch.full_like(everyone, depth))
 
 
-def tile_keys(problem: Problem, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+def tile_keys(problem: GallerySearch, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (start, keys) for each gallery tile, keys (len(rows), tile) int64; an excluded entry has the lowest key."""
     queries = problem.queries_of(rows)
     exclude = problem.exclude[rows]
@@ -164,7 +164,7 @@ def tile_keys(problem: Problem, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, keys
 
 
-def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
+def _top_keys(problem: GallerySearch, rows: Tensor, depth: int) -> Tensor:
     """The ``depth`` largest keys of each row over the whole gallery, (len(rows), depth) int64, largest first."""
     best: Tensor | None = None
     for _, keys in tile_keys(problem, rows):
@@ -174,7 +174,7 @@ def _top_keys(problem: Problem, rows: Tensor, depth: int) -> Tensor:
     return best
 
 
-def first_ranks(problem: Problem, rows: Tensor) -> Tensor:
+def first_ranks(problem: GallerySearch, rows: Tensor) -> Tensor:
     """The rank (1 is nearest) of the nearest gallery entry of each row's class, (len(rows),) int64.
 
     There are two passes over the gallery: the first finds the best key of the class, the second counts the keys above
@@ -224,7 +224,7 @@ def check(
     *,
     names: tuple[str, str] = ("ref_embeddings", "ref_labels"),
     unit_queries: bool = False,
-) -> Problem:
+) -> GallerySearch:
     """Check all inputs. Without references the queries are the gallery, and each query leaves itself out.
 
     Args:
@@ -258,7 +258,7 @@ def check(
     elif same_set:
         ref_labels = labels
     labels, ref_labels = (none if given is None else given for given in (labels, ref_labels))
-    return Problem(embeddings.detach(), labels, gallery.detach(), ref_labels, exclude, metric, tile, unit_queries)
+    return GallerySearch(embeddings.detach(), labels, gallery.detach(), ref_labels, exclude, metric, tile, unit_queries)
 
 
 def check_depths(name: str, depths: Sequence[int]) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ from ..optional import import_optional
 from ..progress import Progress, reporter
 from . import streaming
 from .pairs import check_pairs, pair_scores
-from .streaming import Problem
+from .streaming import GallerySearch
 
 __all__ = [
     "FoldAccuracy",
@@ -282,7 +282,7 @@ def check_far(far: Sequence[float]) -> tuple[float, ...]:
     return rates
 
 
-def _pair_tiles(problem: Problem, same_set: bool, report: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _pair_tiles(problem: GallerySearch, same_set: bool, report: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (scores, same), flat, for tiles of the pairs; within one set only i < j."""
     rows_at_a_time, refs_at_a_time = problem.tile
     device = problem.queries.device
@@ -301,7 +301,7 @@ def _pair_tiles(problem: Problem, same_set: bool, report: Any) -> Iterator[tuple
         report(len(rows))
 
 
-def _range(problem: Problem) -> tuple[float, float]:
+def _range(problem: GallerySearch) -> tuple[float, float]:
     """The range of possible scores."""
     if problem.metric == "cosine":
         return -1.0, 1.0

@@ -145,13 +145,14 @@ class Lines(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """The gradient on a score of masked_hinge_sum: (N,) for positive terms of same and of different; ``own`` replaces
-    it at the entry of the row's own label (also an excluded one), or is None.
+    """The gradients on the scores of masked_hinge_sum, (N,) each: on positive terms of same, and of different.
+
+    ``positive``, if not None, is the gradient at the bank entry of the row's label, even if that entry is excluded.
     """
 
     same: Tensor
     different: Tensor
-    own: Tensor | None
+    positive: Tensor | None
 
 
 class Search(NamedTuple):

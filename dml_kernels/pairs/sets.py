@@ -15,13 +15,15 @@ IGNORE_INDEX = -100
 
 
 class Sets(NamedTuple):
-    """Of N rows and some bank entries, (N, chunk) bool: the entries of the row's own label, those of other labels, and
-    the entries of its own label whether counted or excluded.
+    """Which of some bank entries are in the sets of N rows, (N, chunk) bool each.
+
+    ``same`` are the entries of the row's label, ``different`` those of other labels, and ``labelled`` the entries of
+    the row's label including the excluded one.
     """
 
     same: Tensor
     different: Tensor
-    own: Tensor
+    labelled: Tensor
 
 
 def sets_of(y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int, k: slice) -> Sets:

@@ -14,7 +14,7 @@ from . import tiles
 
 
 def squared_distances(s: Tensor, metric: str) -> Tensor:
-    """Of unit vectors, from their scores."""
+    """The squared distances of unit vectors, from their scores."""
     if metric == "dot":
         return 2 - 2 * s
     return -s if metric == "sqeuclidean" else s * s
@@ -26,7 +26,7 @@ def log_weights(s: Tensor, spec: ArgmaxSpec, d: int) -> Tensor:
 
 
 def draw_keys(s: Tensor, k: slice, spec: ArgmaxSpec, d: int) -> Tensor:
-    """log w + Gumbel noise of one chunk, in fp64; some rows at a time, as that takes several temporaries."""
+    """log w + Gumbel noise of one chunk, in fp64; some rows at a time, because it takes several temporaries."""
     key = torch.empty_like(s, dtype=torch.float64)
     columns = torch.arange(k.start, k.stop, device=s.device)
     rows = torch.arange(s.size(0), device=s.device)

@@ -31,7 +31,7 @@ def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -
     grad_w = torch.empty_like(w, memory_format=torch.contiguous_format) if needs[1] else None
     for k in tiles.chunks(x.size(0), *w.shape):
         b = Side.of(w[k], normalize, eps, dtype)
-        # A copy of one chunk of grad, whatever its strides: it is overwritten.
+        # Contiguous for any strides of grad, and a copy because it is overwritten.
         ds = grad[:, k].to(rows.full.dtype, copy=True, memory_format=torch.contiguous_format)
         part = grads.chunk(b, tiles.scores(rows, b, metric), ds if metric == "dot" else ds.neg_())
         if grad_w is not None:

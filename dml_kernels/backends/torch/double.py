@@ -1,4 +1,4 @@
-"""Double backward in closed form, streamed over bank chunks in plain PyTorch. Every backend uses this one.
+"""The double backward in closed form, streamed over bank chunks in plain PyTorch. All backends use it.
 
 The first backward returns, for parameters theta, sum_ij dz_ij dz_ij/dtheta with dz_ij = g_i p_ij + h_i. Contracted with
 the incoming directions v it is
@@ -7,7 +7,7 @@ the incoming directions v it is
 
 So the gradient of Phi reaches theta in two ways: through z' with weight B = dz, and through p with weight
 A = g p z'. Through s and its tangent s' both become weights on u.p, u'.p and u.p' of one chunk. The log-sum-exps are
-inputs of their own here, with gradient -g sum_j p z'.
+separate inputs here, with gradient -g sum_j p z'.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .policies import Pooled
 
 
 class Step(NamedTuple):
-    """One bank chunk: unit (or raw) vectors, their tangents, the scores and their tangents."""
+    """One bank chunk: its unit (or raw) vectors, the scores, and the tangents of both."""
 
     w: Tensor
     v: Tensor
@@ -33,7 +33,7 @@ class Step(NamedTuple):
     dp: Tensor
     s: Tensor
     ds: Tensor
-    dq: Tensor  # tangent of the squared distance's negative (equals ds for the other metrics)
+    dq: Tensor  # tangent of the negative squared distance (for the other metrics the same as ds)
 
 
 class Tangents:
@@ -53,7 +53,7 @@ class Tangents:
         return normalize.forward(x, self.eps), normalize.backward(v, x, self.eps)
 
     def _drop(self, x: Tensor, v: Tensor, grad_u: Tensor, grad_du: Tensor) -> Tensor:
-        """Gradient in x from those in u = x^ and in its tangent."""
+        """The gradient in x, from the gradients in u = x^ and in the tangent of u."""
         if not self.normalize:
             return grad_u
         return normalize.backward(grad_u, x, self.eps) + normalize.double(v, grad_du, x, self.eps)
@@ -65,9 +65,9 @@ class Tangents:
         if self.metric == "dot":
             s, ds = self.u @ p.T, self.du @ p.T + self.u @ dp.T
             return Step(w, v, p, dp, s, ds, ds)
-        # Of the vectors as they came: equal ones are at distance 0 here as in the first derivative.
+        # From the stored vectors, so that equal ones are at distance 0 as in the first derivative.
         s = tiles.scores(self.rows, tiles.Side.of(w, self.normalize, self.eps, self.acc), self.metric).s
-        # -2 (u - p).(u' - p'), expanded: an N x chunk x D difference is not affordable.
+        # -2 (u - p).(u' - p'), expanded, because differences would take N x chunk x D memory.
         cross = self.u @ dp.T + self.du @ p.T
         dq = 2 * (cross - (self.u * self.du).sum(1)[:, None] - (p * dp).sum(1))
         return Step(w, v, p, dp, s, dq * tiles.root_slope(s) if self.metric == "euclidean" else dq, dq)
@@ -76,7 +76,7 @@ class Tangents:
         """Adds the rows' gradients for weights on s and on s'; returns the chunk's gradient in w."""
         a, b = on_s, on_ds
         if self.metric == "euclidean":
-            # s = -sqrt(-q): s' = f1 q', and f1 itself moves with q by f2 = 2 f1^3.
+            # s = -sqrt(-q), so s' = f1 q', and the derivative of f1 in q is f2 = 2 f1^3.
             f1 = tiles.root_slope(step.s)
             a = b * 2 * f1**3 * step.dq + (0 if a is None else a * f1)
             b = b * f1
@@ -102,7 +102,7 @@ class Tangents:
 
 
 def masked_logsumexp_dbl(directions, grads, lse, bank: Bank, spec: Spec) -> tuple[Tensor | None, ...]:
-    """Gradients of Phi in the four incoming gradients, both log-sum-exps, x, w, scale and col_bias."""
+    """The gradients of Phi in the four incoming gradients, both log-sum-exps, x, w, scale and col_bias."""
     _, v_w, v_t, v_b = (v if v.numel() else None for v in directions)
     tangents = Tangents(bank.x, directions[0], spec.metric, spec.normalize, spec.eps, spec.dtype)
     acc, n, m = tangents.acc, bank.x.size(0), bank.w.size(0) // spec.centres

@@ -12,22 +12,22 @@ from .double import Tangents
 
 
 def positive_scores(inputs, spec) -> Tensor:
-    """s_{i, y_i} (N,) in the accumulation dtype, from rows of the bank gathered a block at a time; anything for rows
-    that are ignored.
+    """s_{i, y_i} (N,) in the accumulation dtype, from bank rows gathered one block at a time. The scores of ignored
+    rows mean nothing.
     """
     n, d = inputs.x.shape
     out = inputs.x.new_empty(n, dtype=accumulate_dtype(spec.dtype))
-    own = inputs.y.clamp(0, inputs.w.size(0) - 1)
+    positive = inputs.y.clamp(0, inputs.w.size(0) - 1)
     step = max(1, tiles.CHUNK_ELEMENTS // d)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        x, w = (t.to(out.dtype) for t in (inputs.x[rows], inputs.w[own[rows]]))
+        x, w = (t.to(out.dtype) for t in (inputs.x[rows], inputs.w[positive[rows]]))
         out[rows] = tiles.listed_scores(x, w, spec.metric, spec.normalize, spec.eps)
     return out
 
 
 def _active(s: Tensor, k: float, offset: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    """k s + offset, and where it is positive in the set. NaN counts as positive, to be seen in the sum."""
+    """k s + offset, and where it is positive in the set. NaN counts as positive, so that it shows in the sum."""
     z = torch.add(offset[:, None], s, alpha=k)
     return z, member & ~(z <= 0)
 
@@ -51,8 +51,8 @@ def _weights(s: Tensor, sets: Sets, slopes, lines) -> tuple[Tensor, list[Tensor]
     """The gradient on each score of a chunk, and where each set's terms are positive."""
     active = [_active(s, lines.k[i], lines.offset[i], sets[i])[1] for i in range(2)]
     ds = torch.where(active[0], slopes.same[:, None], torch.where(active[1], slopes.different[:, None], 0))
-    if slopes.own is not None:
-        ds = torch.where(sets.own, slopes.own[:, None], ds)
+    if slopes.positive is not None:
+        ds = torch.where(sets.labelled, slopes.positive[:, None], ds)
     return ds, active
 
 
@@ -72,8 +72,10 @@ def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Ten
 
 
 def masked_hinge_sum_dbl(directions, slopes, lines, counts, spec) -> tuple[list[Tensor], Tensor, Tensor]:
-    """With Phi = sum_ij ds_ij s'_ij, s' the scores' derivative along the directions: Phi's gradients in the incoming
-    gradients of both sets, in x and in w. ds is constant but for its incoming gradient.
+    """The gradients of Phi in the incoming gradients of both sets, in x and in w.
+
+    Phi = sum_ij ds_ij s'_ij, where s' is the derivative of the scores along the directions. Apart from the incoming
+    gradient in it, ds is constant.
     """
     v_x, v_w = directions
     tangents = Tangents(lines.x, v_x, spec.metric, spec.normalize, spec.eps, spec.dtype)
@@ -85,7 +87,7 @@ def masked_hinge_sum_dbl(directions, slopes, lines, counts, spec) -> tuple[list[
         ds, active = _weights(step.s, sets, slopes, lines)
         for i in range(2):
             along[i] += lines.k[i] * torch.where(active[i], step.ds, 0).sum(1)
-        if slopes.own is not None:
-            along[1] -= lines.k[1] * counts[1] * torch.where(sets.own, step.ds, 0).sum(1)
+        if slopes.positive is not None:
+            along[1] -= lines.k[1] * counts[1] * torch.where(sets.labelled, step.ds, 0).sum(1)
         d_w[chunk] = tangents.pull_back(step, None, ds).to(d_w.dtype)
     return along, tangents.finish().to(lines.x.dtype), d_w

@@ -4,9 +4,9 @@ With unit vectors (where normalised) u of x and p of w, and the pair's slope a, 
 
     dot  a p, a = g        sqeuclidean  a (p - u), a = 2 g        euclidean  a (p - u), a = g / |u - p|, 0 at distance 0
 
-and the same with u and p exchanged for the bank. The pairs are sorted by their row, each row's are added up from first
-to last, and the sum goes once through the normalisation. Differences are taken before they are weighted, so that close
-pairs keep their direction.
+and the same for the bank with u and p exchanged. The pairs are sorted by row, the pairs of a row are added up from
+first to last, and the sum goes through the normalisation once. Differences are computed before they are weighted, so
+that close pairs keep their direction.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from . import normalize, tiles
 
 
 def _picked(t: Tensor, index: Tensor, spec: ScoresSpec) -> tuple[Tensor, Tensor | float]:
-    """The rows at ``index`` as they came, and what makes unit vectors of them where that is wanted."""
+    """The rows at ``index`` as stored, and the factor that makes them unit vectors if the spec asks for these."""
     t = t.index_select(0, index).to(spec.dtype)
     return t, tiles.norms(t, spec.eps)[0] if spec.normalize else 1.0
 
 
 def slope(grad: Tensor, s: Tensor, metric: str) -> Tensor:
-    """a: the gradient on a score, to the factor of p - u (or p)."""
+    """a, the factor of p - u (or p), from the gradient on a score."""
     if metric == "euclidean":
         return torch.where(s == 0, 0, -grad / torch.where(s == 0, 1, s))
     return grad if metric == "dot" else 2 * grad
@@ -42,24 +42,24 @@ def pair_scores_fwd(pairs: Listed, spec: ScoresSpec) -> Tensor:
     return out
 
 
-def _collect(own: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor, spec: ScoresSpec) -> Tensor:
-    """The gradient of one side: rows ``at`` of ``own`` against rows ``other_at`` of ``other``."""
+def _collect(this: Tensor, other: Tensor, at: Tensor, other_at: Tensor, a: Tensor, spec: ScoresSpec) -> Tensor:
+    """The gradient in ``this``, whose rows ``at`` are paired with the rows ``other_at`` of ``other``."""
     order = at.argsort(stable=True)
     at, other_at, a = at[order], other_at[order], a[order]
-    n, d = own.shape
-    total = own.new_zeros((n, d), dtype=spec.dtype)
-    step = max(n, tiles.CHUNK_ELEMENTS // d, 1)  # each block adds n sums: as many pairs or more
+    n, d = this.shape
+    total = this.new_zeros((n, d), dtype=spec.dtype)
+    step = max(n, tiles.CHUNK_ELEMENTS // d, 1)  # each block adds n sums, so it should have at least n pairs
     for k in (slice(start, start + step) for start in range(0, at.numel(), step)):
         p, rp = _picked(other, other_at[k], spec)
         if spec.metric == "dot":
             part = p * rp
         else:
-            u, ru = _picked(own, at[k], spec)
+            u, ru = _picked(this, at[k], spec)
             part = tiles.difference(p, u, rp, ru)
         part = part * a[k, None]
         places = torch.arange(part.size(0), device=at.device)
         total += torch.nn.functional.embedding_bag(places, part, segments.offsets(at[k], n)[:-1], mode="sum")
-    return normalize.backward(total, own, spec.eps) if spec.normalize else total.to(own.dtype)
+    return normalize.backward(total, this, spec.eps) if spec.normalize else total.to(this.dtype)
 
 
 def pair_scores_bwd(grad, s, needs, pairs: Listed, spec: ScoresSpec) -> list[Tensor | None]:
@@ -70,7 +70,7 @@ def pair_scores_bwd(grad, s, needs, pairs: Listed, spec: ScoresSpec) -> list[Ten
 
 
 def pair_scores_differentiable_bwd(grad: Tensor, pairs: Listed, spec: ScoresSpec) -> tuple[Tensor, Tensor]:
-    """The gradients of both sides in differentiable PyTorch functions, for a second derivative; O(P D) memory."""
+    """The gradients of both sides by differentiable PyTorch functions, for a second derivative; O(P D) memory."""
     x, w, rows, cols = pairs
     metric, normalize, eps, dtype = spec
 
@@ -83,10 +83,10 @@ def pair_scores_differentiable_bwd(grad: Tensor, pairs: Listed, spec: ScoresSpec
 
     (u, *of_u), (p, *of_p) = unit(x), unit(w)
     a_row, a_col = u.index_select(0, rows), p.index_select(0, cols)
-    s = grad  # read only for the slope of a root
+    s = grad  # used only for the slope of a root
     if metric == "euclidean":
         d2 = (a_row - a_col).square().sum(1)
-        # Equal rows may have norms that differ in the last bits.
+        # The norms of equal rows may differ in the last bits.
         zero = (d2 == 0) | (x.index_select(0, rows) == w.index_select(0, cols)).all(1)
         s = torch.where(zero, 0, -torch.where(zero, 1, d2).sqrt())
     a = slope(grad.to(dtype), s, metric)[:, None]

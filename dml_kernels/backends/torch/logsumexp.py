@@ -16,19 +16,19 @@ from .policies import Pooled, circle_weight
 from .tiles import Gradients, Side
 
 
-class Logits(NamedTuple):
-    """One chunk's logits: z, and everything its derivative reads. Masked-out entries have z = -inf."""
+class ChunkLogits(NamedTuple):
+    """The logits z of one chunk, and everything that their derivative needs. A masked entry has z = -inf."""
 
     z: Tensor
     same: Tensor  # (N, chunk) bool: in the row's same set
     used: Tensor  # (N, chunk) bool: in either set
-    k: Tensor | float  # set's factor, per entry where the sets differ
+    k: Tensor | float  # the factor of the set, one for each entry where the sets differ
     o: Tensor | float
     t: Tensor  # (N, 1) scale
 
 
 def class_chunks(bank: Bank, spec: Spec) -> Iterator[tuple[slice, slice]]:
-    """Columns of each chunk, and their bank rows: the same without pooling."""
+    """The columns of each chunk, and their bank rows; without pooling these are the same."""
     for rows in tiles.chunks(bank.x.size(0), *bank.w.shape, spec.centres):
         yield slice(rows.start // spec.centres, rows.stop // spec.centres), rows
 
@@ -38,7 +38,7 @@ def row_scale(bank: Bank, acc: torch.dtype) -> Tensor:
     return bank.x.new_ones((n, 1), dtype=acc) if bank.scale is None else bank.scale.to(acc).reshape(-1, 1).expand(n, 1)
 
 
-def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> Logits:
+def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> ChunkLogits:
     same, different, _ = sets_of(bank.y, bank.c, bank.exclude, spec.ignore_index, k)
     used = same | different
     k_same, o_same, k_diff, o_diff = spec.logit
@@ -50,7 +50,7 @@ def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> Logits:
     if bank.col_bias is not None:
         z = z + bank.col_bias[k].to(s.dtype)
         used = used & (z != -math.inf)
-    return Logits(z.masked_fill_(~used, -math.inf), same & used, used, factor, offset, t)
+    return ChunkLogits(z.masked_fill_(~used, -math.inf), same & used, used, factor, offset, t)
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
@@ -71,18 +71,18 @@ def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
 
 
 def entry(per_row: tuple[Tensor, Tensor], same: Tensor) -> Tensor:
-    """Each entry's own set's row value."""
+    """For each entry, the row's value for the set of the entry."""
     return torch.where(same, per_row[0][:, None], per_row[1][:, None])
 
 
-def weights(chunk: Logits, lse: tuple[Tensor, ...]) -> Tensor:
-    """p_ij = exp(z_ij - lse_i) of the entry's set; 0 for an empty set and for masked entries."""
+def weights(chunk: ChunkLogits, lse: tuple[Tensor, ...]) -> Tensor:
+    """p_ij = exp(z_ij - lse_i) with the log-sum-exp of the entry's set; 0 for masked entries."""
     closed = tuple(torch.where(v == -math.inf, math.inf, v) for v in lse)
     return torch.exp(chunk.z - entry(closed, chunk.same))
 
 
-def row_grads(grads: tuple[Tensor, ...], chunk: Logits, p: Tensor, sums: bool) -> Tensor:
-    """dz = g p, plus the gradient of the plain sum where that was asked for."""
+def row_grads(grads: tuple[Tensor, ...], chunk: ChunkLogits, p: Tensor, sums: bool) -> Tensor:
+    """dz = g p, plus the gradient of the plain sum if ``sums``."""
     acc = p.dtype
     dz = p * entry((grads[0].to(acc), grads[1].to(acc)), chunk.same)
     if sums:
@@ -124,6 +124,6 @@ def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> tup
 
 
 def scale_grad(per_row: Tensor, bank: Bank) -> Tensor:
-    """The gradient of the scale in its own shape, () or (N,), and dtype."""
+    """The gradient of the scale in the scale's shape, () or (N,), and dtype."""
     assert bank.scale is not None
     return (per_row.sum() if bank.scale.dim() == 0 else per_row).to(bank.scale.dtype)

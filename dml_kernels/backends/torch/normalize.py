@@ -21,7 +21,7 @@ def backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def double(v: Tensor, grad: Tensor, x: Tensor, eps: float) -> Tensor:
-    """Gradient in x of <v, backward(grad, x)>: -r^2 [x^ (v.g - 3 (v.x^)(g.x^)) + (g.x^) v + (v.x^) g]."""
+    """The gradient in x of <v, backward(grad, x)>: -r^2 [x^ (v.g - 3 (v.x^)(g.x^)) + (g.x^) v + (v.x^) g]."""
     r, unit = tiles.norms(x, eps)
     u, v, g = x * r, v.to(r.dtype), grad.to(r.dtype)
     vg, vu, gu = ((a * b).sum(-1, keepdim=True) for a, b in ((v, g), (v, u), (g, u)))

@@ -1,13 +1,14 @@
-"""Logit policies of masked_logsumexp in plain PyTorch: what lies between a chunk's scores and its logits.
+"""Logit policies of masked_logsumexp in plain PyTorch: the step between the scores of a chunk and its logits.
 
-Pooling makes one score S of a class's K centre scores s_k; the logit, its mask and its weights then have a column a
-class. With slope_k = dS/ds_k, the first derivative spreads dS to dS slope_k, and the second adds slope's own:
+Pooling turns the K centre scores s_k of a class into one score S. The logits, their mask and their weights then have
+one column for each class. With slope_k = dS/ds_k, the first derivative spreads dS to dS slope_k; the second derivative
+adds the derivative of the slope:
 
     max_pool      S = max_k s_k                    slope_k = 1 at the first maximum, else 0: constant
     softmax_pool  S = sum_k p_k s_k                slope_k = p_k (1 + (s_k - S) / gamma),  p = softmax(s / gamma)
                   d slope_l / d s_k = (delta_lk (slope_k + p_k) - slope_l p_k - p_l slope_k) / gamma
 
-``quadratic`` multiplies each logit's factor by a weight that counts as a constant in every derivative.
+``quadratic`` multiplies the factor of each logit by a weight that is a constant in every derivative.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ...ops.signatures import Spec
 
 
 class Pooled:
-    """One chunk's scores by class: ``s`` (N, classes), from the centres' scores (N, classes K), class by class."""
+    """The scores of a chunk by class: ``s`` (N, classes), from the centres' scores (N, classes K), class by class."""
 
     def __init__(self, s: Tensor, spec: Spec):
         k = spec.centres
@@ -42,15 +43,15 @@ class Pooled:
         return self.p * (1 + (self.each - self.s[..., None]) / self.gamma)
 
     def spread(self, ds: Tensor) -> Tensor:
-        """The gradient of the centres' scores, (N, classes K), from that of the pooled, (N, classes)."""
+        """The gradient in the centres' scores, (N, classes K), from that in the pooled scores, (N, classes)."""
         return (ds[..., None] * self._slope()).flatten(1) if self.pools else ds
 
     def tangent(self, ds: Tensor) -> Tensor:
-        """The pooled scores' derivative along that of the centres' scores."""
+        """The tangent of the pooled scores, from the tangent of the centres' scores."""
         return (ds.view_as(self.each) * self._slope()).sum(2) if self.pools else ds
 
     def pull_back(self, on_s: Tensor, on_ds: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights on the pooled scores and on their tangents, to those on the centres' scores and tangents ``ds``."""
+        """The gradients in the centres' scores and in their tangents ``ds``, from those in the pooled ones."""
         if not self.pools:
             return on_s, on_ds
         slope, b = self._slope(), on_ds[..., None]
@@ -63,5 +64,5 @@ class Pooled:
 
 
 def circle_weight(s: Tensor, same: Tensor, m: float) -> Tensor:
-    """alpha of Circle loss: relu(1 + m - s) in the same set, relu(s + m) in the other."""
+    """The weight alpha of the Circle loss: relu(1 + m - s) in the same set, relu(s + m) in the other."""
     return torch.where(same, 1 + m - s, s + m).clamp_min_(0)

@@ -1,6 +1,6 @@
 """positive_pair_sum in plain PyTorch, forward and backward by hand, on any device: functional has the formulas.
 
-A block of rows against the entries of their classes is one small product; its tile of terms is masked and summed.
+The scores of a block of rows with the entries of their classes are one small product; its terms are masked and summed.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from . import by_class, tiles
 from .tiles import Gradients, Scores, Side
 
 
-class Slopes(NamedTuple):
-    """df of a tile in s, u and v."""
+class Partials(NamedTuple):
+    """The derivatives of the terms of a piece in s, u and v."""
 
     s: Tensor
     u: Tensor
     v: Tensor | None
 
 
-def slopes(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Slopes:
-    """f's derivatives."""
+def partials(s: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec) -> Partials:
+    """The derivatives of the term in s, u and v."""
     if spec.kind == "softplus":
         p = torch.sigmoid(u - spec.params[0] * s)
-        return Slopes(-spec.params[0] * p, p, None)
+        return Partials(-spec.params[0] * p, p, None)
     joint = torch.logaddexp(u, v)
     joint.masked_fill_(joint == -math.inf, 0)
     h = torch.relu(joint - spec.params[0] * s - spec.params[1])
-    return Slopes(-spec.params[0] * h, h * torch.exp(u - joint), h * torch.exp(v - joint))
+    return Partials(-spec.params[0] * h, h * torch.exp(u - joint), h * torch.exp(v - joint))
 
 
-class Tile(NamedTuple):
-    """One piece of a block: the entries, their vectors, the scores, which pairs are positives, and u and v there."""
+class Piece(NamedTuple):
+    """Some entries of a block: their indices, vectors and scores, which pairs are positives, and their u and v."""
 
     cols: Tensor
     b: Side
@@ -49,14 +49,14 @@ class Tile(NamedTuple):
     v: Tensor | None
 
 
-def _tiles(block: by_class.Block, a: Side, pairs: Pairs, spec: PairSpec):
+def _pieces(block: by_class.Block, a: Side, pairs: Pairs, spec: PairSpec):
     acc = a.full.dtype
     u = pairs.u[block.rows].to(acc)[:, None]
     for k in block.pieces(pairs.x.size(1)):
         cols = block.cols[k]
         b = Side.of(pairs.w[cols], spec.normalize, spec.eps, spec.dtype)
         v = None if pairs.v is None else pairs.v[cols].to(acc)
-        yield Tile(cols, b, tiles.scores(a, b, spec.metric), block.mask(k), u, v)
+        yield Piece(cols, b, tiles.scores(a, b, spec.metric), block.mask(k), u, v)
 
 
 def positive_pair_sum_fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,15 +66,15 @@ def positive_pair_sum_fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, Tensor,
     total, active = pairs.x.new_zeros(n, dtype=torch.float64), torch.zeros_like(pairs.y)
     for block in by_class.blocks(ranges, ranges.positives > 0):
         a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
-        for tile in _tiles(block, a, pairs, spec):
-            value = dense.term(tile.scores.s, tile.u, tile.v, spec.kind, spec.params).masked_fill_(~tile.mask, 0)
+        for piece in _pieces(block, a, pairs, spec):
+            value = dense.term(piece.scores.s, piece.u, piece.v, spec.kind, spec.params).masked_fill_(~piece.mask, 0)
             total[block.rows] += value.sum(1, dtype=torch.float64)
             active[block.rows] += (value > 0).sum(1)
     return total.to(accumulate_dtype(spec.dtype)), ranges.positives, active
 
 
 def positive_pair_sum_bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> tuple[Tensor | None, ...]:
-    """Gradients in x, w, u and v, of <grad, total>."""
+    """The gradients of <grad, total> in x, w, u and v."""
     ranges = ClassRanges.of(pairs.y, pairs.c, pairs.exclude, spec.ignore_index)
     acc, need_points = accumulate_dtype(spec.dtype), needs[0] or needs[1]
     g_x, g_w, g_u, g_v = (
@@ -85,17 +85,17 @@ def positive_pair_sum_bwd(grad: Tensor, needs: list[bool], pairs: Pairs, spec: P
         a = Side.of(pairs.x[block.rows], spec.normalize, spec.eps, spec.dtype)
         collect = Gradients(a, spec.metric, g_x is not None, g_w is not None)
         g = grad[block.rows].to(acc)[:, None]
-        for tile in _tiles(block, a, pairs, spec):
-            found = slopes(tile.scores.s, tile.u, tile.v, spec)
-            ds, du, dv = (None if t is None else (t * g).masked_fill_(~tile.mask, 0) for t in found)
+        for piece in _pieces(block, a, pairs, spec):
+            found = partials(piece.scores.s, piece.u, piece.v, spec)
+            ds, du, dv = (None if t is None else (t * g).masked_fill_(~piece.mask, 0) for t in found)
             if g_u is not None:
                 g_u[block.rows] += du.sum(1)
             if g_v is not None:
-                g_v[tile.cols] += dv.sum(0)  # entries come once a piece: no two add to one place
+                g_v[piece.cols] += dv.sum(0)  # an entry occurs once in a piece, so no two terms add to one place
             if need_points:
-                part = collect.chunk(tile.b, tile.scores, ds)
+                part = collect.chunk(piece.b, piece.scores, ds)
                 if g_w is not None:
-                    g_w[tile.cols] += part
+                    g_w[piece.cols] += part
         if g_x is not None:
             g_x[block.rows] = collect.finish()
     return tuple(

@@ -1,4 +1,4 @@
-"""Rows against chunks of the bank: scores of a chunk, and gradients from the scores' derivative.
+"""Rows compared with chunks of the bank: the scores of a chunk, and the gradients from a gradient on these scores.
 
 The raw product x.w is the only N x chunk matrix product; norms enter as row and column scales. With r = 1/|x| on each
 side and E = dS r_i r_j (the gradient of the raw product), normalisation differentiates to dx_i = P_i (sum_j E_ij w_j),
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...ops.contract import accumulate_dtype
 
 CHUNK_ELEMENTS = 1 << 19
-# Below this share of |u|^2 + |p|^2 a squared distance is recomputed from differences: expanding has cancelled 4 bits.
+# Below this share of |u|^2 + |p|^2 a squared distance is computed from differences: the expansion has cancelled 4 bits.
 NEAR = 1.0 / 16
 
 
@@ -27,17 +27,17 @@ def norms(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class Side(NamedTuple):
-    """Rows (or one bank chunk) ready for products: t in the product dtype, the originals, and their norms.
+    """Rows (or one bank chunk) ready for products: t in the product dtype, the original vectors, and their norms.
 
-    fp16 serves for products of vectors that are fp16 themselves, on a GPU, which adds them up in fp32. Everything else
-    takes its place in fp32: fp16 rounds an fp32 vector of norm 1e-6 away, and weights of the scores in fp16 would need
-    a power of two that suits all of them, which one large row takes from all others.
+    Products are in fp16 only for vectors that are stored in fp16, and only on a GPU, which accumulates them in fp32.
+    All else is in fp32: fp16 rounds an fp32 vector of norm 1e-6 to 0, and fp16 weights of the scores would need one
+    lift that suits all of them, where one large row would leave too little for the others.
     """
 
-    t: Tensor  # (n, D) what scores are products of
-    full: Tensor  # (n, D) accumulation dtype
+    t: Tensor  # (n, D) factor of the products that give scores
+    full: Tensor  # (n, D) the vectors in the accumulation dtype
     r: Tensor  # (n,) 1 / max(|t|, eps), or 1 where nothing is normalised
-    unit: Tensor  # (n,) bool: the row was divided by its own norm
+    unit: Tensor  # (n,) bool: the row was divided by its norm, not by eps
     sq: Tensor  # (n,) squared norm after scaling by r
 
     @staticmethod
@@ -54,7 +54,7 @@ class Side(NamedTuple):
 
     @property
     def weighed(self) -> Tensor:
-        """(n, D) what the gradients are products of, with the scores' weights in the same dtype."""
+        """(n, D) factor of the products that give gradients; the other factor, E, has the same dtype."""
         return self.full if self.t.dtype == torch.float16 else self.t
 
     def project(self, grad: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ class Side(NamedTuple):
 
 
 def chunks(n: int, m: int, d: int, centres: int = 1) -> Iterator[slice]:
-    """Bank rows of each chunk: whole classes of ``centres`` rows."""
+    """The bank rows of each chunk, which holds whole classes of ``centres`` rows."""
     step = max(32 // centres, CHUNK_ELEMENTS // max(n, d) // centres, 1) * centres
     for start in range(0, m, step):
         yield slice(start, min(start + step, m))
 
 
 def mm(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
-    """a @ b with the result in the accumulation dtype; straight from the tensor cores where PyTorch offers that."""
+    """a @ b in the accumulation dtype, which the tensor cores write directly where PyTorch offers that."""
     if a.dtype != b.dtype:
         a, b = a.to(acc), b.to(acc)
     if a.dtype == acc:
@@ -81,7 +81,7 @@ def mm(a: Tensor, b: Tensor, acc: torch.dtype) -> Tensor:
 
 class Scores(NamedTuple):
     s: Tensor  # (N, chunk) score
-    near: Tensor | None  # places, row after row, of the distances taken from differences
+    near: Tensor | None  # flat places, row by row, of the distances that were taken from differences
 
 
 def scores(a: Side, b: Side, metric: str) -> Scores:
@@ -99,7 +99,7 @@ def scores(a: Side, b: Side, metric: str) -> Scores:
 
 
 def pieces(near: Tensor, d: int) -> Iterator[Tensor]:
-    """A list of places in parts whose differences, D values each, stay within a chunk's memory."""
+    """Parts of a list of places, so small that their differences, D values each, fit into the memory of a chunk."""
     return iter(near.split(max(1, CHUNK_ELEMENTS // 4 // d)) if near.numel() else ())
 
 
@@ -112,13 +112,14 @@ def differences(a: Side, b: Side, near: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def difference(x: Tensor, w: Tensor, rx: Tensor | float, rw: Tensor | float) -> Tensor:
     """x rx - w rw of pairs of rows (P, D), and exactly 0 where x = w.
 
-    The norms of equal rows may differ in their last bits: the order of a sum hangs on strides, and on a GPU on shapes.
+    The norms of equal rows may differ in the last bits, because the order of a sum depends on strides and, on a GPU, on
+    shapes.
     """
     return torch.where((x == w).all(1, keepdim=True), 0, x * rx - w * rw)
 
 
 def listed_scores(x: Tensor, w: Tensor, metric: str, normalize: bool, eps: float) -> Tensor:
-    """The scores (P,) of rows of x with rows of w (P, D), one by one, in the accumulation dtype."""
+    """The scores (P,) of the pairs of rows x (P, D) and w (P, D), in the accumulation dtype."""
     rx, rw = (norms(t, eps)[0] if normalize else 1.0 for t in (x, w))
     if metric == "dot":
         return (x * rx * (w * rw)).sum(1)
@@ -132,7 +133,7 @@ def root_slope(s: Tensor) -> Tensor:
 
 
 class Gradients:
-    """Collects grad_x over bank chunks, and hands back each chunk's grad_w, from dS on the scores."""
+    """Adds up grad_x over bank chunks, and returns grad_w of each chunk, from dS on the scores."""
 
     def __init__(self, rows: Side, metric: str, need_x: bool, need_w: bool):
         self.rows, self.metric, self.need_x, self.need_w = rows, metric, need_x, need_w
@@ -167,11 +168,11 @@ class Gradients:
 
     @staticmethod
     def _own(side: Side, total: Tensor) -> Tensor:
-        """-2 (sum dS) u r: a point's own part in a squared distance. The projection removes it from unit vectors."""
+        """-2 (sum dS) u r, the own part of a squared distance. The projection removes it from unit vectors."""
         return side.full * torch.where(side.unit, 0, 2 * total * side.r * side.r)[:, None]
 
     def _add_near(self, b: Side, near: Tensor, near_ds: Tensor, grad_w: Tensor | None) -> None:
-        """The near pairs, taken out of dS: their gradient -2 dS (u - p) comes from the difference, not from sums."""
+        """Adds the gradient of the near pairs, which were taken out of dS: -2 dS (u - p), from the difference."""
         a, done = self.rows, 0
         for part in pieces(near, a.full.size(1)):
             direct, rows, cols = differences(a, b, part)

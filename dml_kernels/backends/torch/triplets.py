@@ -1,12 +1,13 @@
 """triplet_sum in plain PyTorch, forward and backward by hand, on any device: functional has the formula.
 
-With the thresholds t_ip = s_ip - margin of a row's positives a term is relu(s_in - t_ip). The positives are few and are
-sorted; a negative needs only k_in, how many thresholds it passes, and a threshold how many negatives pass it:
+With the thresholds t_ip = s_ip - margin of a row's positives, a term is relu(s_in - t_ip). The positives are few and
+are sorted. A negative needs only the number k_in of thresholds that it passes, and a threshold the number of negatives
+that pass it:
 
     sum_i = sum_n k_in s_in - sum_p t_ip #{n: s_in > t_ip},    dS_in = k_in,    dS_ip = -#{n: s_in > t_ip}
 
-so that all triplets cost O(N M log K), from tiles of scores that are used once and never kept; sums are in fp64. With
-``smooth`` or ``swap`` a term does not separate: the tile is walked once a positive, O(N M K).
+All triplets therefore cost O(N M log K), from tiles of scores that are used once and not kept; sums are in fp64. With
+``smooth`` or ``swap`` a term does not separate, so a tile is walked once for each positive, O(N M K).
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from ...pairs.sets import sets_of
 from . import by_class, tiles
 from .tiles import Gradients, Scores, Side
 
-# Up to this many positives a walk over them is faster than a binary search.
+# Up to this number of positives a walk over them is faster than a binary search.
 FEW = 48
-# 64-bit words of flags, a byte each, that are added up before the bytes are taken apart.
+# The number of 64-bit words, of 8 flags each, that are added up before their bytes are separated.
 LANE = 128
 
 
 class Thresholds(NamedTuple):
-    """A block's positives by row: t (R, P) thresholds, +inf where ``used`` is not; ``at`` their places in the block."""
+    """The positives of a block: thresholds t (R, P), +inf where not ``used``, and their places ``at`` in the block."""
 
     t: Tensor
     at: Tensor
@@ -41,14 +42,14 @@ class Thresholds(NamedTuple):
 
 
 class _Block:
-    """A block of rows at work: its positives' thresholds, then the bank's tiles, negatives only."""
+    """A block of rows: the thresholds of its positives, and the tiles of the bank with its negatives."""
 
     def __init__(self, block: by_class.Block, points: Points, spec: TripletSpec):
         self.block, self.points, self.spec = block, points, spec
         self.y = points.y[block.rows]
         self.exclude = None if points.exclude is None else points.exclude[block.rows]
         self.a = Side.of(points.x[block.rows], spec.normalize, spec.eps, spec.dtype)
-        # Swapped, the positives are compared with the negatives, too.
+        # With swap the positives are compared with the negatives too.
         self.p = self._side(points.w[block.cols]) if spec.swap else None
         self.thresholds = self._thresholds()
 
@@ -56,7 +57,7 @@ class _Block:
         return Side.of(t, self.spec.normalize, self.spec.eps, self.spec.dtype)
 
     def pieces(self) -> Iterator[tuple[slice, Side, Scores]]:
-        """The entries of the block's classes with their scores, in pieces."""
+        """Yields the entries of the block's classes with their scores, in pieces."""
         for k in self.block.pieces(self.points.x.size(1)):
             b = self._side(self.points.w[self.block.cols[k]])
             yield k, b, tiles.scores(self.a, b, self.spec.metric)
@@ -71,7 +72,7 @@ class _Block:
         return Thresholds(t, at, used)
 
     def tiles(self) -> Iterator[tuple[slice, Side, Scores, Tensor]]:
-        """The bank in tiles: the entries, their side, their scores, and which pairs are not negatives."""
+        """Yields the bank in tiles: the entries, their side, their scores, and which pairs are not negatives."""
         m, d = self.points.w.shape
         rows = self.block.rows.numel() if self.p is None else max(self.block.rows.numel(), self.block.cols.numel())
         step = max(32, by_class.TILE // 2 // max(rows, d))
@@ -83,7 +84,7 @@ class _Block:
             yield k, b, tiles.scores(self.a, b, self.spec.metric), masked
 
     def passed(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """k (R, C), how many thresholds each negative passes, and (R, P) how many negatives pass each threshold."""
+        """(R, C) how many thresholds each negative passes, and (R, P) how many negatives pass each threshold."""
         t = self.thresholds.t
         r, p = t.shape
         if p <= FEW:
@@ -99,11 +100,11 @@ class _Block:
         return k, fewer[:, -1:] - fewer[:, :-1]
 
     def swapped(self, b: Side) -> Scores | None:
-        """(Q, C) the scores of the block's positives with a tile's entries."""
+        """(Q, C): the scores of the block's positives with the entries of a tile."""
         return None if self.p is None else tiles.scores(self.p, b, self.spec.metric)
 
     def violation(self, s: Tensor, other: Tensor | None, slot: int) -> tuple[Tensor, Tensor | None]:
-        """s_n - t of every row's positive in one slot, -inf for an empty one; swapped, also s_pn."""
+        """s_n - t for each row's positive in one slot, -inf for an empty slot; with swap also s_pn."""
         t = self.thresholds.t[:, slot, None]
         if other is None:
             return s - t, None
@@ -112,11 +113,11 @@ class _Block:
 
 
 def _row_counts(over: Tensor) -> Tensor:
-    """(R,) int64, how many are set in each row of a bool tile: eight bytes at a time where its width allows."""
+    """(R,) int64: the number of True in each row of a bool tile, read eight bytes at a time where its width allows."""
     r, c = over.shape
     if c % (8 * LANE) or not over.is_contiguous():
         return over.sum(1)
-    eights = over.view(torch.int64).view(r, -1, LANE).sum(2)  # no byte of a sum passes 255
+    eights = over.view(torch.int64).view(r, -1, LANE).sum(2)  # no byte of a sum exceeds 255
     return eights.view(torch.uint8).view(r, -1).sum(1)
 
 
@@ -125,7 +126,7 @@ def _kept(ranges: ClassRanges) -> Tensor:
 
 
 def triplet_sum_fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Each anchor's sum, number of triplets, and number of terms over 0."""
+    """For each anchor: the sum, the number of triplets, and the number of terms above 0."""
     ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
     total, active = points.x.new_zeros(points.x.size(0), dtype=torch.float64), torch.zeros_like(points.y)
     one_by_one = spec.smooth or spec.swap
@@ -136,7 +137,7 @@ def triplet_sum_fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, Tensor, 
 
 
 def _separated(work: _Block) -> tuple[Tensor, Tensor]:
-    # Scores enter as what they are over the lowest threshold: k s and t n, large, then do not cancel.
+    # Scores are taken relative to the lowest threshold, so that k s and t n are not large numbers that cancel.
     t, used = work.thresholds.t, work.thresholds.used
     lowest = t[:, :1]
     over = torch.where(used, t - lowest, 0).double()
@@ -165,7 +166,7 @@ def _walked(work: _Block) -> tuple[Tensor, Tensor]:
 
 
 def triplet_sum_bwd(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> tuple[Tensor | None, ...]:
-    """Gradients in x and w of <grad, total>."""
+    """The gradients of <grad, total> in x and w."""
     ranges = ClassRanges.of(points.y, points.c, points.exclude, spec.ignore_index)
     acc = accumulate_dtype(spec.dtype)
     g_x, g_w = (
@@ -208,7 +209,7 @@ def _walked_bwd(work: _Block, g: Tensor, collect: Gradients, g_w: Tensor | None)
             dv = (torch.sigmoid(value) if work.spec.smooth else (value > 0).to(s.dtype)).mul_(g)
             dt[:, slot] -= dv.sum(1)
             if d_other is not None:
-                # The larger of two scores takes the gradient; equal ones share it.
+                # The larger of the two scores takes the gradient; equal ones share it.
                 theirs = dv * torch.where(pn == s, 0.5, (pn > s).to(s.dtype))
                 d_other.index_add_(0, work.thresholds.at[:, slot], theirs)
                 dv -= theirs
@@ -224,7 +225,7 @@ def _walked_bwd(work: _Block, g: Tensor, collect: Gradients, g_w: Tensor | None)
 
 
 def _positives_bwd(work: _Block, dt: Tensor, collect: Gradients, g_w: Tensor | None) -> None:
-    """The thresholds' gradient, to the places of their scores."""
+    """Adds the gradient of the thresholds at the places of their scores."""
     r, q = work.block.rows.numel(), work.block.cols.numel()
     dt = torch.where(work.thresholds.used, dt, 0)
     ds = dt.new_zeros((r, q)).scatter_add_(1, work.thresholds.at, dt)

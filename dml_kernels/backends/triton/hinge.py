@@ -77,7 +77,7 @@ def masked_hinge_sum_bwd(
         marks = labels(lines, spec)
         rows = {
             **{name: marks[name] for name in ("y_ptr", "exclude_ptr")}, **_line_arguments(lines),
-            "g_same_ptr": slopes.same, "g_different_ptr": slopes.different, "g_own_ptr": slopes.own,
+            "g_same_ptr": slopes.same, "g_different_ptr": slopes.different, "g_own_ptr": slopes.positive,
         }  # fmt: skip
 
         def fill(block: Block) -> None:
