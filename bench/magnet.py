@@ -35,7 +35,7 @@ def dense_magnet(x: Tensor, clusters: Tensor, classes: Tensor, *, centers: Tenso
     else:
         bank, used = centers.float(), torch.ones_like(classes, dtype=torch.bool)
     own = (x - bank[clusters]).square().sum(1)
-    scale = 0.5 / (own.sum() / max(x.size(0) - 1, 1))
+    scale = 0.5 / (own.sum() / max(x.size(0) - 1, 1)).clamp_min(1e-6)  # 0 where every cluster has one row
     d2 = x.square().sum(1)[:, None] + bank.square().sum(1) - 2 * x @ bank.T
     z = (-scale * d2).masked_fill((classes[clusters][:, None] == classes) | ~used, -torch.inf)
     return torch.relu(alpha + scale * own + torch.logsumexp(z, 1)).mean()
