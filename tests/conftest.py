@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Threads sleep at once when their share is done. Spinning, as is the default, starves the tests on a busy machine.
+# Threads sleep as soon as their share is done. Spinning, the default, starves the tests on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -27,7 +27,7 @@ def _seeded():
 
 @pytest.fixture
 def nan_filled_memory():
-    """New tensors hold NaN (integers: their largest value) until written: an element that no kernel wrote shows."""
+    """New tensors hold NaN (integers: the largest value), so that an element that no kernel has written shows."""
     deterministic, fill = (
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,

@@ -1,4 +1,4 @@
-"""Derivatives of every op against finite differences in fp64: first and second, for any inputs that need one."""
+"""First and second derivatives of every op against finite differences in fp64, for any subset of inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors(scale_shape=(N,)):
 
 
 def finite(outputs):
-    """-inf as 0: finite differences of an infinite value are NaN."""
+    """The outputs with 0 in place of -inf, because finite differences of an infinite value are NaN."""
     return tuple(torch.where(v == -math.inf, 0, v) for v in outputs)
 
 
@@ -61,7 +61,7 @@ def test_masked_logsumexp_with_every_tensor(metric, normalize, backend):
     check(lse(metric, normalize, backend, exclude=EXCLUDE), tensors(), [True] * 4)
 
 
-# Each of the four alone, all but one, and the pairs that training meets: frozen bank, frozen rows.
+# Each of the four alone, all but one, and the pairs that occur in training: a frozen bank, frozen rows.
 NEEDS = sorted({n for k in (1, 2, 3) for n in itertools.permutations([True] * k + [False] * (4 - k)) if k != 2 or n[0]})
 
 
@@ -159,7 +159,7 @@ def test_losses(name, backend):
 
 @on_backends
 def test_a_third_derivative_is_never_silent(backend):
-    """Two derivatives are promised; asking for a third must be refused, or at least warned of by PyTorch."""
+    """Two derivatives are promised. Asking for a third must fail, or at least make PyTorch warn."""
     x = randn(3, 4, seed=1).requires_grad_()
 
     def derivative(y):

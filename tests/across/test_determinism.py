@@ -1,4 +1,4 @@
-"""Same bits: on every run, and on the CPU at any number of threads."""
+"""Results have the same bits on every run, and on the CPU at any number of threads."""
 
 from __future__ import annotations
 

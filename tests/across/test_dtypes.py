@@ -1,7 +1,7 @@
 """fp16 over its whole range, and tensors of two dtypes in one call, in every op and loss.
 
-fp16 is stored, never computed in: results are those of fp32 on the rounded inputs, rounded once where a gradient is
-fp16. Two dtypes meet in the wider of fp64 and fp32, and each gradient comes back in its own input's.
+fp16 is only a storage dtype: results are those of fp32 on the rounded inputs, and a gradient in fp16 is rounded once.
+Two dtypes meet in the wider of fp64 and fp32, and each gradient has the dtype of its input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAIRS = [pair for pair in itertools.product(FLOATS, repeat=2) if pair[0] != pair
 N, M, D = 22, 31, 16
 Y, C = randint(0, 6, N, seed=1), randint(0, 6, M, seed=2)
 
-# The backend of the user's choice, by what each op has: the C++ kernels where there are any, or plain PyTorch alone.
+# The backend that is chosen for each op, the C++ kernels where there are any, or plain PyTorch alone.
 on_choices = pytest.mark.parametrize("backend", [pytest.param(None, marks=pytest.mark.cpp, id="chosen"), "torch"])
 
 
@@ -57,7 +57,7 @@ def near(ours, true, tolerance):
 
 
 def assert_rounded_once(call, *leaves):
-    """To the bit what fp32 gives on the widened inputs, rounded at the end; and near what fp64 gives."""
+    """The result has the bits that fp32 gives on the widened inputs, rounded at the end, and is near that of fp64."""
     found, in_fp32, truth = (with_gradients(call, *kind) for kind in (
         leaves, [t.float() for t in leaves], [t.double() for t in leaves]
     ))  # fmt: skip
@@ -69,7 +69,7 @@ def assert_rounded_once(call, *leaves):
 
 
 def lse(metric, normalize, policy=("linear", ())):
-    # Logits of at most some tens: of larger ones fp32 leaves no digits behind the point.
+    # Logits are at most some tens, because fp32 leaves no digits after the point of larger ones.
     largest = {"dot": 1.0 if normalize else 2e11, "euclidean": 2.0 if normalize else 8e5}
     scale = 10 / largest.get(metric, 4.0 if normalize else 6e11)
     k = int(policy[1][0]) if policy[0].endswith("_pool") else 1
@@ -216,14 +216,14 @@ def accumulated(*dtypes):
 
 
 def allowed(*dtypes):
-    """Relative errors: of a bf16 product, of fp32 sums, or of fp64."""
+    """The relative error that is allowed: that of a bf16 product, of fp32 sums, or of fp64."""
     if accumulated(*dtypes) == torch.float64:
         return 1e-9
     return 0.05 if set(dtypes) == {torch.bfloat16, torch.float32} else 1e-4
 
 
 def assert_mixes(call, x, w, dtypes, second=True):
-    """Value, gradients and a second derivative: dtypes, and near those of fp64 on the rounded inputs."""
+    """Value, gradients and a second derivative have the right dtypes, and are near those of fp64 on rounded inputs."""
     given = x.to(dtypes[0]), w.to(dtypes[1])
     results = []
     for leaves in (given, tuple(t.double() for t in given)):
@@ -246,7 +246,7 @@ def assert_mixes(call, x, w, dtypes, second=True):
         ]
 
 
-# Their gradient is not that of their value, or has no second: a miner's choice, or a hinge at which bf16 turns over.
+# Losses whose gradient is not that of their value, or that have no second derivative near a choice or a hinge.
 FIRST_ALONE = {"CircleLoss"}
 
 
@@ -303,7 +303,7 @@ def test_fp16_miners_see_distances_beyond_fp16():
 @pytest.mark.parametrize("parameters", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", [name for name, entry in REGISTRY.items() if entry.family == "proxies"])
 def test_a_module_beside_embeddings_of_another_dtype(name, parameters):
-    """With everything that hangs on the bank: a regulariser, a miner's weights, the logits."""
+    """This includes everything that uses the bank: a regulariser, a miner's weights, the logits."""
     x = randn(N, D, seed=3).to({torch.float32: torch.float64, torch.float64: torch.float32}[parameters])
     torch.manual_seed(0)
     make = REGISTRY[name].loss

@@ -46,7 +46,7 @@ def problems(draw):
 def values(p, function):
     leaves = {k: t.clone().requires_grad_() for k, t in p.tensors.items()}
     out = function(leaves)
-    # An infinite output sends nothing back.
+    # An infinite output has no gradient.
     total = sum((torch.where(v.isfinite(), v, 0) * p.grads[k]).sum() for k, v in out.items())
     found = torch.autograd.grad(total, list(leaves.values()))
     return {**out, **{f"grad {k}": g for k, g in zip(leaves, found)}}

@@ -14,7 +14,7 @@ from tests.support.backends import on_backends
 from tests.support.fuzzing import cases, check, fuzz
 from tests.support.problems import METRICS, randint
 
-# Distances of unit vectors more often: equal rows are exact there, whatever their strides.
+# Distances of unit vectors are drawn more often: there equal rows are exact whatever strides they have.
 metrics = st.sampled_from((*METRICS, *(m for m in METRICS if m[0].endswith("euclidean") and m[1]), ("euclidean", True)))
 
 
@@ -93,7 +93,7 @@ def test_masked_logsumexp(drawn, metric, backend):
         out = reference.masked_logsumexp(y=case.y, metric=name, normalized=normalize, **leaves, **options)
         return dict(zip(names, out, strict=True))
 
-    # Circle's weights are constants in every derivative of ours, as in the reference.
+    # In all our derivatives Circle's weights are constants, as they are in the reference.
     check(case, ours, dense)
 
 

@@ -15,9 +15,9 @@ from tests.support.backends import on_backends
 from tests.support.fuzzing import cases, check, fuzz
 from tests.support.problems import randint
 
-# N-pairs chooses its pairs, and takes no references.
+# N-pairs chooses its pairs itself and takes no references.
 WITHIN_THE_BATCH = {"NPairsLoss"}
-# Pair losses are made of several ops: "auto" takes the C++ where it has the op.
+# Pair losses consist of several ops; "auto" takes the C++ kernels for those that exist in C++.
 on_chosen = pytest.mark.parametrize("backend", ["torch", pytest.param("auto", marks=pytest.mark.cpp)])
 
 
@@ -26,12 +26,14 @@ def using(backend):
 
 
 def entries(names):
-    """A loss of the registry and one of its options."""
+    """Draws a loss of the registry and one of its options."""
     return st.sampled_from([(name, i) for name in names for i in range(len(REGISTRY[name].options))])
 
 
 def no_reference(case, entry):
-    """Where a dense reference's derivative is no truth: of an angle between aligned vectors, of the length of none."""
+    """Whether the derivative of the dense reference is not the truth, as at the angle between aligned vectors or at
+    the length of a zero vector.
+    """
     repeated = len(torch.cat((case.rows, case.cols)).unique()) < len(case.rows) + len(case.cols)
     aligned = entry.angular and (repeated or case.points.size(1) < 4)
     return aligned or (entry.lengths_matter and bool((case.points == 0).all(1).any()))
@@ -112,7 +114,7 @@ def test_a_loss_of_nan_or_infinite_embeddings_is_never_a_number(data, which, poi
     x = torch.cat((x, x.flip(1), -x[:1]))
     rows = slice(None) if which[0] in WITHIN_THE_BATCH else data.draw(st.integers(0, len(y) - 1))
     x[rows, data.draw(st.integers(0, 5))] = poison
-    # A score of -inf, of vectors as they are, is a number to a softmax.
+    # To a softmax a score of -inf, which vectors that are not normalised can have, is a number.
     assume(poison != poison or getattr(options.get("distance"), "normalize_embeddings", True))
     if reducer == "DivisorReducer":
         assume(which[0] in ("MarginLoss", "ProxyAnchorLoss"))

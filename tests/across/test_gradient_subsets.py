@@ -15,7 +15,7 @@ OPS, LOSSES = subsets.ops(), subsets.losses()
 
 
 def sometimes(name: str) -> bool:
-    """The further options of a loss, which go to the same ops."""
+    """Whether a case is a further option of a loss, which uses the same ops."""
     return not name.startswith("Magnet") and name.split("-")[1] not in ("0", "softmax_scale", "scale", "temperature")
 
 

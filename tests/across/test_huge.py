@@ -30,7 +30,7 @@ def test_m_times_d_past_2_31_in_300_mb(backend):
     m, d = 2_200_000, 1030
     found = probe("windows", backend, m, d)
     assert m * d > 1 << 31
-    # same, different, sum_same, sum_different of bf16 products; the sum over all columns is of both signs.
+    # same, different, sum_same, sum_different of bf16 products; the sum over all columns has terms of both signs.
     assert max(found["errors"][:3]) < 0.02, found
     assert found["grad_finite"]
     assert found["peak"] < 300 * MB
@@ -51,7 +51,7 @@ def test_n_times_m_past_2_31_with_an_expanded_gradient(backend):
 def test_n_times_m_past_2_31(backend):
     n, m = 4100, 600_000
     assert n * m > 1 << 31
-    # Apart from each other: near pairs take their own, slower way.
+    # The two sets of points are far apart, because near pairs take a slower way.
     x, w = ((randn(k, 2, seed=k) + off).float().requires_grad_() for k, off in ((n, 5), (m, -5)))
     y = torch.arange(n) * 146
     out = F.masked_logsumexp(x, w, y, metric="sqeuclidean", scale=0.1, sums=True, backend=backend)
@@ -104,7 +104,7 @@ def test_ten_million_classes_are_as_accurate_as_a_few(scale, backend):
     expected = (raw - unit * (unit * raw).sum(1, keepdim=True)) / x.detach().double().norm(dim=1, keepdim=True)
     torch.testing.assert_close(out.different.double(), lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.same.double(), own, rtol=1e-5, atol=1e-6)
-    # Ten million terms of either sign: an error of a few units of their size, not of their small sum.
+    # With ten million terms of either sign the error is relative to their size, not to their small sum.
     assert (out.sum_different.double() - sums).abs().max() < 1e-6 * scale * m**0.5 * 40
     torch.testing.assert_close(grad.double(), expected, rtol=0, atol=2e-5 * raw.abs().max().item())
 

@@ -48,7 +48,7 @@ def test_a_bank_without_labels_keeps_the_entry_of_that_index(op, backend):
     x, w, y = randn(N, D, seed=1).double(), randn(M, D, seed=2).double(), randint(0, M, N, seed=3)
     assert (y == IGNORED).any()
     found = OPS[op](x, w, y, None, ignore_index=IGNORED, backend=backend)
-    # The same, told apart: an ignored row's label is nobody's, every bank entry has its own index as label.
+    # The same stated apart: no bank entry has the label of an ignored row, and each has its index as label.
     expected = OPS[op](x, w, torch.where(y == IGNORED, -100, y), torch.arange(M), ignore_index=-100, backend=backend)
     torch.testing.assert_close(tuple(found), tuple(expected))
 

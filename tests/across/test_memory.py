@@ -1,4 +1,4 @@
-"""Peak memory of a step, and the M x D allocations in it: one, the gradient of the proxies."""
+"""The peak memory of a step, and the number of M x D allocations in it: one, the gradient of the proxies."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_peak_memory_is_the_gradients_plus_64_mb(n, m, d, dtype, backend):
 
 @on_backends
 def test_points_that_have_collapsed_take_no_more_memory(backend):
-    """Every distance is then small and taken from differences."""
+    """Then every distance is small and computed from differences."""
     found = probe("step", backend, 256, 20_000, 64, "fp32", "collapsed")
     extra = (found["peak"] - found["gradients"]) / MB
     assert extra <= 64, f"{extra:.0f} MB beside the gradients"
@@ -140,7 +140,9 @@ def test_magnet_builds_no_matrix_of_examples_and_clusters(given, backend):
 
 @on_backends
 def test_no_loss_on_proxies_builds_the_matrix(backend):
-    """512 x 40,000 fp32 would be 82 MB, once. In one child: each loss's peak is over what the one before left."""
+    """512 x 40,000 fp32 would be 82 MB, once. All losses run in one child: a loss's peak is measured above what the
+    loss before it has left.
+    """
     names = [
         name
         for name, entry in family("proxies").items()

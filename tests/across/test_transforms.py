@@ -1,4 +1,4 @@
-"""torch.compile, torch.func, autocast, checkpointing, threads, copies: all must leave the numbers alone."""
+"""torch.compile, torch.func, autocast, checkpointing, threads and copies must not change the numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Y = torch.tensor([0, 1, 2, -100, 6])
 
 
 def everything(x, w, scale, col_bias, metric="sqeuclidean", normalize=True, backend=None):
-    """A scalar of all outputs of masked_logsumexp with all its options."""
+    """A scalar made of all outputs of masked_logsumexp with all its options."""
     n, m = x.size(0), w.size(0)
     y, c = torch.arange(n) % 3, torch.arange(m) % 3
     out = F.masked_logsumexp(
@@ -177,7 +177,7 @@ def test_autocast_multiplies_in_bf16_and_returns_fp32(proxies_dtype, backend):
     assert loss.proxies.dtype == loss.proxies.grad.dtype == proxies_dtype
     assert x.grad.dtype == torch.float32
     expected = F.proxy_nca_loss(x.double(), loss.proxies.double(), y, softmax_scale=4)
-    assert 0 < (value - expected).abs() < 0.05  # bf16 products differ, and not by much
+    assert 0 < (value - expected).abs() < 0.05  # bf16 products differ, but not by much
 
 
 @on_backends

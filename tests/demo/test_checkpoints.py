@@ -21,7 +21,7 @@ from tests.demo.test_demo import RECIPES, TINY, assert_same_state, small_trainer
 
 @pytest.fixture(scope="module")
 def states():
-    """Of one epoch of each recipe."""
+    """The states after one epoch of each recipe."""
     threads = torch.get_num_threads()
     trainers = [small_trainer(recipe) for recipe in RECIPES]
     for trainer in trainers:
@@ -88,7 +88,7 @@ def test_a_byte_less_or_more_is_found(tmp_path, change):
 
 
 class Evil:
-    """Would make a file on being unpickled."""
+    """An object that would create a file if it were unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -195,7 +195,7 @@ def test_indices_of_batches_to_come_must_be_of_the_data(states):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_whatever_stands_anywhere_is_refused_or_trains(states, recipe):
-    """Each place of the state in turn, with each of these values: no other error, and no NaN later."""
+    """Each of these values at each place of the state in turn causes no other error, and no NaN later."""
     state = states[recipe.key]
     values = [KeyError, "x", -1, 99, 1 << 70, math.nan, [], torch.tensor(-(10**9))]
     trainer, accepted = small_trainer(recipe), set()

@@ -67,7 +67,7 @@ def _restore_threads():
 
 
 def refused(arguments, monkeypatch, capsys, names):
-    """One line on standard error that names it, status 2, and no work."""
+    """Checks for status 2, one line on standard error that names the option, and no work."""
     monkeypatch.setattr(train.Run, "everything", lambda *_: pytest.fail("work began"))
     try:
         status = train.main(arguments)
@@ -84,7 +84,7 @@ def refused(arguments, monkeypatch, capsys, names):
 
 @pytest.mark.parametrize("action", PARSER._actions[1:], ids=lambda action: action.option_strings[0])
 def test_every_option_refuses_nonsense_before_any_work(action, tmp_path, monkeypatch, capsys):
-    """Walks the parser: an option that is added needs ranges here."""
+    """This goes through all options of the parser, so a new option needs values here."""
     (name,), out = action.option_strings, ["--out", str(tmp_path / "new")]
     if action.nargs == 0:
         refused([f"{name}=5", *out], monkeypatch, capsys, name)
@@ -174,7 +174,7 @@ def test_a_step_cost_that_fails_says_that_the_training_is_saved(tmp_path, monkey
 
 
 def test_a_package_that_cannot_be_imported_is_named_before_the_training(tmp_path, monkeypatch, capsys):
-    """There, but without what it needs itself; or of another version."""
+    """The package is there but lacks its own requirements, or has another version."""
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     refused(["--out", str(tmp_path)], monkeypatch, capsys, "the demo needs sklearn, which cannot be imported")
 
@@ -300,7 +300,7 @@ def test_a_signal_outside_the_training_is_one_line(monkeypatch, capsys):
 
 
 def test_a_signal_that_is_ignored_stays_so():
-    """As under nohup."""
+    """A process under nohup ignores it."""
     kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with process.stoppable():

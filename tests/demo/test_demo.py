@@ -128,7 +128,7 @@ def test_the_same_recipe_gives_the_same_bits(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_state_holds_all_that_the_next_epoch_depends_on(recipe, tmp_path):
-    """Through a file; Magnet's clusters, tracked losses, draws and running variance are in it."""
+    """The state goes through a file. It has Magnet's clusters, tracked losses, draws and running variance."""
     whole = small_trainer(recipe)
     whole.run_epoch()
     save_checkpoint(tmp_path / "state.pt", whole.state())
@@ -163,7 +163,7 @@ def test_magnet_tells_the_sampler_the_losses_of_each_step(monkeypatch):
 
 @pytest.mark.parametrize("first", ["proxy-nca", "magnet"])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys, no_plots, first):
-    """Ctrl-C in the second epoch of one of the losses; the resumed run ends with the very bits of one left alone."""
+    """After Ctrl-C in the second epoch of one loss, the resumed run ends with the bits of an uninterrupted one."""
     arguments = [*TINY, "--epochs", "2", "--out"]
     assert train.main([*arguments, str(tmp_path / "whole")]) == 0
     run_epoch = Trainer.run_epoch
@@ -277,7 +277,7 @@ def test_a_batch_that_clusters_do_not_make_up_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("loss", ["proxy-nca", "magnet"])
 def test_a_diverging_run_stops(tmp_path, monkeypatch, capsys, loss):
-    """Not on a NaN recall many seconds later."""
+    """It stops at once, not at a NaN recall many seconds later."""
     monkeypatch.setattr(train, "recipes_of", lambda found: [replace(r, lr=np.nan) for r in options.recipes_of(found)])
     assert train.main([*TINY, "--loss", loss, "--epochs", "2", "--out", str(tmp_path)]) == 1
     assert "lower --lr" in capsys.readouterr().err

@@ -36,7 +36,7 @@ class Trained(nn.Module):
 
 
 def gradients(model: nn.Module, rank: int) -> list[Tensor]:
-    """Of every parameter, for the batch of one rank."""
+    """The gradients of every parameter, for the batch of one rank."""
     model.zero_grad()
     model(randn(12, 7, seed=rank), randint(0, CLASSES, 12, seed=10 + rank)).backward()
     return [p.grad.clone() for p in model.parameters()]
@@ -48,7 +48,7 @@ def work(rank: int, directory: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{directory}/meeting", timedelta(seconds=60), RANKS, rank)
     found = {}
     for name in LOSSES:
-        torch.manual_seed(rank)  # rank 0's parameters are everybody's
+        torch.manual_seed(rank)  # all ranks then take the parameters of rank 0
         found[name] = gradients(DistributedDataParallel(Trained(name)), rank)
     torch.save(found, f"{directory}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -37,7 +37,7 @@ def memory(**options: Any) -> nn.Module:
 
 @dataclass
 class Case:
-    """What is run twice: plain on one process, and wrapped on each rank."""
+    """A case that runs twice: plain in one process, and wrapped on each rank."""
 
     loss: Callable[[], nn.Module]
     miner: Callable[[], nn.Module] | None = None
@@ -69,7 +69,7 @@ def mask(network: nn.Module, rows: slice, step: int) -> dict[str, Any]:
 
 
 def places(network: nn.Module, rows: slice, step: int) -> dict[str, Any]:
-    """Triplets beside all pairs: anchors are the rank's own rows, the others places of the memory."""
+    """Triplets in addition to all pairs: anchors are the rank's rows, positives and negatives places of the memory."""
     at = torch.arange(ROWS)[rows]
     return {"indices_tuple": (at - rows.start, at * step, at * step + 1)}
 
@@ -153,7 +153,7 @@ def run(case: Case, rank: int | None) -> dict[str, Any]:
 
 
 def own_tuples(rank: int) -> dict[str, Any]:
-    """Miners without a wrapper: each looks at the rank's own rows."""
+    """Tuples of miners without a wrapper, which see only the rank's rows."""
     e, y = (t[slice(0, 3) if rank == 0 else slice(3, ROWS)] for t in (batch(0)[0][:, :WIDTH], batch(0)[1]))
     e.requires_grad_()
     found = {}
@@ -183,7 +183,7 @@ EFFICIENT = {
 
 
 def silent(rank: int) -> list[Tensor]:
-    """The other rank lists nothing, and its loss does not touch this one's rows; the backward must reach them yet."""
+    """The other rank lists nothing, so its loss does not use this rank's rows; the backward must still reach them."""
     e, y = (t[:6] if rank == 0 else t[6:] for t in (batch(0)[0][:, :WIDTH].clone(), batch(0)[1]))
     e.requires_grad_()
     tuples = [(torch.empty(0, dtype=torch.int64),) * 4, (torch.arange(5), torch.arange(1, 6)) * 2][rank]
@@ -205,7 +205,7 @@ def efficient(name: str, rank: int) -> tuple[list[Tensor], Any]:
 
 
 def refusals(rank: int) -> list[str]:
-    """Messages, the same on both ranks: nobody waits."""
+    """The messages of refusals, which both ranks raise, so that neither waits for the other."""
     (x, y), found = batch(0), []
     loss = DistributedLossWrapper(losses.ContrastiveLoss())
     mined = DistributedMinerWrapper(miners.PairMarginMiner(0.0, 9.0))(x[:5], y[:5])
@@ -282,7 +282,7 @@ def test_tuples_of_own_rows_become_rows_of_the_whole_batch(by_rank):
 
 @pytest.mark.parametrize("name", EFFICIENT)
 def test_efficient_is_the_mean_of_own_rows_against_all(name, by_rank):
-    """By lists: each part's rows against the whole batch, less their own copies."""
+    """Compared with lists of pairs: each part's rows with the whole batch, without their own copies."""
     make, miner = EFFICIENT[name]
     x, y = batch(0)[0][:, :WIDTH].clone().requires_grad_(), batch(0)[1]
     same = (y[:, None] == y) & ~torch.eye(ROWS, dtype=torch.bool)

@@ -30,7 +30,7 @@ def sources(csrc: Path) -> list[Path]:
 
 
 def digest(*parts: object) -> str:
-    """Names a build by everything that goes into it."""
+    """A name for a build, made of everything that goes into it."""
     files = [*sorted(CSRC.glob("c*/*")), *sorted(CSRC.glob("register_cuda*")), *sorted(HERE.glob("*.[hc]*"))]
     text = b"".join(f.read_bytes() for f in files if f.is_file()) + repr((parts, torch.__version__)).encode()
     return hashlib.sha256(text).hexdigest()[:16]
@@ -65,7 +65,7 @@ def library() -> Path:
 
 
 def program(file: str, flags: Sequence[str], csrc: Path = CSRC, keep: Path | None = None) -> Path:
-    """driver.cpp with csrc/cuda/<file>.cu of a source tree, in ``keep``, or among the builds that are used again."""
+    """Compiles driver.cpp with csrc/cuda/<file>.cu of a source tree, into ``keep`` or among the cached builds."""
     folder = keep or BUILD / digest(file, flags)
     out = folder / file
     if out.exists():

@@ -41,7 +41,7 @@ def kernels(report: str):
 
 
 def compiled(source: str, architecture: str, *flags: str) -> str:
-    """What nvcc says when it compiles csrc/cuda/<source>.cu."""
+    """The messages of nvcc when it compiles csrc/cuda/<source>.cu."""
     compiler = nvcc()
     if compiler is None:
         pytest.skip("nvcc was not found (set CUDA_HOME or PATH)")
@@ -72,7 +72,7 @@ WIDE_LOADS = {"float": ("ld.global.v4.f32", "ld.global.v4.u32"), "double": ("ld.
 def loads_left_narrow(name: str, body: str) -> list[str]:
     """The loads of 16 bytes that a kernel should have but does not."""
     wanted = WIDE_LOADS["double" if "Id" in name else "float"]
-    if "normalize_kernel" in name:  # one kernel a width
+    if "normalize_kernel" in name:  # there is one kernel for each width
         width = int(re.search(r"ELi(\d)E", name)[1])
         wanted = () if width == 1 else wanted[-1:] if width == 8 else wanted[:1]
     return [load for load in wanted if load not in body]

@@ -18,12 +18,12 @@ from tests.support.tolerance import assert_same_bits
 
 pytestmark = [pytest.mark.usefixtures("nan_filled_memory"), pytest.mark.cuda_emulator]
 
-# What is left out: large shapes, which take the emulator minutes, and what only other backends promise.
+# Left out are large shapes, which take the emulator minutes, and promises that only other backends make.
 LEFT_OUT = {
     "test_wide_shapes_are_accurate",
     "test_compiled_whole_equals_eager",
     "test_functional_transforms",
-    "test_autocast_multiplies_in_bf16_and_keeps_the_rest",  # this backend multiplies in fp32 whatever the inputs' dtype
+    "test_autocast_multiplies_in_bf16_and_keeps_the_rest",  # this backend multiplies in fp32 for any dtype
     "test_the_same_bits_at_any_number_of_threads",
 }
 LARGEST = 1_500_000  # N M D of a shape
@@ -57,13 +57,13 @@ def _fits(case) -> bool:
 
 
 def _runs_here(case) -> bool:
-    """Whether the loss that a case names is made of what the backend has."""
+    """Whether the backend has the ops of the loss that a case names."""
     entry = REGISTRY.get(str(case.get("name", "")))
     return entry is None or (entry.policy == "linear" and entry.op in cuda_backend.OPS)
 
 
 def cases(module):
-    """Every (function, arguments) of a test module that runs on a backend."""
+    """Every (function, arguments) of a test module that takes a backend."""
     for name, function in inspect.getmembers(module, inspect.isfunction):
         if not name.startswith("test_") or name in LEFT_OUT or "backend" not in inspect.signature(function).parameters:
             continue
@@ -78,7 +78,7 @@ def _label(value) -> str:
 
 
 def borrowed(module, *, every: int = 1):
-    """Parametrises over a module's cases; all but each `every`-th are marked slow."""
+    """Parametrises over a module's cases and marks all but each `every`-th as slow."""
     found = []
     for number, (function, case) in enumerate(cases(module)):
         label = "-".join([function.__name__[5:], *(_label(v) for k, v in case.items() if k != "backend")])
@@ -136,7 +136,7 @@ def test_a_bank_wider_than_shared_memory():
 
 
 def test_addresses_that_no_wide_load_may_use():
-    """Rows that begin off the 16 bytes of a vector load, or whose stride is no multiple of four."""
+    """Rows whose start is not aligned to the 16 bytes of a vector load, or whose stride is not a multiple of four."""
     from tests.support.dtypes import BF16, FP16, FP32, FP64, MIXED
     from tests.support.tolerance import assert_all_accurate
 

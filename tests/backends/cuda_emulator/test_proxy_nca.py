@@ -40,7 +40,7 @@ def gradients(function, x, w, scale, seed):
 
 
 def by_products(x, w, scale, y, exclude_positive, reduction):
-    """Plain PyTorch as users write it, with distances from a matrix product."""
+    """The loss in plain PyTorch as users write it, with distances from a matrix product."""
     u, p = torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)
     z = -scale.reshape(-1, 1) * (2 - 2 * u @ p.T)
     positive = torch.arange(w.size(0)) == y[:, None]

@@ -1,4 +1,4 @@
-"""The CUDA ops called directly, on the emulator: nothing that Python can hand them ends the process."""
+"""The CUDA ops called directly on the emulator: no argument that Python can pass ends the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton backend in Triton's interpreter: run by `make test-triton`, in a process of its own.
+"""The Triton backend in Triton's interpreter; `make test-triton` runs these tests in a process of their own.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so the rest of the suite, and the ahead-of-time compiler, need
 other processes. Without the flag, or without Triton, everything here is skipped.
@@ -33,7 +33,7 @@ def pytest_report_header() -> str | None:
 
 @pytest.fixture
 def checked():
-    """No access outside a tensor and no race between programs, in any launch of the test."""
+    """Checks that no launch of the test accesses memory outside a tensor, and that no two programs race."""
     from tests.backends.triton.sanitizer import sanitized  # imports Triton
 
     with sanitized() as accesses:
@@ -42,6 +42,6 @@ def checked():
 
 @pytest.fixture
 def launched(checked):
-    """As checked, and something was launched."""
+    """Checks as ``checked`` does, and that the test launched something."""
     yield
     assert checked.accesses > 0

@@ -1,8 +1,8 @@
 """Out-of-bounds accesses, and races between programs, in interpreted kernels: ``with sanitized(): kernel[grid](...)``.
 
-Every load and store is held against the elements of the tensors passed to the launch: the gap between the rows of a
-strided view is as forbidden as what lies beyond its end. Programs of one launch may run in any order, so an element
-that one of them writes may be neither read nor written by another.
+Every load and store must stay within the elements of the tensors passed to the launch: the gaps between the rows of a
+strided view are as forbidden as the memory beyond its end. The programs of a launch may run in any order, so an element
+that one of them writes must be neither read nor written by another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SEVERAL = -2
 
 
 class Violation(RuntimeError):
-    """An access no kernel may make."""
+    """An access that no kernel may make."""
 
 
 class Shadow:
@@ -43,7 +43,7 @@ class Shadow:
 
 
 class Checked:
-    """Triton's native interpreter, with every access checked on its way through."""
+    """Triton's native interpreter with a check of every access."""
 
     def __init__(self, native: Any):
         self._native = native
@@ -54,7 +54,7 @@ class Checked:
         return getattr(self._native, name)
 
     def begin(self, arguments: list[Any]) -> None:
-        """A launch starts: its tensors, and nobody has touched them yet."""
+        """Starts a launch: notes its tensors, which no program has touched yet."""
         self.shadows = {}
         for t in arguments:
             if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes():
@@ -118,7 +118,7 @@ class Checked:
 
 @contextlib.contextmanager
 def sanitized() -> Iterator[Checked]:
-    """Check every interpreted launch inside the ``with``."""
+    """Checks every interpreted launch inside the ``with``."""
     native, prepare = interpreter._interpreter, interpreter.GridExecutor._init_args_hst
     checked = Checked(native)
 

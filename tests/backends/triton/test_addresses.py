@@ -1,7 +1,7 @@
-"""64-bit indices: the last program of each launch on matrices past 2^31 elements, on addresses with no memory behind.
+"""64-bit indices: the last program of each launch on matrices of more than 2^31 elements, at addresses without memory.
 
 The host code runs on tensors without data; the kernels run in the interpreter on made-up addresses. Each must stay
-inside its tensors and reach their ends: an index cut to 32 bits does neither.
+inside its tensors and reach their ends. An index cut to 32 bits does neither.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Phantom:
 
 
 class NoMemory:
-    """In place of Triton's native interpreter: loads give 0 (flags 1), stores vanish, addresses are checked."""
+    """Replaces Triton's native interpreter: loads give 0 (flags 1), stores do nothing, addresses are checked."""
 
     def __init__(self, native: Any, tensors: list[Phantom]):
         self._native, self._tensors = native, tensors
@@ -92,7 +92,7 @@ Found = dict[str, tuple[Any, ...]]
 
 @contextlib.contextmanager
 def largest(monkeypatch: Any, most_splits: int) -> Iterator[Found]:
-    """Launches of the host code on tensors without data: of each kernel the one over the most memory, undivided."""
+    """Records launches of the host code on tensors without data; for each kernel, the one over the most memory."""
     monkeypatch.setattr(collect, "BUFFER_BYTES", 1 << 60)
     monkeypatch.setattr(logsumexp, "BUFFER_BYTES", 1 << 60)
     monkeypatch.setattr(collect, "ROWS_AT_ONCE", 1 << 40)
@@ -109,7 +109,7 @@ def largest(monkeypatch: Any, most_splits: int) -> Iterator[Found]:
 
 
 def launches(metric: str, monkeypatch: Any) -> Found:
-    """Forward and backward in a single chunk."""
+    """The launches of forward and backward in a single chunk."""
     with largest(monkeypatch, M) as found:
         x, w = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(M, D, dtype=torch.bfloat16)
         n, m, y, c = torch.empty(N), torch.empty(M), *(torch.empty(k, dtype=torch.int64) for k in (N, M))
@@ -127,7 +127,9 @@ def launches(metric: str, monkeypatch: Any) -> Found:
 
 
 def owned_launches(monkeypatch: Any) -> Found:
-    """Forward and backward in the owned form, with and without what the forward keeps; parts past 2^31 elements too."""
+    """The launches of forward and backward in the owned form, with and without the kept mean, and with parts of more
+    than 2^31 elements.
+    """
     n, m, d = 1 << 16, 20_000_000, 128
     with largest(monkeypatch, 300) as found, configs.take_form("owned"):
         x, w = torch.empty(n, d, dtype=torch.bfloat16), torch.empty(m, d, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
-"""Every kernel and configuration, compiled ahead of time for each chip, in another process: nothing is interpreted.
+"""Every kernel and configuration, compiled ahead of time for each chip in another process, without the interpreter.
 
-No GPU and no driver are needed. What is compiled are the launches that the host code makes.
+This needs no GPU and no driver. The compiled kernels are those that the host code launches.
 """
 
 from __future__ import annotations

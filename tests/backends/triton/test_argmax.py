@@ -59,7 +59,7 @@ def test_every_option(name):
 def test_bounds(metric, normalize):
     p = Problem.random(37, 150, 17, metric, normalize, seed=3)
     p.options["c"], p.y = randint(0, 5, 150, seed=5), randint(0, 5, 37, seed=6)
-    # Off every score by more than rounding.
+    # This differs from every score by more than rounding.
     middle = promises.choices(p, FP64, "reference").same.score + 1e-7
     low, high = (None, middle) if normalize else (middle - 0.3, middle + 0.3)
     found = promises.assert_right(p, FP64, B, bounds=(low, high))
@@ -69,7 +69,7 @@ def test_bounds(metric, normalize):
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize(("metric", "splits"), [("cosine", 1), ("sqeuclidean", 100), ("euclidean", 3)])
 def test_of_equal_scores_the_lowest_index_is_chosen(metric, splits, largest, monkeypatch):
-    """Within a tile, over tiles and over ranges: the same vector everywhere."""
+    """Within a tile, over tiles and over ranges, because all bank entries are the same vector."""
     monkeypatch.setattr(configs, "splits", lambda tiles, walk, cores: min(splits, walk))
     n, m = 34, 700
     x, w = randn(1, 8, seed=1).expand(n, 8).float(), randn(1, 8, seed=2).expand(m, 8).float()

@@ -64,11 +64,11 @@ def test_the_memory_of_a_chunk_is_bounded_for_every_shape():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The host's part alone, on tensors without data: anything that reads a value would raise
+# The host's part alone, on tensors without data, where reading a value would raise
 
 
 def calls(dtype: torch.dtype, metric: str, n: int, m: int, d: int) -> int:
-    """Forward and backward of every op with every option; how many launches."""
+    """Runs forward and backward of every op with every option, and returns the number of launches."""
     x, w = torch.empty(n, d, dtype=dtype), torch.empty(m, d)
     rows, columns = torch.empty(n), torch.empty(m)
     y, c = torch.empty(n, dtype=torch.int64), torch.empty(m, dtype=torch.int64)
@@ -278,7 +278,7 @@ def test_the_memory_of_the_owned_form_is_bounded_for_every_shape():
 
 
 def test_what_a_kernel_reads_by_address_is_checked_at_the_door():
-    """A registered op takes anything; a kernel would read beside the memory it was given."""
+    """A registered op can be called with any arguments, and a kernel would then read outside its memory."""
     x, w, y = torch.randn(4, 3), torch.randn(6, 3), torch.arange(4)
     ops = torch.ops.dml_kernels
     spec = Spec(

@@ -1,6 +1,6 @@
 """The owned form whose forward keeps the mean of `different`: the rows' gradient without a second walk of the bank.
 
-By the same rule and under the same sanitizer as the rest; every test says whether the mean was kept.
+The tests use the same rule and the same sanitizer as the rest, and each checks whether the mean was kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def owned():
 
 @pytest.fixture
 def kept(monkeypatch):
-    """How often a backward took the kept mean."""
+    """Counts how often a backward used the kept mean."""
     calls = []
     original = logsumexp.Backward.from_mean
     monkeypatch.setattr(logsumexp.Backward, "from_mean", lambda *a: calls.append(1) or original(*a))
@@ -140,7 +140,7 @@ def test_only_what_is_asked_for_is_computed_and_is_the_same(needs, kept):
     wanted = [leaves[k] for k in needs]
     grads = torch.autograd.grad(list(out.values()), wanted, [p.grads[k].to(v.dtype) for k, v in out.items()])
     assert len(kept) == ("x" in needs)
-    # Without x among them the scale's gradient is summed over the walk, and rounds otherwise.
+    # If x needs no gradient, the scale's gradient is summed over the walk, with other rounding.
     for k, grad in zip(needs, grads, strict=True):
         torch.testing.assert_close(grad, everything[f"grad {k}"], rtol=1e-5, atol=1e-6)
 

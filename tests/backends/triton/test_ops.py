@@ -1,6 +1,6 @@
 """The ops on the Triton backend against fp64 truth, by the tolerance rule; every launch under the sanitizer.
 
-A covering set, as an interpreted call takes a second: every metric, dtype and option once or twice, no product of all.
+An interpreted call takes a second, so this is a covering set: every metric, dtype and option occurs once or twice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ALL_DTYPES = (FP32, BF16, MIXED, FP16, FP64)
 
 @pytest.fixture(params=["chunk", "owned"])
 def form(request):
-    """Each form of the backward in turn, whatever the table says."""
+    """Runs the test with each form of the backward in turn, in place of the table's."""
     with configs.take_form(request.param):
         yield request.param
 

@@ -21,7 +21,7 @@ on_policies = pytest.mark.parametrize("policy", POLICIES)
 
 
 def check(policy, sizes, metric, dtype):
-    """sizes: centres, rows, classes, width."""
+    """Checks one problem; ``sizes`` are centres, rows, classes, width."""
     promises.check(promises.problem, (policy, *sizes, *metric), dtype, B, clear=dtype not in (FP32, FP64))
 
 

@@ -1,4 +1,4 @@
-"""The checkers see what they are for: bounds, gaps, races, colliding lanes, atomics; a clean kernel passes."""
+"""The sanitizer finds violated bounds, gaps, races, colliding lanes and atomics, and lets a clean kernel pass."""
 
 from __future__ import annotations
 
