@@ -114,7 +114,7 @@ class RegularFaceRegularizer(Regularizer):
     def terms(self, weights: Tensor) -> Terms:
         """The cosine of each row with its nearest other row."""
         own = torch.arange(weights.size(0), device=weights.device)
-        found = masked_argmax(weights.detach(), weights.detach(), own, metric="cosine", which="different")
+        found = masked_argmax(weights.detach(), None, own, metric="cosine", which="different")
         assert found.different is not None
         nearest = found.different.index
         unit = unit_rows(weights)

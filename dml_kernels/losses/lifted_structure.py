@@ -52,11 +52,7 @@ class LiftedStructureLoss(MetricLoss):
         """One term for each positive pair."""
         pairs = compared(batch, self.distance)
         own = self._negatives(pairs)
-        of_positive = (
-            own
-            if batch.w is batch.x and batch.c is batch.y
-            else self._negatives(compared(_turned(batch), self.distance))
-        )
+        of_positive = own if batch.is_own_bank else self._negatives(compared(_turned(batch), self.distance))
         near = self.distance.threshold(self.pos_margin)
         found = pairs.positive_sum("lifted", own, of_positive, params=(1.0, -near))
         some = (own != -torch.inf).any()

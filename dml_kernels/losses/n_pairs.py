@@ -57,7 +57,7 @@ class NPairsLoss(MetricLoss):
 
     def terms(self, batch: Batch) -> Mapping[str, Terms]:
         """One term for each class with a pair."""
-        if batch.w is not batch.x or batch.c is not batch.y:
+        if not batch.is_own_bank:
             raise ValueError("NPairsLoss takes both sides of its pairs out of the batch; it takes no ref_emb")
         if batch.y is None:
             raise ValueError("NPairsLoss needs labels: it takes one pair of each class")

@@ -78,8 +78,7 @@ class TripletMarginLoss(MetricLoss):
             empty = pairs.pair_terms(*[pairs._empty()] * 3)
             return {"loss": empty._replace(kind=TRIPLET)}
         found = triplet_sum(
-            batch.x, batch.w, pairs.y, pairs.c, margin=self.margin, smooth=self.smooth_loss, swap=self.swap,
-            **pairs.call,
+            batch.x, margin=self.margin, smooth=self.smooth_loss, swap=self.swap, **pairs.call
         )  # fmt: skip
         number, active = (count.to(pairs.dtype) for count in found[1:])
         return {"loss": Terms(found.total, number, active, TRIPLET, batch.y)}

@@ -100,10 +100,11 @@ class BatchEasyHardMiner(Miner):
             else:
                 low = other if low is None else torch.maximum(low, other)
         assert batch.y is not None
+        bank = batch.bank
         found = masked_argmax(
-            batch.x, batch.w, batch.y, batch.c, metric=self.distance.metric,
+            batch.x, bank.w, batch.y, bank.c, metric=self.distance.metric,
             normalize=self.distance.normalize_embeddings, which=kind, largest_same=largest, largest_different=largest,
-            bounds=(low, high), exclude=batch.exclude,
+            bounds=(low, high), exclude=bank.exclude,
         )  # fmt: skip
         choice = found.same if kind == "same" else found.different
         assert choice is not None

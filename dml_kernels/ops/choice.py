@@ -203,7 +203,7 @@ def refusal(name: str, op: str, device: torch.device, dtype: torch.dtype, asked:
     if op not in backend.OPS:
         return f"{op} is not implemented here"
     for option, value in asked.items():
-        if option not in OPS[op][1]._fields:  # type: ignore[attr-defined]
+        if not any(option in fields.__annotations__ for fields in OPS[op]):
             return f"{op} has no option {option}, such as {value!r}"
         if value not in backend.METRICS if option == "metric" else option not in backend.OPTIONS:
             return f"{option} {value!r} is not implemented here"
@@ -269,6 +269,9 @@ def choose(
     raise RuntimeError(f"no backend runs {op} for {dtype} on {device}{with_what}: " + "; ".join(refusals))
 
 
+# Options that the op settles before a backend sees its tensors: every backend has them.
+SETTLED = ("own",)
+
 _Spec = TypeVar("_Spec", DistanceSpec, Spec, HingeSpec, ArgmaxSpec, PairSpec, TripletSpec)
 
 
@@ -281,7 +284,11 @@ def settle(op: str, inputs: Any, spec: _Spec, argument: str | None = None) -> _S
     asked = {"metric": spec.metric}
     for name, default in spec._field_defaults.items():
         value = getattr(spec, name)
-        if value != default:
+        if value != default and name not in SETTLED:
             asked[name] = value
-    size = (inputs.x.size(0), *inputs.w.shape)
+    if inputs.w is None and inputs.x.size(0) == 0:
+        argument = plain.name  # a bank has rows; the loops over chunks alone need none
+    elif inputs.w is None and inputs.exclude is not None and not getattr(spec, "own", False):
+        asked["exclude"] = "in addition to the own copy"
+    size = (inputs.x.size(0), *(inputs.x if inputs.w is None else inputs.w).shape)
     return spec._replace(backend=choose(op, inputs.x.device, spec.dtype, argument, size, **asked))

@@ -78,10 +78,12 @@ def check_matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} has embedding size 0, shape {tuple(t.shape)}; at least 1 is needed")
 
 
-def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> None:
+def check_pair(x: Tensor, w: Tensor | None, names: tuple[str, str] = ("x", "w")) -> None:
     """Checks rows and bank: both (., D) and on one device. Their dtypes may differ; see ``product_dtype``."""
     nx, nw = names
     check_matrix(nx, x)
+    if w is None:  # the batch is its own bank
+        return
     check_matrix(nw, w)
     if x.size(1) != w.size(1):
         raise ValueError(
@@ -118,27 +120,35 @@ def check_members(x: Tensor, m: int, y: Tensor, c: Tensor | None, exclude: Tenso
 
 
 def check_comparison(
-    x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, metric: str, normalize: bool, eps: float,
-    ignore_index: int, *, columns: int | None = None, plain_dot: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Checks the arguments that every comparison of rows with a bank takes; returns the fields that all specs share.
+    x: Tensor, w: Tensor | None, y: Tensor | None, c: Tensor | None, exclude: Tensor | None, own: bool, metric: str,
+    normalize: bool, eps: float, ignore_index: int, *, columns: int | None = None, plain_dot: bool = False,
+) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
+    """Checks the arguments that every comparison of rows with a bank takes; returns y, and the fields of all specs.
 
     ``columns`` (default: the rows of w) is the length of c. :func:`split_metric` explains ``plain_dot``.
     """
     check_pair(x, w)
-    check_members(x, w.size(0) if columns is None else columns, y, c, exclude)
+    bank = x if w is None else w
+    if y is None:
+        raise TypeError("y is missing: the (N,) int64 labels of the rows, which say what is compared with what")
+    if w is None and c is not None:
+        raise ValueError("c holds the labels of w; where w is None the bank is the batch, labelled y. Give w, or no c")
+    own = check_flag("own", own)
+    if own and w is not None:
+        raise ValueError("own=True keeps each row's own copy in the batch as its own bank: it needs w=None")
+    check_members(x, bank.size(0) if columns is None else columns, y, c, exclude)
     base, unit = split_metric(metric, normalize, plain_dot=plain_dot)
-    return {
-        "metric": base, "normalize": unit, "eps": check_eps(eps),
-        "ignore_index": check_integer("ignore_index", ignore_index), "dtype": product_dtype(x, w),
+    return y, {
+        "metric": base, "normalize": unit, "eps": check_eps(eps), "own": own,
+        "ignore_index": check_integer("ignore_index", ignore_index), "dtype": product_dtype(x, bank),
     }  # fmt: skip
 
 
 def with_labels(
-    x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor, int]:
+    x: Tensor, w: Tensor | None, y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None, int]:
     """Labels of rows and bank, and what marks the ignored ones; without ``c`` that is no bank entry's own index."""
-    if c is not None:
+    if w is None or c is not None:
         return y, apart(c, y), ignore_index
     if values_can_be_read(y):
         check_values(Bank(x, w, y, exclude=exclude), ignore_index)
@@ -199,7 +209,7 @@ def check_eps(eps: float) -> float:
     return check_positive("eps", eps, "it guards a division")
 
 
-def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, list[float], int]:
+def check_policy(policy: str, params: Sequence[float], x: Tensor, w: Tensor | None) -> tuple[str, list[float], int]:
     """The policy (``linear`` for a pool of one centre), its parameters, and the number of columns that the bank has
     under it.
     """
@@ -208,7 +218,9 @@ def check_policy(policy: str, params: Sequence[float], w: Tensor) -> tuple[str, 
         raise ValueError(f"policy {policy!r} takes policy_params ({', '.join(names)}); got {shown(params)}")
     numbers = [check_number(f"policy_params[{i}] ({name})", v) for i, (name, v) in enumerate(zip(names, params))]
     if not policy.endswith("_pool"):
-        return policy, numbers, w.size(0)
+        return policy, numbers, (x if w is None else w).size(0)
+    if w is None:
+        raise ValueError(f"policy {policy!r} needs w: a batch that is its own bank holds no K centres of a class")
     centres = int(numbers[0])
     if centres != numbers[0] or centres < 1:
         raise ValueError(f"policy_params[0] (K, centres a class) must be a positive integer; got {shown(params[0])}")
@@ -265,7 +277,8 @@ def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
         named = "a row of the bank" if centres == 1 else f"a class of {centres} centres"
         wanted = f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names {named}"
         _require_within(bank.y, 0, m, ignore_index, wanted)
-    _require_within(bank.exclude, 0, m, -1, f"exclude must be a bank index in [0, {m}), or -1 for none")
+    exclude = None if bank.exclude is None else bank.exclude.flatten()
+    _require_within(exclude, 0, m, -1, f"exclude must be a bank index in [0, {m}), or -1 for none")
     _require_numbers(bank.scale, False, "scale must be finite")
     _require_numbers(bank.col_bias, True, "col_bias must be finite or -inf (which leaves a column out)")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import choice
+from . import choice, own_bank
 from .checks import check_choice, check_flag, check_integer, check_number, shown
 from .contract import accumulate_dtype, apart, check_comparison, check_values, check_vector
 from .library import register, without_autocast
@@ -16,6 +16,7 @@ from .signatures import ArgmaxSpec, Bank, Search
 
 
 def _fwd(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:
+    inputs = own_bank.spelled_out(inputs, spec.own)
     check_values(Bank(*inputs[:5]), spec.ignore_index)
     with without_autocast(inputs.x.device.type):
         return tuple(choice.BACKENDS[spec.backend].masked_argmax_fwd(inputs, spec))
@@ -47,8 +48,8 @@ class MaskedArgmax(NamedTuple):
 
 def masked_argmax(
     x: Tensor,
-    w: Tensor,
-    y: Tensor,
+    w: Tensor | None = None,
+    y: Tensor | None = None,
     c: Tensor | None = None,
     *,
     metric: str = "euclidean",
@@ -61,6 +62,7 @@ def masked_argmax(
     cutoff: float = 0.5,
     nonzero_loss_cutoff: float = 1.4,
     exclude: Tensor | None = None,
+    own: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: str | None = None,
@@ -78,7 +80,7 @@ def masked_argmax(
     gives one result on any tiling and number of threads.
 
     Args:
-        x, w, y, c, metric, normalize, exclude, ignore_index, eps, backend: as in masked_hinge_sum.
+        x, w, y, c, metric, normalize, exclude, own, ignore_index, eps, backend: as in masked_hinge_sum.
         which: ``same``, ``different`` or ``both``.
         largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
         bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN
@@ -98,7 +100,7 @@ def masked_argmax(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index, plain_dot=True)
+    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True)
     check_choice("which", which, ("same", "different", "both"))
     if bounds is not None and (not isinstance(bounds, Sequence) or len(bounds) != 2):
         raise TypeError(f"bounds must be a pair (low, high); got {shown(bounds)}")
@@ -116,7 +118,10 @@ def masked_argmax(
     )
     inputs = Search(*(t if t is None else t.detach() for t in (x, apart(w, x), y, apart(c, y), exclude, low, high)))
     spec = choice.settle("masked_argmax", inputs, spec, backend)
-    found = choice.reference.masked_argmax(inputs, spec) if spec.backend == choice.REFERENCE else fwd(*inputs, *spec)
+    if spec.backend == choice.REFERENCE:
+        found = choice.reference.masked_argmax(own_bank.spelled_out(inputs, spec.own), spec)
+    else:
+        found = fwd(*inputs, *spec)
     return MaskedArgmax(*(Choice(*found[3 * i : 3 * i + 3]) if spec.wanted[i] else None for i in range(2)))
 
 

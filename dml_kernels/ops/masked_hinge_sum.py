@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import choice
+from . import choice, own_bank
 from .checks import check_flag, shown
 from .contract import (
     accumulate_dtype,
@@ -57,6 +57,7 @@ def _slopes(grads: TensorTuple, counts: TensorTuple, lines: Lines, relative: boo
 
 
 def _fwd(inputs: Hinged, spec: HingeSpec) -> TensorTuple:
+    inputs = own_bank.spelled_out(inputs, spec.own)
     check_values(Bank(*inputs[:5]), spec.ignore_index)
     check_thresholds(inputs.t_same, inputs.t_different)
     with without_autocast(inputs.x.device.type):
@@ -87,9 +88,10 @@ def _bwd(g1, g2, n1, n2, positive, needs, inputs: Hinged, spec: HingeSpec) -> Te
     g_x = g_w = None
     with without_autocast(inputs.x.device.type):
         if needs[0] or needs[1]:
-            lines = _lines(inputs, spec, positive)
-            slopes = _slopes(grads, counts, lines, spec.relative)
-            g_x, g_w = choice.BACKENDS[spec.backend].masked_hinge_sum_bwd(slopes, needs[:2], lines, spec)
+            lines = _lines(own_bank.spelled_out(inputs, spec.own), spec, positive)
+            slopes, both = _slopes(grads, counts, lines, spec.relative), own_bank.needs_of_both(needs[:2], inputs)
+            found = choice.BACKENDS[spec.backend].masked_hinge_sum_bwd(slopes, both, lines, spec)
+            g_x, g_w = own_bank.added(found, inputs)
     thresholds = (inputs.t_same, inputs.t_different)
     g_t = [_threshold_grad(*v) for v in zip(grads, counts, thresholds, needs[2:], strict=True)]
     return filled((g_x, g_w, *g_t), inputs.x, 4)
@@ -102,18 +104,19 @@ def _bwd_fake(g1, g2, n1, n2, positive, needs, inputs: Hinged, spec: HingeSpec) 
 def _dbl(v_x, v_w, v_t1, v_t2, g1, g2, n1, n2, positive, inputs: Hinged, spec: HingeSpec) -> TensorTuple:
     grads, counts = (g1, g2), (n1, n2)
     with without_autocast(inputs.x.device.type):
-        lines = _lines(inputs, spec, positive)
+        lines = _lines(own_bank.spelled_out(inputs, spec.own), spec, positive)
         slopes = _slopes(grads, counts, lines, spec.relative)
+        directions = own_bank.directions_of_both((v_x, v_w), inputs)
         # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
-        along, d_x, d_w = choice.BACKENDS["torch"].masked_hinge_sum_dbl((v_x, v_w), slopes, lines, counts, spec)
+        along, d_x, d_w = choice.BACKENDS["torch"].masked_hinge_sum_dbl(directions, slopes, lines, counts, spec)
     d_grads = []
     for grad, count, d, v in zip(grads, counts, along, (v_t1, v_t2), strict=True):
         d_grads.append((d if v.numel() == 0 else d + v.to(d.dtype) * count).to(grad.dtype))
-    return (*d_grads, d_x, d_w)
+    return filled((*d_grads, *own_bank.added((d_x, d_w), inputs)), inputs.x, 4)
 
 
 def _dbl_fake(v_x, v_w, v_t1, v_t2, g1, g2, n1, n2, positive, inputs: Hinged, spec: HingeSpec) -> TensorTuple:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (g1, g2, inputs.x, inputs.w))
+    return gradients_like((g1, g2, inputs.x, inputs.w), [True] * 4, inputs.x)
 
 
 _V = "Tensor v_x, Tensor v_w, Tensor v_t_same, Tensor v_t_different"
@@ -140,6 +143,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *directions):
         g_same, g_different, x, w = dbl(*directions, *ctx.saved_tensors, *ctx.spec)
+        w = None if ctx.saved_tensors[6] is None else w
         return g_same, g_different, None, None, None, None, x, w, *(None,) * 6
 
 
@@ -190,8 +194,8 @@ class MaskedHingeSum(NamedTuple):
 
 def masked_hinge_sum(
     x: Tensor,
-    w: Tensor,
-    y: Tensor,
+    w: Tensor | None = None,
+    y: Tensor | None = None,
     c: Tensor | None = None,
     *,
     metric: str = "euclidean",
@@ -201,6 +205,7 @@ def masked_hinge_sum(
     threshold: Threshold = None,
     relative: bool = False,
     exclude: Tensor | None = None,
+    own: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: str | None = None,
@@ -219,16 +224,17 @@ def masked_hinge_sum(
     Nothing of size N x M is built, in the forward, the backward or the double backward.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it; None: x.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
-        c: (M,) int64 labels of the bank; None: each entry's own index.
+        c: (M,) int64 labels of the bank; None: each entry's own index, or y where ``w`` is None.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
         normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
         same, different: (k, o) of each set; None leaves the set out: its sum and count are 0.
         threshold: t, a () or (N,) tensor for both sets, or a pair of these (each may be None); it gets a gradient.
         relative: subtract the row's own positive's score; needs ``c=None``. The positive's gradient is part of the same
             pass: no gather of ``w`` is needed outside.
-        exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
+        exclude: (N,) int64 bank index left out of both of the row's sets, -1 for none.
+        own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
         ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
         eps: guards the division by the norm.
         backend: overrides the choice of backend for this call.
@@ -241,12 +247,12 @@ def masked_hinge_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index, plain_dot=True)
+    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True)
     if same is None and different is None:
         raise ValueError("neither set is asked for: give same=(k, o), different=(k, o) or both")
     relative = check_flag("relative", relative)
-    if relative and c is not None:
-        raise ValueError("relative=True compares with the row's own bank entry: it needs c=None")
+    if relative and (w is None or c is not None):
+        raise ValueError("relative=True compares with the row's own bank entry: it needs c=None, and w")
     t_same, t_different = _thresholds(threshold)
     t_same, t_different = (None if s is None else t for s, t in ((same, t_same), (different, t_different)))
     for t in (t_same, t_different):
@@ -273,7 +279,7 @@ def hinge_sum_of(inputs: Hinged, spec: HingeSpec) -> MaskedHingeSum:
     theirs under their own names.
     """
     if spec.backend == choice.REFERENCE:
-        return MaskedHingeSum(*choice.reference.masked_hinge_sum(inputs, spec))
+        return MaskedHingeSum(*choice.reference.masked_hinge_sum(own_bank.spelled_out(inputs, spec.own), spec))
     inputs = inputs._replace(
         w=apart(inputs.w, inputs.x), c=apart(inputs.c, inputs.y), t_different=apart(inputs.t_different, inputs.t_same)
     )

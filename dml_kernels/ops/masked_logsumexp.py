@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import choice
+from . import choice, own_bank
 from .checks import check_flag, check_number
 from .contract import (
     accumulate_dtype,
@@ -41,6 +41,7 @@ TensorTuple = tuple[Tensor, ...]
 
 
 def _fwd(bank: Bank, spec: Spec) -> TensorTuple:
+    bank = own_bank.spelled_out(bank, spec.own)
     check_values(bank, spec.ignore_index, spec.centres)
     with without_autocast(bank.x.device.type):
         out = choice.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
@@ -52,16 +53,17 @@ def _fwd_fake(bank: Bank, spec: Spec) -> TensorTuple:
     acc = accumulate_dtype(spec.dtype)
     sizes = (n, n, n, n) if spec.sums else (n, n, 0, 0)
     out = [bank.x.new_empty(size, dtype=acc) for size in sizes]
-    kept = choice.keeps_mean(bank, spec)
+    kept = choice.keeps_mean(own_bank.spelled_out(bank, spec.own), spec)
     return (*out, bank.x.new_empty((n, bank.x.size(1)) if kept else (0, 0), dtype=acc))
 
 
 def _bwd(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Spec) -> TensorTuple:
     mean = None if mean is None or mean.numel() == 0 else mean
     with without_autocast(bank.x.device.type):
-        grads, lse = (g1, g2, g3, g4), (same, different)
-        out = choice.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, mean, needs, bank, spec)
-    return filled(out, bank.x, len(DIFFERENTIABLE))
+        grads, lse, both = (g1, g2, g3, g4), (same, different), own_bank.needs_of_both(needs, bank)
+        inputs = own_bank.spelled_out(bank, spec.own)
+        out = choice.BACKENDS[spec.backend].masked_logsumexp_bwd(grads, lse, mean, both, inputs, spec)
+    return filled(own_bank.added(out, bank), bank.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Spec) -> TensorTuple:
@@ -71,9 +73,10 @@ def _bwd_fake(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Sp
 def _dbl(v_x, v_w, v_t, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
     with without_autocast(bank.x.device.type):
         # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
-        directions, grads, lse = (v_x, v_w, v_t, v_b), (g1, g2, g3, g4), (same, different)
-        out = choice.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, bank, spec)
-    return filled(out, bank.x, 6 + len(DIFFERENTIABLE))
+        directions = own_bank.directions_of_both((v_x, v_w, v_t, v_b), bank)
+        grads, lse, inputs = (g1, g2, g3, g4), (same, different), own_bank.spelled_out(bank, spec.own)
+        out = choice.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, inputs, spec)
+    return filled((*out[:6], *own_bank.added(out[6:], bank)), bank.x, 6 + len(DIFFERENTIABLE))
 
 
 def _dbl_fake(v_x, v_w, v_t, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
@@ -107,7 +110,9 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, *directions):
         saved = ctx.saved_tensors
         *before, x, w, scale, col_bias = dbl(*directions, *saved, *ctx.spec)
-        of_vectors = (g if t is not None else None for g, t in zip((scale, col_bias), saved[-2:]))
+        w_in, *_, scale_in, col_bias_in = saved[-6:]
+        given = ((w, w_in), (scale, scale_in), (col_bias, col_bias_in))
+        w, *of_vectors = (g if t is not None else None for g, t in given)
         return *before, None, None, x, w, None, None, None, *of_vectors, None
 
 
@@ -155,8 +160,8 @@ class MaskedLogSumExp(NamedTuple):
 
 def masked_logsumexp(
     x: Tensor,
-    w: Tensor,
-    y: Tensor,
+    w: Tensor | None = None,
+    y: Tensor | None = None,
     c: Tensor | None = None,
     *,
     metric: str = "cosine",
@@ -166,6 +171,7 @@ def masked_logsumexp(
     different: tuple[float, float] = (1.0, 0.0),
     col_bias: Tensor | None = None,
     exclude: Tensor | None = None,
+    own: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
     sums: bool = False,
@@ -204,17 +210,19 @@ def masked_logsumexp(
       The relu weights are detached: constants in every derivative.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled. Each may have a dtype of its own: fp64 with anything is
-            computed in fp64, fp16 with bf16 in fp32, half with fp32 in the half (fp16 is widened: where a device adds
-            up in fp16, nothing is multiplied in it). Neither is cast as a whole, and each gets a gradient in its dtype.
+        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled; None: the batch is its own bank, w = x and c = y, without
+            each row's own copy. Each may have a dtype of its own: fp64 with anything is computed in fp64, fp16 with
+            bf16 in fp32, half with fp32 in the half (fp16 is widened: where a device adds up in fp16, nothing is
+            multiplied in it). Neither is cast as a whole, and each gets a gradient in its dtype.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
-        c: (M,) int64 labels of the bank; None: each entry's own index.
+        c: (M,) int64 labels of the bank; None: each entry's own index, or y where ``w`` is None.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
         normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
         scale: a number, or a () or (N,) tensor, which gets a gradient.
         same, different: (k, o) of each set; k may be negative (Proxy-Anchor's positives).
         col_bias: (M,), gets a gradient. A bias of -inf leaves the column out.
-        exclude: (N,) int64 bank index left out of both of the row's sets (its own copy), -1 for none.
+        exclude: (N,) int64 bank index left out of both of the row's sets, -1 for none.
+        own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
         ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
         eps: guards the division by the norm.
         sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
@@ -231,8 +239,8 @@ def masked_logsumexp(
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
     check_pair(x, w)
-    policy, params, m = check_policy(policy, policy_params, w)
-    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index, columns=m)
+    policy, params, m = check_policy(policy, policy_params, x, w)
+    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, columns=m)
     check_vector("col_bias", col_bias, m, x, integer=False)
     logit = [*check_line("same", same), *check_line("different", different)]
     scale_tensor = None
@@ -252,7 +260,7 @@ def logsumexp_of(bank: Bank, spec: Spec) -> MaskedLogSumExp:
     theirs under their own names. ``logit`` holds factors and offsets as they are stated, whatever the policy.
     """
     if spec.backend == choice.REFERENCE:
-        out = choice.reference.masked_logsumexp(bank, spec)
+        out = choice.reference.masked_logsumexp(own_bank.spelled_out(bank, spec.own), spec)
     else:
         logit = spec.logit
         if spec.policy == "quadratic":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..pairs import dense
 from ..pairs.sets import sets_of
-from . import choice
+from . import choice, own_bank
 from .checks import check_choice, check_number, check_sequence
 from .contract import accumulate_dtype, apart, check_comparison, check_values, check_vector, with_labels
 from .library import filled, gradients_like, known_signature, register, without_autocast
@@ -26,6 +26,7 @@ KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
 
 
 def _fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
+    pairs = own_bank.spelled_out(pairs, spec.own)
     check_values(Bank(*pairs[:5]), spec.ignore_index)
     with without_autocast(pairs.x.device.type):
         return choice.BACKENDS[spec.backend].positive_pair_sum_fwd(pairs, spec)
@@ -46,8 +47,9 @@ def sums_like(x: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 def _bwd(grad, needs, pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
     with without_autocast(pairs.x.device.type):
-        found = choice.BACKENDS[spec.backend].positive_pair_sum_bwd(grad, needs, pairs, spec)
-    return filled(found, pairs.x, len(DIFFERENTIABLE))
+        both, inputs = own_bank.needs_of_both(needs, pairs), own_bank.spelled_out(pairs, spec.own)
+        out = choice.BACKENDS[spec.backend].positive_pair_sum_bwd(grad, both, inputs, spec)
+    return filled(own_bank.added(out, pairs), pairs.x, len(DIFFERENTIABLE))
 
 
 def _bwd_fake(grad, needs, pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
@@ -74,10 +76,12 @@ def again(total: Tensor, leaves: tuple[Tensor | None, ...], needs: list[bool], g
 
 
 def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpec) -> list[Tensor | None]:
-    same = sets_of(*pairs[2:5], spec.ignore_index, slice(0, pairs.w.size(0))).same
+    whole = own_bank.spelled_out(pairs, spec.own)
+    same = sets_of(*whole[2:5], spec.ignore_index, slice(0, whole.w.size(0))).same
     acc = accumulate_dtype(spec.dtype)
     # Leaves of their own: what the caller's tensors hang from is not this derivative's.
-    x, w, u = (t.view_as(t) for t in (pairs.x, pairs.w, pairs.u))
+    x, u = (t.view_as(t) for t in (pairs.x, pairs.u))
+    w = x if pairs.w is None else pairs.w.view_as(pairs.w)
     v = None if pairs.v is None else pairs.v.view_as(pairs.v)
     total, _, _ = dense.positive_pair_sum(scores(x, w, spec), same, u.to(acc), None if v is None else v.to(acc), spec)
     return again(total, (x, w, u, v), needs, grad)
@@ -118,7 +122,7 @@ class TermSums(NamedTuple):
 
 def positive_pair_sum(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     y: Tensor,
     c: Tensor | None,
     u: Tensor,
@@ -129,6 +133,7 @@ def positive_pair_sum(
     metric: str = "cosine",
     normalize: bool = False,
     exclude: Tensor | None = None,
+    own: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: str | None = None,
@@ -144,13 +149,14 @@ def positive_pair_sum(
     everything. A second derivative goes through a dense expression with the N x M scores.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it; None: x.
         y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
-            must be bank rows, or ``ignore_index``.
+            must be bank rows, or ``ignore_index``; where ``w`` is None, y.
         u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
             gradient. -inf stands for no negatives: a softplus of 0, and where neither has any, a logarithm of 0.
         kind, params: the term and its numbers.
         metric, normalize: the score. exclude: (N,) int64 bank index that is not the row's positive, -1 for none.
+        own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
         ignore_index: rows with this label have no positives. eps: guards the division by the norm.
         backend: overrides the choice of backend for this call.
 
@@ -161,10 +167,10 @@ def positive_pair_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index)
+    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index)
     y, c, numbers["ignore_index"] = with_labels(x, w, y, c, exclude, numbers["ignore_index"])
     check_vector("u", u, x.size(0), x, integer=False)
-    check_vector("v", v, w.size(0), x, integer=False)
+    check_vector("v", v, (x if w is None else w).size(0), x, integer=False)
     check_choice("kind", kind, KINDS)
     if (v is None) != (kind == "softplus"):
         raise ValueError(f"kind {kind!r} {'takes no' if kind == 'softplus' else 'needs'} v")
@@ -175,5 +181,5 @@ def positive_pair_sum(
     pairs = Pairs(x, apart(w, x), y, c, exclude, u, apart(v, u))
     spec = choice.settle("positive_pair_sum", pairs, PairSpec(**numbers, kind=kind, params=terms), backend)
     if spec.backend == choice.REFERENCE:
-        return TermSums(*choice.reference.positive_pair_sum(pairs, spec))
+        return TermSums(*choice.reference.positive_pair_sum(own_bank.spelled_out(pairs, spec.own), spec))
     return TermSums(*_Forward.apply(*pairs, spec))

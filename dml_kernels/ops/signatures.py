@@ -7,6 +7,10 @@ one finds its place by its name.
 Backends know the metrics ``dot``, ``sqeuclidean`` and ``euclidean``, and ``normalize`` for unit vectors. In all of
 them x is (N, D), w (M, D), y (N,) and c (M,) int64 labels, and exclude (N,) int64 the bank index that is left out for
 the row, -1 for none; where c is None, each bank entry's label is its own index.
+
+Where w is None the batch is its own bank: c is None, too, and means y, and the row's own copy is left out unless
+``own``. A backend sees that spelled out (ops/own_bank.py): w is x, c is y, and exclude is (N, 2) where the row's own
+copy is left out in addition to ``exclude``.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ class Bank(NamedTuple):
     """
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
     y: Tensor
     c: Tensor | None = None
     exclude: Tensor | None = None
@@ -100,6 +104,7 @@ class Spec(NamedTuple):
     keep: bool = False
     policy: str = "linear"
     policy_params: list[float] = []  # noqa: RUF012 (never changed)
+    own: bool = False
 
     @property
     def centres(self) -> int:
@@ -111,7 +116,7 @@ class Hinged(NamedTuple):
     """The tensors of masked_hinge_sum; the thresholds of both sets are (), (N,) or None each."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
     y: Tensor
     c: Tensor | None
     exclude: Tensor | None
@@ -130,6 +135,7 @@ class HingeSpec(NamedTuple):
     ignore_index: int
     dtype: torch.dtype
     backend: str = ""
+    own: bool = False
 
 
 class Lines(NamedTuple):
@@ -159,7 +165,7 @@ class Search(NamedTuple):
     """The tensors of masked_argmax; the open interval (low, high) of scores, each (N,) or None."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
     y: Tensor
     c: Tensor | None
     exclude: Tensor | None
@@ -181,6 +187,7 @@ class ArgmaxSpec(NamedTuple):
     ignore_index: int
     dtype: torch.dtype
     backend: str = ""
+    own: bool = False
 
     def empty_score(self, which: int) -> float:
         """The score of a set without candidates: worse than any."""
@@ -249,9 +256,9 @@ class Pairs(NamedTuple):
     """The tensors of positive_pair_sum: u (N,), and v (M,) or None."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
     y: Tensor
-    c: Tensor
+    c: Tensor | None
     exclude: Tensor | None
     u: Tensor
     v: Tensor | None
@@ -268,15 +275,16 @@ class PairSpec(NamedTuple):
     ignore_index: int
     dtype: torch.dtype
     backend: str = ""
+    own: bool = False
 
 
 class Points(NamedTuple):
     """The tensors of triplet_sum."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
     y: Tensor
-    c: Tensor
+    c: Tensor | None
     exclude: Tensor | None
 
 
@@ -292,6 +300,7 @@ class TripletSpec(NamedTuple):
     ignore_index: int
     dtype: torch.dtype
     backend: str = ""
+    own: bool = False
 
 
 # Every op that a backend is chosen for, by the name that it has in the registry and as methods of a backend.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..pairs import dense
 from ..pairs.sets import sets_of
-from . import choice
+from . import choice, own_bank
 from .checks import check_flag, check_number
 from .contract import apart, check_comparison, check_values, with_labels
 from .library import filled, gradients_like, known_signature, register, without_autocast
@@ -20,6 +20,7 @@ from .signatures import Bank, Points, TripletSpec
 
 
 def _fwd(points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
+    points = own_bank.spelled_out(points, spec.own)
     check_values(Bank(*points), spec.ignore_index)
     with without_autocast(points.x.device.type):
         return choice.BACKENDS[spec.backend].triplet_sum_fwd(points, spec)
@@ -31,7 +32,9 @@ def _fwd_fake(points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
 
 def _bwd(grad, needs, points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
     with without_autocast(points.x.device.type):
-        return filled(choice.BACKENDS[spec.backend].triplet_sum_bwd(grad, needs, points, spec), points.x, 2)
+        both, inputs = own_bank.needs_of_both(needs, points), own_bank.spelled_out(points, spec.own)
+        out = choice.BACKENDS[spec.backend].triplet_sum_bwd(grad, both, inputs, spec)
+    return filled(own_bank.added(out, points), points.x, 2)
 
 
 def _bwd_fake(grad, needs, points: Points, spec: TripletSpec) -> tuple[Tensor, ...]:
@@ -43,8 +46,10 @@ bwd = register("triplet_sum_bwd", Points, TripletSpec, 2, _bwd, _bwd_fake, "Tens
 
 
 def _differentiable(grad: Tensor, needs: list[bool], points: Points, spec: TripletSpec) -> list[Tensor | None]:
-    same, different, _ = sets_of(*points[2:], spec.ignore_index, slice(0, points.w.size(0)))
-    x, w = (t.view_as(t) for t in points[:2])
+    whole = own_bank.spelled_out(points, spec.own)
+    same, different, _ = sets_of(*whole[2:], spec.ignore_index, slice(0, whole.w.size(0)))
+    x = points.x.view_as(points.x)
+    w = x if points.w is None else points.w.view_as(points.w)
     between = scores(w, w, spec) if spec.swap else None
     total, _, _ = dense.triplet_sum(scores(x, w, spec), same, different, spec.margin, spec.smooth, between)
     return again(total, (x, w), needs, grad)
@@ -77,8 +82,8 @@ class _Forward(torch.autograd.Function):
 
 def triplet_sum(
     x: Tensor,
-    w: Tensor,
-    y: Tensor,
+    w: Tensor | None = None,
+    y: Tensor | None = None,
     c: Tensor | None = None,
     *,
     margin: float,
@@ -87,6 +92,7 @@ def triplet_sum(
     metric: str = "cosine",
     normalize: bool = False,
     exclude: Tensor | None = None,
+    own: bool = False,
     ignore_index: int = -100,
     eps: float = 1e-12,
     backend: str | None = None,
@@ -100,11 +106,12 @@ def triplet_sum(
     gradients is bounded in both. A second derivative goes through a dense expression with a term for every triplet.
 
     Args:
-        x: (N, D) anchors. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it.
+        x: (N, D) anchors. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it; None: x.
         y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
-            must be bank rows, or ``ignore_index``.
+            must be bank rows, or ``ignore_index``; where ``w`` is None, y.
         margin: how much closer, as a score, a positive must be. smooth, swap: the variants above.
         metric, normalize: the score. exclude: (N,) int64 bank index that is in no triplet of the anchor, -1 for none.
+        own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
         ignore_index: anchors with this label, and bank entries whose ``c`` is it, are in no triplet.
         eps: guards the division by the norm.
         backend: overrides the choice of backend for this call.
@@ -117,12 +124,12 @@ def triplet_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    numbers = check_comparison(x, w, y, c, exclude, metric, normalize, eps, ignore_index)
+    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index)
     y, c, numbers["ignore_index"] = with_labels(x, w, y, c, exclude, numbers["ignore_index"])
     margin, smooth, swap = check_number("margin", margin), check_flag("smooth", smooth), check_flag("swap", swap)
     points = Points(x, apart(w, x), y, c, exclude)
     spec = TripletSpec(**numbers, margin=margin, smooth=smooth, swap=swap)
     spec = choice.settle("triplet_sum", points, spec, backend)
     if spec.backend == choice.REFERENCE:
-        return TermSums(*choice.reference.triplet_sum(points, spec))
+        return TermSums(*choice.reference.triplet_sum(own_bank.spelled_out(points, spec.own), spec))
     return TermSums(*_Forward.apply(*points, spec))

@@ -17,6 +17,14 @@ from .sets import IGNORE_INDEX, sets_of
 TILE_ELEMENTS = 1 << 22
 
 
+class Bank(NamedTuple):
+    """The arguments w, c and exclude of an op."""
+
+    w: Tensor | None
+    c: Tensor | None
+    exclude: Tensor | None
+
+
 class Batch(NamedTuple):
     """Embeddings and what they are compared with; labels as int64 on the embeddings' device.
 
@@ -33,6 +41,16 @@ class Batch(NamedTuple):
     c: Tensor | None
     exclude: Tensor | None
     tuples: tuple[Tensor, ...] | None
+
+    @property
+    def is_own_bank(self) -> bool:
+        """Whether the embeddings are compared with themselves, under the same labels."""
+        return self.w is self.x and self.c is self.y
+
+    @property
+    def bank(self) -> Bank:
+        """What the rows are compared with, as the ops take it: nothing where that is the batch itself."""
+        return Bank(None, None, None) if self.is_own_bank else Bank(self.w, self.c, self.exclude)
 
 
 class Tile(NamedTuple):

@@ -14,7 +14,7 @@ class ClassRanges(NamedTuple):
     Args:
         order: (M,) bank indices, sorted by label.
         start, stop: (N,) the range of the row's class in ``order``; empty for an ignored row.
-        own: (N,) the place of the row's excluded entry in ``order`` if that is of its class; else -1.
+        own: (N, E) the places of the row's E excluded entries in ``order`` if these are of its class; else -1.
         positives, negatives: (N,) int64, how many each row has.
     """
 
@@ -27,22 +27,23 @@ class ClassRanges(NamedTuple):
 
     @staticmethod
     def of(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> ClassRanges:
-        """For rows labelled y (N,) and a bank labelled c (M,)."""
+        """For rows labelled y (N,) and a bank labelled c (M,); exclude is (N,) or (N, 2), no entry twice in a row."""
         labels, order = torch.sort(c, stable=True)
         start = torch.searchsorted(labels, y)
         stop = torch.searchsorted(labels, y, right=True)
         stop = torch.where(y == ignore_index, start, stop)
         negatives = (c != ignore_index).sum() - (stop - start)
         if exclude is None or c.numel() == 0:
-            own = torch.full_like(y, -1)
+            own = torch.full_like(y, -1)[:, None]
         else:
+            exclude = exclude if exclude.dim() == 2 else exclude[:, None]
             there, at = exclude >= 0, exclude.clamp_min(0)
             place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=c.device))[at]
-            own = torch.where(there & (place >= start) & (place < stop), place, -1)
-            left_out = c[at]
-            negatives = negatives - (there & (left_out != y) & (left_out != ignore_index)).long()
+            own = torch.where(there & (place >= start[:, None]) & (place < stop[:, None]), place, -1)
+            label = c[at]
+            negatives = negatives - (there & (label != y[:, None]) & (label != ignore_index)).sum(1)
         negatives = torch.where(y == ignore_index, 0, negatives)
-        return ClassRanges(order, start, stop, own, stop - start - (own >= 0).long(), negatives)
+        return ClassRanges(order, start, stop, own, stop - start - (own >= 0).sum(1), negatives)
 
 
 def count_pairs(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:

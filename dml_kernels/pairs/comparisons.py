@@ -125,7 +125,7 @@ class Streamed(Compared):
         self.kept = batch.y != IGNORE_INDEX
         self.dtype = accumulate_dtype(product_dtype(batch.x, batch.w))
         self.call: dict[str, Any] = {
-            "metric": distance.metric, "normalize": distance.normalize_embeddings, "exclude": batch.exclude,
+            **batch.bank._asdict(), "y": batch.y, "metric": distance.metric, "normalize": distance.normalize_embeddings,
             "ignore_index": IGNORE_INDEX,
         }  # fmt: skip
 
@@ -145,8 +145,8 @@ class Streamed(Compared):
         if self.c.numel() == 0:
             return MaskedLogSumExp(*[self._empty()] * 4)
         return masked_logsumexp(
-            self.batch.x, self.batch.w, self.y, self.c, scale=scale, same=same, different=different, sums=sums,
-            policy=policy, policy_params=policy_params, **self.call,
+            self.batch.x, scale=scale, same=same, different=different, sums=sums, policy=policy,
+            policy_params=policy_params, **self.call,
         )  # fmt: skip
 
     def hinge_sum(
@@ -155,17 +155,13 @@ class Streamed(Compared):
         """By :func:`functional.masked_hinge_sum`."""
         if self.c.numel() == 0:
             return MaskedHingeSum(*[self._empty()] * 4)
-        return masked_hinge_sum(
-            self.batch.x, self.batch.w, self.y, self.c, same=same, different=different, threshold=threshold, **self.call
-        )
+        return masked_hinge_sum(self.batch.x, same=same, different=different, threshold=threshold, **self.call)
 
     def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
         """By :func:`functional.positive_pair_sum`."""
         if self.c.numel() == 0:
             return self.pair_terms(*[self._empty()] * 3)
-        found = positive_pair_sum(
-            self.batch.x, self.batch.w, self.y, self.c, u, v, kind=kind, params=params, **self.call
-        )
+        found = positive_pair_sum(self.batch.x, u=u, v=v, kind=kind, params=params, **self.call)
         return self.pair_terms(found.total, found.number.to(self.dtype), found.active)
 
 

@@ -26,13 +26,22 @@ class Sets(NamedTuple):
     labelled: Tensor
 
 
+def left_out(exclude: Tensor, columns: Tensor) -> Tensor:
+    """(N, K) bool: which of ``columns``, (K,) or (N, K), a row excludes; it names one entry, (N,), or E, (N, E)."""
+    first, *others = exclude.unbind(1) if exclude.dim() == 2 else (exclude,)
+    found = first[:, None] == columns
+    for other in others:
+        found |= other[:, None] == columns
+    return found
+
+
 def sets_of(y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int, k: slice) -> Sets:
     """The sets of rows labelled y (N,) among the bank entries ``k``.
 
     Args:
         y: (N,) labels of the rows.
         c: (M,) labels of the bank; None: each entry's own index.
-        exclude: (N,) bank index that is in no set of the row, -1 for none; or None.
+        exclude: (N,) bank index that is in no set of the row, -1 for none, or (N, E) several; or None.
         ignore_index: rows and bank entries of this label are in no set.
         k: bank entries, with a start and a stop.
     """
@@ -43,5 +52,5 @@ def sets_of(y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: i
     if c is not None:
         used = used & (labels != ignore_index)
     if exclude is not None:
-        used = used & (exclude[:, None] != columns)
+        used = used & ~left_out(exclude, columns)
     return Sets(match & used, ~match & used, match & row)

@@ -49,7 +49,7 @@ def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tenso
         raise ValueError("labels are needed to draw triplets")
     order, start, end, own, positives, _ = ClassRanges.of(y, c, batch.exclude, IGNORE_INDEX)
     # The place of the row's own copy within its class; past the end if the copy is not there.
-    at, others = torch.where(own < 0, end, own), (c != IGNORE_INDEX).sum() - (end - start)
+    at, others = torch.where(own[:, 0] < 0, end, own[:, 0]), (c != IGNORE_INDEX).sum() - (end - start)
     usable = (y != IGNORE_INDEX) & (positives > 0) & (others > 0)
     many = end - start if per_anchor is None else torch.full_like(start, per_anchor)
     a = torch.repeat_interleave(torch.where(usable, many, 0))

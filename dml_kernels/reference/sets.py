@@ -16,5 +16,6 @@ def sets(
     if c is not None:
         used = used & (c != ignore_index)
     if exclude is not None:
-        used = used & (exclude[:, None] != columns)
+        for entry in exclude.unbind(1) if exclude.dim() == 2 else (exclude,):
+            used = used & (entry[:, None] != columns)
     return match & used, ~match & used

@@ -79,13 +79,28 @@ def check_logsumexp(b, s):
     check(lse.fwd, (*b, *s))
     *out, mean = lse.fwd(*b, *s)
     grads = [randn(*t.shape, seed=9).to(t.dtype) for t in out]
-    everything = [True, True, *(t is not None for t in b[5:])]
+    everything = [True, b[1] is not None, *(t is not None for t in b[5:])]
     for needs in (everything, [True, False, False, False], [False, True, False, False]):
         check(lse.bwd, (*grads, *out[:2], mean, needs, *b, *s))
     directions = [
         b[0].new_empty(0) if t is None else randn(*t.shape, seed=10).to(t.dtype) for t in (b[0], b[1], *b[5:])
     ]
     check(lse.dbl, (*directions, *grads, *out[:2], *b, *s))
+
+
+@on_backends
+@ON_DTYPES
+def test_the_batch_as_its_own_bank(dtype, backend):
+    x, y, number = randn(N, D, seed=1).to(dtype), torch.arange(N) % 3, randn(N, seed=4).to(acc(dtype))
+    s = spec(dtype, "full", backend)
+    check_logsumexp((x, None, y, None, None, number, number), s)
+    check_logsumexp((x, None, y, None, None, None, None), s._replace(own=True))
+    check_hinge_sum((x, None, y, None, None, number, None), comparison(dtype, "strided", backend))
+    search = ArgmaxSpec(
+        **comparison(dtype, "full", backend), wanted=[True, True], largest=[False, True], noise=False, seed=0,
+        cutoffs=[0.5, 1.4], ignore_index=-100,
+    )  # fmt: skip
+    check(argmax.fwd, (x, None, y, None, None, None, number, *search))
 
 
 @on_backends
@@ -161,17 +176,20 @@ def test_masked_hinge_sum(which, dtype, backend):
         (None, None) if which == "bare" else (randn(N, seed=4).to(acc(dtype)), torch.tensor(0.4, dtype=acc(dtype)))
     )
     inputs = (x, w, y, c, exclude, t_same, t_different)
-    s = HingeSpec(
-        **comparison(dtype, which, backend), hinge=[2.0, 0.1, -1.0, 0.3], relative=relative, ignore_index=-100
-    )
+    check_hinge_sum(inputs, comparison(dtype, which, backend), relative)
+
+
+def check_hinge_sum(inputs, compared, relative=False):
+    s = HingeSpec(**compared, hinge=[2.0, 0.1, -1.0, 0.3], relative=relative, ignore_index=-100)
     check(hinge.fwd, (*inputs, *s))
     out = hinge.fwd(*inputs, *s)
-    grads = [randn(N, seed=9).to(acc(dtype)) for _ in range(2)]
-    given = t_same is not None
-    for needs in ([True, True, given, given], [True, False, False, given]):
+    grads = [randn(N, seed=9).to(out[0].dtype) for _ in range(2)]
+    given = [inputs[i] is not None for i in (0, 1, 5, 6)]
+    for needs in (given, [True, False, False, given[3]]):
         check(hinge.bwd, (*grads, *out[2:], needs, *inputs, *s))
     directions = [
-        x.new_empty(0) if t is None else randn(*t.shape, seed=10).to(t.dtype) for t in (x, w, t_same, t_different)
+        inputs[0].new_empty(0) if t is None else randn(*t.shape, seed=10).to(t.dtype)
+        for t in (inputs[0], inputs[1], *inputs[5:])
     ]
     check(hinge.dbl, (*directions, *grads, *out[2:], *inputs, *s))
 

@@ -187,10 +187,14 @@ def test_opcheck(kind):
     for dtype in (torch.float32, torch.bfloat16):
         u, v = randn(9, seed=1).float(), randn(8, seed=2).float() if kind == "lifted" else None
         inputs = (p.x.to(dtype).t().contiguous().t(), p.w.to(dtype), p.y, p.c, p.exclude, u, v)
-        spec = (kind, list(KINDS[kind]), "euclidean", True, 1e-12, -100, dtype, "torch")
+        spec = (kind, list(KINDS[kind]), "euclidean", True, 1e-12, -100, dtype, "torch", False)
         opcheck(ops.fwd, (*inputs, *spec), test_utils=tests)
         for needs in ([True, True, True, v is not None], [True, False, False, False], [False, False, True, False]):
             opcheck(ops.bwd, (randn(9, seed=3).float(), needs, *inputs, *spec), test_utils=tests)
+        batch = (inputs[0], None, p.y, None, None, u, None if v is None else u.clone())
+        opcheck(ops.fwd, (*batch, *spec), test_utils=tests)
+        needs = [True, False, True, v is not None]
+        opcheck(ops.bwd, (randn(9, seed=3).float(), needs, *batch, *spec), test_utils=tests)
 
 
 @on_kinds

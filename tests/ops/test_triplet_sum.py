@@ -220,11 +220,14 @@ def test_opcheck(variant):
     p = Labelled.random(9, 8, 3, classes=3)
     for dtype in (torch.float32, torch.bfloat16):
         inputs = (p.x.to(dtype).t().contiguous().t(), p.w.to(dtype), p.y, p.c, p.exclude)
-        spec = (0.3, "smooth" in variant, "swap" in variant, "euclidean", True, 1e-12, -100, dtype, "torch")
+        spec = (0.3, "smooth" in variant, "swap" in variant, "euclidean", True, 1e-12, -100, dtype, "torch", False)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         opcheck(ops.fwd, (*inputs, *spec), test_utils=tests)
         for needs in ([True, True], [True, False], [False, True]):
             opcheck(ops.bwd, (randn(9, seed=3).float(), needs, *inputs, *spec), test_utils=tests)
+        batch = (inputs[0], None, p.y, None, None)
+        opcheck(ops.fwd, (*batch, *spec), test_utils=tests)
+        opcheck(ops.bwd, (randn(9, seed=3).float(), [True, False], *batch, *spec), test_utils=tests)
 
 
 @on_variants

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...pairs.class_ranges import ClassRanges
+from ...pairs.sets import left_out
 
 # Entries of a block's tile; several buffers of that size are alive at once. Of its own classes half as many: their
 # counts and places take 8 bytes an entry.
@@ -25,7 +26,7 @@ class Block(NamedTuple):
     """Some rows and the bank entries of their classes; row r's class is at places lo[r] to hi[r] of ``cols``.
 
     Args:
-        rows: (R,) row indices. cols: (Q,) bank indices, each once. lo, hi: (R,). own: (R,) place left out, or -1.
+        rows: (R,) row indices. cols: (Q,) bank indices, each once. lo, hi: (R,). own: (R, E) places left out, or -1.
     """
 
     rows: Tensor
@@ -43,13 +44,13 @@ class Block(NamedTuple):
     def mask(self, k: slice) -> Tensor:
         """(R, piece) bool: the pairs that are positives."""
         at = torch.arange(k.start, k.stop, device=self.lo.device)
-        return (at >= self.lo[:, None]) & (at < self.hi[:, None]) & (at != self.own[:, None])
+        return (at >= self.lo[:, None]) & (at < self.hi[:, None]) & ~left_out(self.own, at)
 
     def slots(self) -> tuple[Tensor, Tensor]:
         """(R, P) each row's positives as places in ``cols``, and which slots hold one; P the largest class."""
         most = int((self.hi - self.lo).max())
         at = self.lo[:, None] + torch.arange(most, device=self.lo.device)
-        used = (at < self.hi[:, None]) & (at != self.own[:, None])
+        used = (at < self.hi[:, None]) & ~left_out(self.own, at)
         return at.clamp_max(self.cols.numel() - 1), used
 
 
@@ -100,5 +101,5 @@ def _block(ranges: ClassRanges, rows: Tensor, parts: list[tuple[int, int, int]])
     counts = torch.tensor([part[2] for part in parts], device=device)
     shift = torch.tensor(shifts, device=device).repeat_interleave(counts)
     own = ranges.own[rows]
-    own = torch.where(own < 0, -1, own + shift)
+    own = torch.where(own < 0, -1, own + shift[:, None])
     return Block(rows, cols, ranges.start[rows] + shift, ranges.stop[rows] + shift, own)

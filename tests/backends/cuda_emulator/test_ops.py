@@ -12,7 +12,7 @@ from dml_kernels.backends import cuda as cuda_backend
 from dml_kernels.losses import REGISTRY
 from tests.across import test_autograd
 from tests.losses import test_magnet, test_proxy_nca
-from tests.ops import test_masked_logsumexp, test_normalize, test_normalized_distance
+from tests.ops import test_masked_logsumexp, test_normalize, test_normalized_distance, test_own_bank
 from tests.support.problems import Problem
 from tests.support.tolerance import assert_same_bits
 
@@ -106,6 +106,13 @@ def test_normalized_distance_as_the_other_backends(function, case):
 @borrowed(test_autograd, every=5)
 def test_derivatives_as_the_other_backends(function, case):
     function(**case)
+
+
+@pytest.mark.parametrize("excluded", ["the own copy", "nothing", "one"])
+def test_the_batch_as_its_own_bank(excluded):
+    test_own_bank.test_equals_what_is_left_out_by_hand(test_own_bank.logsumexp, excluded, "cuda")
+    test_own_bank.test_both_gradients_are_added_in_the_dtype_of_x(test_own_bank.logsumexp, "cuda", torch.float32)
+    test_own_bank.test_derivatives_of_both_orders(test_own_bank.logsumexp, "cuda")
 
 
 @borrowed(test_proxy_nca)
