@@ -21,7 +21,7 @@ def random_clusters(count=120, clusters=45, classes=9, width=6, *, seed=0, dtype
 
 
 def dense_knc(embeddings, centers, center_classes, variance, k, *, normalize=False):
-    """The paper's formula, one embedding at a time, exponentials and all: class -> probability of each."""
+    """The paper's formula, one embedding at a time, with its exponentials: for each, class -> probability."""
     x, mu, classes = embeddings.double().numpy(), centers.double().numpy(), center_classes.numpy()
     if normalize:
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -38,7 +38,7 @@ def dense_knc(embeddings, centers, center_classes, variance, k, *, normalize=Fal
 
 
 def assert_matches(result, expected):
-    """Every kept class in order of probability, to fp32."""
+    """Checks every kept class in order of probability, to fp32's precision."""
     for row, scores in enumerate(expected):
         best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[: result.classes.shape[1]]
         assert result.classes[row].tolist() == [label for label, _ in best] + [-100] * (
@@ -60,7 +60,9 @@ def test_knc_matches_the_dense_formula(dtype, k, normalize):
 
 
 def test_knc_differs_from_the_nearest_cluster_and_from_another_variance():
-    """Else the tests above could not tell kNC from 1-NN. Two middling clusters of class 1 outvote one of class 0."""
+    """Otherwise the tests above could not tell kNC from 1-NN. Here two clusters of class 1 at a medium distance outvote
+    the nearest one, of class 0.
+    """
     embeddings = torch.tensor([[0.0]])
     centers, classes = torch.tensor([[1.0], [1.1], [-1.1]]), torch.tensor([0, 1, 1])
     assert k_nearest_clusters(embeddings, centers, classes, variance=1.0).predictions.tolist() == [1]
@@ -78,7 +80,7 @@ def test_ties_go_to_the_lowest_class():
 
 @pytest.mark.parametrize("distance", [1e3, 1e6, 1e15, 1e30])
 def test_a_point_far_from_everything_has_a_class_and_finite_log_probabilities(distance):
-    """exp(-d^2 / 2 sigma^2) is 0 for every cluster; the nearest of them still is the nearest."""
+    """exp(-d^2 / 2 sigma^2) is 0 for every cluster, but one of them is still the nearest."""
     embeddings = torch.tensor([[distance, 0.0], [-distance, 0.0]], dtype=torch.float64)
     centers = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
     result = k_nearest_clusters(embeddings, centers, torch.tensor([5, 6, 7]), variance=1e-4)
@@ -98,7 +100,7 @@ def test_a_tiny_variance_leaves_the_nearest_with_all_the_weight():
 
 
 def test_distances_are_exact_far_from_the_origin():
-    """|r - mu|^2 of 1 at |r|^2 of 1e12: expanded in fp32 it would be noise."""
+    """|r - mu|^2 is 1 and |r|^2 is 1e12: expanded in fp32 the distance would be noise."""
     shift = torch.tensor([1e6, 0.0, 0.0])
     embeddings = shift + torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0]])
     centers = shift + torch.tensor([[0.0, 2.0, 0.0], [0.0, -2.0, 0.0]])
@@ -165,7 +167,7 @@ def test_knn_matches_a_count_of_votes(metric):
         tied += len(best) == 2 and votes[best[0]] == votes[best[1]]
         assert result.classes[row, : len(best)].tolist() == best
         assert result.log_probabilities[row, 0] == pytest.approx(math.log(votes[best[0]] / 9))
-    assert tied > 5  # the rule for ties was put to the test
+    assert tied > 5  # the rule for ties has been tested
 
 
 def test_a_tied_vote_goes_to_the_class_of_the_nearest():

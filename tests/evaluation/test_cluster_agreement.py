@@ -1,4 +1,4 @@
-"""NMI and AMI against the entropies written out, and of partitions known beforehand."""
+"""NMI and AMI compared with entropies written out, and for partitions whose values are known."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_scores_are_those_of_the_partition(dtype, normalize):
 
 
 def test_every_example_is_assigned_to_the_nearest_mean():
-    """Lloyd's iterations have come to rest on blobs far apart: each example's nearest mean is its own."""
+    """On blobs that are far apart Lloyd's iterations have converged: each example is nearest to its cluster's mean."""
     embeddings, labels = clustered(300, 5, 6, spread=0.02)
     found = cluster_agreement(embeddings, labels, normalize=False)
     means = torch.stack([embeddings[found.assignments == c].mean(0) for c in range(5)])
@@ -81,7 +81,7 @@ def test_far_from_the_origin_nothing_is_lost():
 def test_noise_has_no_ami():
     labels = torch.arange(400) % 40
     found = cluster_agreement(torch.randn(400, 8, generator=torch.Generator().manual_seed(0)), labels)
-    assert found.nmi > 0.4  # for nothing: there are many clusters
+    assert found.nmi > 0.4  # by chance, because there are many clusters
     assert abs(found.ami) < 0.05
 
 

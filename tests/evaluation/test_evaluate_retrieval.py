@@ -70,7 +70,7 @@ def test_only_what_is_named_is_returned_and_looked_for(monkeypatch):
 
 
 def test_agrees_with_pytorch_metric_learning_where_it_looks_deep_enough():
-    """Theirs with k=None ranks the whole gallery; its MRR is summed in fp32."""
+    """With k=None pytorch-metric-learning ranks the whole gallery; it sums its MRR in fp32."""
     pytest.importorskip("pytorch_metric_learning")
     embeddings, labels = clustered(300, 40, 8, spread=2.0)
     labels[5] = 1000  # alone: left out by both
@@ -90,14 +90,14 @@ def test_agrees_with_pytorch_metric_learning_where_it_looks_deep_enough():
 
 
 def test_where_pytorch_metric_learning_falls_short():
-    """Its MRR takes what lies beyond its k neighbours for never found, and its MAP@R and R-precision of an integer k
-    below R look at k neighbours alone (it warns of the latter). Ours are those of the full ranking.
+    """Its MRR counts what is not among its k neighbours as never found, and for an integer k below R its MAP@R and
+    R-precision use only k neighbours (it warns of the latter). Ours are those of the full ranking.
     """
     pytest.importorskip("pytorch_metric_learning")
     embeddings, labels = clustered(200, 20, 4, spread=3.0)
     ours = evaluate_retrieval(embeddings, labels, metrics=EVERY)
     ranks = first_ranks(embeddings, labels, embeddings, labels, np.arange(200), "cosine")
-    # Alone it raises in 2.9: no neighbours are then looked for.
+    # Asked for alone, this metric raises in 2.9, because no neighbours are then searched.
     theirs = their_metrics(("mean_reciprocal_rank", "precision_at_1"), "max_bin_count", embeddings, labels)
     assert theirs["mean_reciprocal_rank"] < (1 / ranks).mean() - 1e-3
     assert ours["mean_reciprocal_rank"] == pytest.approx((1 / ranks).mean(), abs=1e-12)

@@ -106,7 +106,7 @@ def test_map_at_r_of_a_hand_made_ranking():
     assert result.r_precision == pytest.approx(2 / 3)
     assert result.recall == {1: 1.0, 2: 1.0}
     assert map_at_r(queries, torch.tensor([9]), **options) == result.map_at_r
-    # Of another class only ranks 2 and 4 count: nothing at 1, a hit at 2.
+    # For the other class only ranks 2 and 4 count: no hit at 1, a hit at 2.
     assert recall_at_k(queries, torch.tensor([0]), (1, 2), **options) == {1: 0.0, 2: 1.0}
 
 
@@ -119,7 +119,7 @@ def test_a_query_leaves_out_itself_and_not_its_duplicates():
 
 
 def test_ties_go_to_the_lowest_index_on_any_tile():
-    """33 copies of one vector: without the index in the key, top-k returns them in an order of its own."""
+    """33 copies of one vector: without the index in the key, top-k would return them in an arbitrary order."""
     embeddings = torch.full((33, 5), 0.3)
     for tile in ((33, 33), (4, 5), (1, 2)):
         scores, indices = nearest(embeddings, 4, tile=tile)
@@ -143,8 +143,8 @@ def test_both_zeros_tie():
 
 
 def test_close_scores_are_ranked_by_fp64():
-    """Two gallery vectors whose dot products differ by 1 part in 4e6: an fp32 sum over 4,096 terms mixes them
-    up.
+    """The dot products of two gallery vectors differ by 1 part in 4e6: an fp32 sum over 4,096 terms may exchange
+    them.
     """
     generator = torch.Generator().manual_seed(0)
     query = torch.rand(1, 4096, generator=generator)

@@ -1,4 +1,4 @@
-"""Few-shot episodes: counted by hand, at chance and at certainty, seeded, and drawn evenly."""
+"""Few-shot episodes: results counted by hand, at chance and at certainty; seeds; even draws."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_more_shots_help_and_seeds_repeat():
 
 
 def test_episodes_do_not_depend_on_the_order_of_the_classes_names():
-    """Labels are names: any order-keeping renaming draws the same episodes."""
+    """Labels are names: any renaming that keeps their order draws the same episodes."""
     embeddings, labels = clustered(400, 8, 8)
     assert few_shot_accuracy(embeddings, labels, episodes=30) == few_shot_accuracy(
         embeddings, labels * 5 - 100, episodes=30

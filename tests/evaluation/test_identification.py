@@ -1,4 +1,4 @@
-"""Identification against the definitions, one probe at a time, and cases drawn by hand."""
+"""Identification compared with the definitions, one probe at a time, and cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_rates_match_the_definitions(template, metric):
 
 
 def test_an_open_set_drawn_by_hand():
-    """On a line: identities 10 at 0 and 20 at 100. Unknown probes at distances 2 and 6 from the nearest; known ones of
-    10 at 1 and 5, and one of 20 that stands by 10.
+    """On a line identity 10 is at 0 and identity 20 at 100. Unknown probes are at distances 2 and 6 from the nearest
+    identity; known probes of 10 are at 1 and 5, and one of 20 is near 10.
     """
     gallery, names = torch.tensor([[0.0], [100.0]]), torch.tensor([10, 20])
     probes = torch.tensor([[-2.0], [106.0], [1.0], [5.0], [3.0]])
@@ -143,7 +143,7 @@ def test_too_few_unknown_probes_are_nan_with_a_warning():
 
 
 def test_unknown_probes_that_tie_are_rejected_together():
-    """Ten alarms at one score: at most half may pass, so none does."""
+    """Ten alarms have one score, and at most half of them may pass, so none does."""
     probes, labels = torch.ones(20, 2), torch.tensor([0] * 10 + [7] * 10)
     found = evaluate_identification(probes, labels, torch.ones(1, 2), torch.zeros(1).long(), far=(0.5,))
     assert found.dir_at_far[0.5, 1] == 0.0

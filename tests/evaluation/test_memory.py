@@ -1,4 +1,4 @@
-"""Peak memory of the streamed measures: far under one number a pair, whatever the gallery; slow: a million vectors."""
+"""The peak memory of the streamed measures, far below one number for each pair; slow: a million vectors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_gallery_is_streamed(what, queries, gallery, width):
     assert matrix > 2.5 * LIMIT
     found = probe(what, queries, gallery, width)
     assert found["peak"] < LIMIT, f"{found['peak'] / MB:.0f} MB; one fp32 matrix: {matrix / MB:.0f} MB"
-    # And what was streamed was worth it.
+    # The results mean something.
     assert max(found.get(name, 0) for name in ("recall_at_1", "rank_1", "roc_auc")) > 0.7
 
 
@@ -43,7 +43,7 @@ def test_all_pairs_are_counted_in_bins():
 
 @pytest.mark.parametrize("count", [300_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_clusters_are_trained_on_a_sample(count):
-    """The embeddings in fp32 are 154 MB (512 MB), a copy that is not made."""
+    """A copy of the embeddings in fp32 would take 154 MB (512 MB); none is made."""
     found = probe("clustering", count, 128, 16, 8192)
     assert found["peak"] < LIMIT
     assert found["nmi"] > 0.1

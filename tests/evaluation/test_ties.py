@@ -1,4 +1,4 @@
-"""Scores that are equal, or too large or small for fp32: no ranking hangs on the shape of a tile."""
+"""Scores that are equal, or too large or small for fp32: no ranking depends on the shape of a tile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TILES = [(64, 64), (5, 8), (7, 3), (64, 1), (1, 64), (2, 13)]
 
 
 def small_integers(n=40, d=7, seed=0):
-    """Many equal scores, many of them 0, none exact after a division by norms."""
+    """Vectors with many equal scores, many of which are 0; none is exact after a division by norms."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-2, 3, (n, d), generator=generator).double()
     x[x.abs().sum(1) == 0, 0] = 1
@@ -28,7 +28,7 @@ def small_integers(n=40, d=7, seed=0):
 
 
 def by_hand(x, metric):
-    """Indices of all others, nearest first, the lowest of equals, in integer arithmetic."""
+    """The indices of all others, nearest first and of equals the lowest first, by integer arithmetic."""
     products, squares = (x @ x.T).long(), x.square().sum(1).long()
     order = []
     for i in range(len(x)):

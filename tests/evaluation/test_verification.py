@@ -1,4 +1,4 @@
-"""Verification against counts over every pair, scikit-learn, and ROC curves drawn by hand."""
+"""Verification compared with counts over every pair, with scikit-learn, and with ROC curves drawn by hand."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_scores_match_the_counts(kind):
     assert found.eer == pytest.approx(eer, abs=1e-12)
     assert found.accuracy == pytest.approx(plain, abs=1e-12)
     assert verify_scores(scores, same.int(), far=FAR, balanced=True).accuracy == pytest.approx(balanced, abs=1e-12)
-    # What the thresholds are said to do, they do.
+    # The thresholds reach the stated rates.
     for rate, cut in found.threshold_at_far.items():
         assert (scores[~same] >= cut).double().mean() <= rate
         assert (scores[same] >= cut).double().mean() == pytest.approx(found.tar_at_far[rate])
@@ -179,7 +179,7 @@ def test_sampled_pairs_are_all_the_mated_ones_and_as_many_others():
 
 @pytest.mark.parametrize("cap", [50, 700, 1100])
 def test_sampled_pairs_are_drawn_evenly(cap):
-    """Of 1,485 mated pairs in classes of 2 to 54: each class as often as it has pairs, nothing twice."""
+    """Of 1,485 mated pairs in classes of 2 to 54, each class is drawn as often as it has pairs, and no pair twice."""
     labels = torch.repeat_interleave(torch.tensor([5, 2]), torch.tensor([54, 12]))
     total = 54 * 53 // 2 + 12 * 11 // 2
     small, draws = 0, 20

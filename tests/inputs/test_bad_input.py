@@ -24,7 +24,7 @@ class Row(NamedTuple):
     arguments: dict[str, Any]
     error: type[Exception]
     message: str  # regular expression
-    on_backends: bool = False  # checked by the backends too: run on each
+    on_backends: bool = False  # the backends check it too, so it runs on each
 
 
 def normalize(what, error, message, **arguments):
@@ -62,7 +62,7 @@ def from_data(what, error, message, **arguments):
 
 
 def matrices(make):
-    """What any pair of matrices can have wrong."""
+    """The faults that any pair of matrices can have."""
     return [
         make("x is a list", TypeError, r"x must be a torch\.Tensor; got list", x=[[1.0]]),
         make("x has one dimension", ValueError, r"x must have shape \(rows, D\); got \(3,\)", x=X[0]),
@@ -85,7 +85,7 @@ def matrices(make):
 
 
 def vectors():
-    """The (N,) and (M,) arguments of masked_logsumexp."""
+    """The faults of the (N,) and (M,) arguments of masked_logsumexp."""
     rows = []
     for name, size, integer in (("y", 4, True), ("c", 6, True), ("exclude", 4, True), ("scale", 4, False),
                                 ("col_bias", 6, False)):  # fmt: skip

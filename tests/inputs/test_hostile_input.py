@@ -1,7 +1,7 @@
-"""Every public callable, every parameter, values that it must refuse: an error that names the parameter, and no crash.
+"""Every parameter of every public callable refuses bad values with an error that names it, and nothing crashes.
 
-The walk is by signature, so that a new callable or parameter is attacked without being listed. An annotation says what
-a parameter takes; what takes a tensor says by its name whether it holds vectors or labels.
+Parameters are found by signature, so a new callable or parameter is attacked without being listed. The annotation says
+what a parameter takes; the name of a tensor says whether it holds vectors or labels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Subject(NamedTuple):
 
 
 def functions() -> list[Subject]:
-    """The functions, with arguments that they take."""
+    """The functions, with valid arguments."""
     bank, loss = {"x": X, "w": W, "y": Y, "c": Y}, {"embeddings": X, "proxies": W, "labels": Y}
     given = {
         "normalize": {"x": X},
@@ -53,7 +53,7 @@ def functions() -> list[Subject]:
 
 
 def constructors() -> list[Subject]:
-    """The classes, with arguments that they take."""
+    """The classes, with valid arguments."""
     sizes = {"num_classes": 6, "embedding_size": 3}
     found = []
     for module in (losses, miners, distances, regularizers, reducers):
@@ -73,7 +73,7 @@ def constructors() -> list[Subject]:
             try:
                 kind(**given)
             except (AttributeError, TypeError, NotImplementedError):
-                continue  # what needs other objects: their own tests
+                continue  # a class that needs other objects has its own tests
             found.append(Subject(f"{module.__name__.split('.')[-1]}.{name}", kind, given))
     index = clustering.ClusterIndex(Y, clusters_per_class=1)
     index.refresh(X)
@@ -127,7 +127,7 @@ def evaluations() -> list[Subject]:
 
 HUGE = 10**400
 LEARNED = torch.tensor(1.0, requires_grad=True)
-ON_META = torch.ones((), device="meta")  # good in a module, which may be moved whole
+ON_META = torch.ones((), device="meta")  # valid in a module, all of which may be moved later
 NUMBERS = ["a", 1j, math.nan, math.inf, HUGE, torch.ones(2), torch.tensor(1j), ON_META, [1.0], True]
 INTEGERS = [1.5, "a", True, 1 << 70, HUGE, 1j, torch.tensor(1.5), torch.tensor(True), torch.ones(2), [1]]
 FLAGS = ["no", 2, 0.5, [True], torch.ones(2), torch.tensor(2)]
@@ -150,12 +150,12 @@ OF_LABELS = {
 }  # fmt: skip
 # A label vector may be boolean here: two classes.
 TWO_CLASSES = {"labels", "ref_labels", "center_classes", "gallery_labels", "probe_labels"}
-# Tensors of one dimension and more are good: each has a test of its own.
+# Tensors of one dimension or more are valid for these, which have their own tests.
 LEARNABLE = {"scale", "softmax_scale", "la", "temperature", "variance"}
 
 
 def hostile(subject: Subject, name: str, parameter: inspect.Parameter) -> list[Any]:
-    """What this parameter must refuse; nothing for one that takes objects of its own kind."""
+    """The values that this parameter must refuse; none for a parameter that takes objects."""
     text, optional = str(parameter.annotation), parameter.default is None
     if name in OF_VECTORS and "Tensor" in text:
         # `normalize` takes vectors of any number of dimensions.
@@ -188,7 +188,7 @@ def hostile(subject: Subject, name: str, parameter: inspect.Parameter) -> list[A
 
 
 def alone(subject: Subject, name: str, value: Any) -> bool:
-    """Whether nothing else in the call says how long the vector is."""
+    """Whether no other argument determines the length of the vector."""
     only = name == "labels" and subject.what in ("ClusterIndex", "MPerClassSampler", "evaluation.sample_pairs")
     return value is SHORT and (only or name == "cluster_classes")
 
@@ -208,7 +208,7 @@ CASES = cases()
 
 
 def words(name: str) -> str:
-    """How a message may name a parameter: also by what it is an alias of, or stands beside."""
+    """The names that a message may use for a parameter: also its alias, or a parameter that belongs to it."""
     others = {
         "la": "scale", "temperature": "scale", "gallery": "ref_embeddings", "gallery_labels": "ref_labels",
         "c": "labels", "y": "labels", "rows": "cols", "first": "second", "ref_labels": "ref_emb",

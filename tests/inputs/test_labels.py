@@ -1,4 +1,4 @@
-"""Labels in whatever people hold them: read by position, the same draws, clusters and measures as from a tensor."""
+"""Labels in any container are read by position, and give the same draws, clusters and measures as a tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERS = [2, 1, 1, 0, 2, 0, 1, 2]  # of the names and of the values, in sorted 
 
 
 class Column:
-    """What of a pandas column matters here: it is indexed by its rows' names, as after a split, not by position."""
+    """Behaves as a pandas column after a split does: it is indexed by the names of its rows, not by position."""
 
     def __init__(self, values, dtype=None):
         self.values = dict(zip(range(1, 2 * len(values) + 1, 2), values, strict=True))

@@ -1,4 +1,4 @@
-"""Sizes and numbers as people hold them (numpy's, () tensors) are taken; what means nothing is refused by name."""
+"""Sizes and numbers are also taken as numpy scalars and () tensors; a meaningless value is refused by name."""
 
 from __future__ import annotations
 

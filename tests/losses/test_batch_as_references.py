@@ -45,7 +45,7 @@ def test_own_copies_are_left_out(name, labels, pml):
 
 @on_pairs
 def test_other_labels_of_the_same_rows_are_taken(name):
-    """Then a row's own copy is neither a positive nor a negative of it."""
+    """A row's own copy is then neither its positive nor its negative."""
     loss, (x, y) = REGISTRY[name].loss(), batch()
     c = y.roll(1)
     value = loss(x, y, ref_emb=x, ref_labels=c)
@@ -79,7 +79,9 @@ def test_miners_leave_own_copies_out(name, pml):
 
 
 def test_two_views_with_one_labels_object_keep_the_pair_of_views(pml):
-    """Row i and reference i are two views of one example: the very positive, where theirs takes them for copies."""
+    """Row i and reference i are two views of one example, so they are a positive pair; pytorch-metric-learning takes
+    them for copies.
+    """
     x, y = batch()
     view = randn(14, 4, seed=9).double()
     loss = losses.NTXentLoss()

@@ -1,4 +1,4 @@
-"""MultipleLosses, SelfSupervisedLoss and triplets packaged in the batch, beside pytorch-metric-learning's."""
+"""MultipleLosses, SelfSupervisedLoss and triplets packaged in the batch, compared with pytorch-metric-learning's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def outcome(loss, *arguments):
 
 
 def multiple(lib, mining, keyed, **options):
-    """A contrastive, a triplet and a softmax loss; the second with a miner where asked."""
+    """A contrastive, a triplet and a softmax loss; the second with a miner if ``mining``."""
     torch.manual_seed(3)
     several = [lib.ContrastiveLoss(), lib.TripletMarginLoss(0.1), lib.CosFaceLoss(C, D)]
     given = [None, mining.MultiSimilarityMiner(), None] if mining else None

@@ -1,4 +1,4 @@
-"""CrossBatchMemory: a ring of past embeddings around any pair loss, beside pytorch-metric-learning 2.9.0."""
+"""CrossBatchMemory, a ring of past embeddings for any pair loss, compared with pytorch-metric-learning 2.9.0."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dml_kernels.profiling import run_in_child
 from tests.support.backends import require
 from tests.support.problems import randint, randn
 
-# With references, theirs takes another row's negatives for LiftedStructureLoss: tests/pml/test_drop_in_triplets.py.
+# With references, pytorch-metric-learning's LiftedStructureLoss takes the negatives of another row; see
+# tests/pml/test_drop_in_triplets.py.
 NAMES = [name for name in family("pairs") if name not in ("NPairsLoss", "LiftedStructureLoss")]
-# In the memory theirs compares a row with its own copy.
+# The loss for which pytorch-metric-learning compares a row with its own copy in the memory.
 OWN_COPY = "NCALoss"
 on_names = pytest.mark.parametrize("name", NAMES)
 
@@ -107,7 +108,7 @@ def test_a_mask_stores_some_and_compares_the_others(name, theirs):
 
 @on_names
 def test_a_rows_own_copy_is_left_out(name):
-    """A memory that holds one batch is that batch: the loss is the batch's own, with the references held fixed."""
+    """A memory that holds one batch gives the loss of that batch, with the references held fixed."""
     (x, y), loss = batches(1)[0], getattr(losses, name)()
     memory = CrossBatchMemory(loss, 6, 8).double()
     value, grad = step(memory, x, y)
@@ -140,7 +141,7 @@ def filled(memory, count):
 
 
 def contents(memory):
-    """What is stored, oldest first."""
+    """The stored embeddings and labels, oldest first."""
     stored = memory.embedding_memory, memory.label_memory
     if memory.has_been_filled:
         return [t.roll(-memory.queue_idx, 0) for t in stored]
@@ -174,7 +175,7 @@ def test_a_state_holds_the_rings_position(count, way, tmp_path):
 @pytest.mark.parametrize("before", [0, 1, 4], ids=["fresh", "begun", "filled"])
 @pytest.mark.parametrize("count", [2, 3], ids=["part", "wrapped"])
 def test_values_put_into_another_states_place(count, before):
-    """As ``torch.distributed.checkpoint`` does, and ``state.update(...)``: the metadata is the other state's."""
+    """``torch.distributed.checkpoint`` and ``state.update(...)`` do this; the metadata is that of the other state."""
     memory, other = (CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double() for _ in range(2))
     state = filled(other, before).state_dict()
     for name, value in filled(memory, count).state_dict().items():
@@ -213,12 +214,12 @@ def test_their_state_loads_and_ours_loads_there(count, theirs):
     fresh, there = pair(theirs, "ContrastiveLoss", 20)
     fresh.load_state_dict(other.state_dict())
     there.load_state_dict(ours.state_dict())
-    # Theirs saves no position, and the ring as it stands.
+    # pytorch-metric-learning saves the ring as it stands, without the position.
     assert fresh.has_been_filled is other.has_been_filled
     assert fresh.queue_idx == (0 if count == 3 else 16)
     there.queue_idx, there.has_been_filled = fresh.queue_idx, fresh.has_been_filled
     x, y = randn(8, 6, seed=77), randint(0, 3, 8, seed=78)
-    mask = torch.arange(8) >= 7  # theirs calls a memory that stores no row filled
+    mask = torch.arange(8) >= 7  # pytorch-metric-learning reports a memory without rows as filled
     if count == 3:  # so that all three overwrite the oldest row
         other.queue_idx = 0
         for name in ("embedding_memory", "label_memory"):
@@ -231,7 +232,7 @@ def test_their_state_loads_and_ours_loads_there(count, theirs):
 
 def test_the_position_can_be_assigned():
     memory = filled(CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double(), 3)
-    memory.queue_idx, memory.has_been_filled = 8, False  # what is behind place 8 is out of the memory
+    memory.queue_idx, memory.has_been_filled = 8, False  # what is after place 8 is not in the memory
     (x, y), other = batches(1)[0], CrossBatchMemory(losses.ContrastiveLoss(), 6, 20).double()
     other.add_to_memory(memory.embedding_memory[:8], memory.label_memory[:8], 8)
     assert torch.equal(memory(x, y), other(x, y))
@@ -243,7 +244,7 @@ def test_the_position_can_be_assigned():
 @pytest.mark.parametrize("mined", [False, True], ids=["streamed", "listed"])
 @on_names
 def test_several_forwards_before_one_backward(name, mined):
-    """Each gradient is that of the memory as its own forward saw it."""
+    """Each gradient uses the memory as it was in its forward."""
     miner = miners.PairMarginMiner(0.1, 2.0) if mined else None
     together, alone = (CrossBatchMemory(getattr(losses, name)(), 6, 20, miner).double() for _ in range(2))
     want = [step(alone, x, y) for x, y in batches()]

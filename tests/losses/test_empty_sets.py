@@ -1,4 +1,4 @@
-"""First and second derivatives of every loss where anchors lack positives, negatives or both: those of the formula."""
+"""Both derivatives of every loss are those of the formula where anchors lack positives, negatives or both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES = [(name, i) for name, entry in REGISTRY.items() for i in range(len(entry.
 
 
 def calls(entry, options, y):
-    """Functions of (loss, its leaves) and the leaves, one for each way to call a loss of the family."""
+    """Functions of (loss, its leaves), with the leaves: one for each way to call a loss of the family."""
     x = randn(6, 3, seed=1)
     if entry.family == "proxies":
         yield lambda loss, x, w: loss(x, w, y, **options), [x, randn(6 * entry.centres, 3, seed=2)]

@@ -1,8 +1,8 @@
-"""Every loss on proxies against its own dense reference, and what must hold of any of them.
+"""Every loss on proxies compared with its dense reference, and properties that all of them must have.
 
-A loss compares embeddings (N, D) with one row of `proxies` (M, D) per class, or `centres` rows; a new file in losses/
-is tested here without a change. What does not hold of every loss is said in its registry entry. Of losses of
-every family, the registry's entries are looked at.
+A loss compares embeddings (N, D) with one row of `proxies` (M, D) for each class, or with `centres` rows. A new file in
+losses/ is tested here without a change. Its registry entry states which properties a loss does not have. The entries of
+losses of every family are checked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def problem_of(name, n, m, d):
 
 
 def by_class(name, w, change):
-    """A change of (M, centres x D) rows, one a class."""
+    """Applies a change to (M, centres x D) rows, one for each class."""
     k = REGISTRY[name].centres
     return change(w.view(w.size(0) // k, -1)).reshape(-1, w.size(1))
 
@@ -167,7 +167,7 @@ EXTREMES = {
     "zero embedding": lambda x, w, y: (torch.cat((x[:1] * 0, x[1:])), w, y),
     "zero proxy": lambda x, w, y: (x, torch.cat((w[:1] * 0, w[1:])), y),
 }
-# Angles of 0 or 180 degrees: the derivative of an arc cosine is infinite there.
+# Angles of 0 or 180 degrees, where the derivative of an arc cosine is infinite.
 ALIGNED = ("everything equal", "antipodal to its proxy", "on its proxy")
 
 
@@ -308,7 +308,7 @@ def test_the_entry_names_the_op_and_policy_that_the_loss_runs_on(name, monkeypat
 
 
 def test_arcface_at_scales_whose_square_is_no_number():
-    """The loss over the scale, of a row whose own class is the farthest: s (s_other - s_own) / s for large s."""
+    """The loss over the scale, for a row whose class is the farthest: s (s_other - s_y) / s for large s."""
     x, w, y = torch.eye(2, 3).double(), torch.eye(3).double().flip(0), torch.tensor([0, 0])
     for scale in (1e60, 1e200):
         found = REGISTRY["ArcFaceLoss"].function(x, w, y, margin=30.0, scale=scale) / scale

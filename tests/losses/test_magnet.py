@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
 def by_products(x, clusters, classes, *, centers=None, alpha=1.0, variance=None, normalize=False, reduction="mean"):
-    """Plain PyTorch as people write it, with distances from a matrix product: the other dense expression."""
+    """The loss in plain PyTorch with distances from a matrix product, which is the other dense expression."""
     r = torch.nn.functional.normalize(x) if normalize else x
     counted = clusters != -100
     counted[counted.clone()] = classes[clusters[counted]] != -100
@@ -135,7 +135,7 @@ def test_detached_means_are_constants(backend):
 
 @on_backends
 def test_the_papers_formula_by_hand(backend):
-    """Two clusters on a line at 0 and 4, two examples each, one off their centre: sigma^2 = 4 / 3."""
+    """Two clusters on a line, at 0 and 4, have two examples each, at distance 1 from the centre: sigma^2 = 4 / 3."""
     x = torch.tensor([[-1.0], [1.0], [3.0], [5.0]])
     found = F.magnet_loss(
         x, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), alpha=7.0, reduction="none", backend=backend
@@ -148,7 +148,7 @@ def test_the_papers_formula_by_hand(backend):
 
 @on_backends
 def test_the_variance_is_not_squared(backend):
-    """Stretching space leaves the loss alone; with sigma^4 in place of sigma^2 it would not."""
+    """Stretching space does not change the loss; with sigma^4 in place of sigma^2 it would."""
     x, clusters, classes, _ = problem()
     a, b = (F.magnet_loss(s * x, clusters, classes, backend=backend) for s in (1.0, 7.0))
     torch.testing.assert_close(a, b)
@@ -198,7 +198,7 @@ def test_ids_of_a_large_index_serve_as_they_are(ids, backend):
 
 @on_backends
 def test_far_from_every_cluster_the_loss_grows_and_keeps_its_gradient(backend):
-    """exp, then log with an epsilon, would cap it and leave no gradient."""
+    """exp followed by log with an epsilon would limit the loss and leave no gradient."""
     x = torch.tensor([[0.0, 0], [1000, 0], [2.0, 0], [2.0, 1]], requires_grad=True)
     rows = F.magnet_loss(
         x, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]), centers=torch.tensor([[0.0, 0], [2, 0]]), variance=1.0,
@@ -266,7 +266,7 @@ def test_at_its_floor_the_variance_is_a_constant(backend):
 @on_backends
 @pytest.mark.parametrize("power", [-40, 36])
 def test_a_change_of_unit_changes_no_digit(power, backend):
-    """In fp32 the square of the variance under- or overflows at either; the loss and its gradients are those at 1."""
+    """In fp32 the square of the variance under- or overflows in either unit; loss and gradients are those of unit 1."""
     found = []
     for unit in (1.0, 2.0**power):
         x, clusters, classes, _ = problem(12, 4, 5)

@@ -1,4 +1,4 @@
-"""The Magnet loss however it is called: reductions, threads, transforms, dtypes, the Module, bad input."""
+"""Calls of the Magnet loss: reductions, threads, transforms, dtypes, the Module, bad input."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_batchs_variance_is_that_of_the_formula():
 
 
 def test_training_pulls_a_class_of_two_modes_into_clusters():
-    """XOR: each class is two blobs, so that no single proxy a class could hold it. The clusters end pure."""
+    """XOR: each class has two blobs, so that one proxy for each class could not represent it. The clusters end pure."""
     corners = torch.tensor([[1.0, 1], [-1, -1], [1, -1], [-1, 1]])
     clusters = torch.arange(80) % 4
     inputs = corners[clusters] + 0.3 * randn(80, 2, seed=1).float()

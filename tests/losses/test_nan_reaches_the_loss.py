@@ -45,7 +45,7 @@ def batch():
 
 
 def refused(loss, *call):
-    """Whether the loss's terms are none that its reducer can add up, whatever their values."""
+    """Whether the reducer refuses the kind of terms that the loss has, for any values."""
     try:
         loss(*call)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What is particular to one pair loss."""
+"""Options that only one pair loss has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every loss on the pairs of a batch against its own dense reference, and what must hold of any of them.
+"""Every loss on the pairs of a batch compared with its dense reference, and properties that all of them must have.
 
 A loss compares embeddings (N, D) with each other, or with references (M, D), by their labels; a new file in losses/ of
 the family ``pairs`` is tested here without a change.
@@ -28,11 +28,11 @@ on_names = pytest.mark.parametrize("name", NAMES)
 on_both = pytest.mark.parametrize("with_refs", [False, True], ids=["batch", "ref_emb"])
 
 WITHIN_THE_BATCH = {"NPairsLoss"}  # takes no ref_emb; its pairs depend on which row of a class is first
-DETACHED = {"CircleLoss"}  # its gradient takes weights as constants: it is not that of its value
+DETACHED = {"CircleLoss"}  # its gradient takes weights as constants, so it is not the gradient of the value
 
 
 def evaluate(function, x, y, refs=None, **options):
-    """Value and gradients; refs: (embeddings, labels)."""
+    """The value and the gradients; ``refs`` is (embeddings, labels)."""
     leaves = [x.clone().requires_grad_()] + ([] if refs is None else [refs[0].clone().requires_grad_()])
     call = {} if refs is None else {"ref_emb": leaves[1], "ref_labels": refs[1]}
     value = function(leaves[0], y, **call, **options)
@@ -42,7 +42,7 @@ def evaluate(function, x, y, refs=None, **options):
 
 
 def problem(n=26, m=0, d=6, classes=5, seed=0):
-    """x, y, refs: classes of several sizes, one of them alone, one row ignored."""
+    """x, y, refs: classes of several sizes, one of them with one row, and an ignored row."""
     x, y = randn(n, d, seed=seed), randint(0, classes, n, seed=seed + 1)
     y[:1], y[1:2] = classes, -100
     return x, y, (randn(m, d, seed=seed + 2), randint(0, classes + 1, m, seed=seed + 3)) if m else None
@@ -89,7 +89,7 @@ def test_value_and_gradient_are_accurate(name, which, with_refs, dtype):
 @on_both
 @on_names
 def test_half_precision_is_near(name, with_refs, dtype):
-    """Scores are rounded to 1 part in 256: other terms are active then, and the rule for rounding does not hold."""
+    """Scores are rounded to 1 part in 256, so other terms are active, and the tolerance rule does not hold."""
     if with_refs and name in WITHIN_THE_BATCH:
         return
     x, y, refs = problem(m=31 if with_refs else 0, d=16)
@@ -164,7 +164,7 @@ def all_pairs(y, c=None):
 @on_both
 @on_losses
 def test_a_list_of_all_pairs_gives_what_the_stream_gives(name, which, with_refs):
-    """In any order. Listed pairs take in rows without labels, so none is ignored here."""
+    """The order of the list does not matter. A list ignores no row, so no label is -100 here."""
     if with_refs and name in WITHIN_THE_BATCH:
         return
     x, y, refs = problem(m=31 if with_refs else 0)

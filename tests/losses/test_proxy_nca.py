@@ -31,7 +31,7 @@ def test_the_papers_worked_example(backend):
 
 @on_backends
 def test_a_step_downhill_pulls_to_the_own_proxy_and_pushes_from_others(backend):
-    """Code in circulation has the sign of the distance reversed."""
+    """Some published code has the wrong sign of the distance."""
     x = torch.tensor([[1.0, 1.0]], requires_grad=True)
     F.proxy_nca_loss(x, torch.eye(2), torch.tensor([0]), backend=backend).backward()
     assert x.grad[0, 0] < 0 < x.grad[0, 1]
@@ -112,7 +112,9 @@ def test_the_scale_may_be_one_per_row_and_gets_a_gradient(backend):
 
 @on_backends
 def test_an_embedding_opposite_its_proxy_keeps_its_whole_loss(backend):
-    """At scale 32 the positive's share underflows in fp32; in log space the loss is 4 x 32 minus the nearest other."""
+    """At scale 32 the positive's share underflows in fp32. In log space the loss is 4 x 32 minus the logit of the
+    nearest other proxy.
+    """
     proxies = torch.eye(4)
     x = -proxies[:1]
     x.requires_grad_()
@@ -237,7 +239,7 @@ def test_no_data_leaves_the_proxies(how):
 
 
 def test_training_finds_the_classes():
-    """A few steps on separable classes: proxies end nearest their own class."""
+    """After a few steps on separable classes each proxy is nearest to its class."""
     centres = randn(8, 16, seed=1).float() * 3
     y = torch.arange(160) % 8
     x = centres[y] + randn(160, 16, seed=2).float()

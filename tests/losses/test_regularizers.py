@@ -1,4 +1,4 @@
-"""Regularisers: their formulas, their numbers beside pytorch-metric-learning's, and no M x M matrix."""
+"""Regularisers: their formulas, their values compared with pytorch-metric-learning's, and no M x M matrix."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_any_callable_is_taken_as_it_is():
 
 
 def test_regular_face_builds_no_matrix_of_all_pairs():
-    """8,000 x 8,000 fp32 would be 256 MB; theirs holds several."""
+    """8,000 x 8,000 fp32 would be 256 MB; pytorch-metric-learning holds several such matrices."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     found = json.loads(run_in_child("tests.support.memory_probe", "regular_face", "8000", "8"))

@@ -1,4 +1,4 @@
-"""Miners: the same tuples as a brute-force look at the whole matrix, bounded memory, draws that follow the seed."""
+"""Miners list the tuples of a brute-force search of the matrix, in bounded memory; draws follow the seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def problem(n=24, m=0, d=5, classes=5, seed=0):
 
 
 def matrix(distance, x, y, w, c):
-    """Scores (larger is closer), positives and negatives, as whole matrices."""
+    """The scores (larger is closer), the positives and the negatives, as whole matrices."""
     scores = distance(x, w) if distance.is_inverted else -distance(x, x if w is None else w)
     same = y[:, None] == (y if c is None else c)
     different = ~same
@@ -88,7 +88,7 @@ def test_multi_similarity_keeps_what_is_hard_beside_the_other_kind(distance, ref
 
 
 def chosen(strategy, scores, members, kind, beyond=None):
-    """One row's choice among its members, or None."""
+    """The choice of one row among its members, or None."""
     left = [j for j in members.nonzero().squeeze(1).tolist()
             if beyond is None or (scores[j] < beyond if kind == "different" else scores[j] > beyond)]  # fmt: skip
     hardest = max if kind == "different" else min

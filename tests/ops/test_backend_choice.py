@@ -1,4 +1,4 @@
-"""Which backend runs an op: argument, `use_backend`, DML_BACKEND, preference; and a refusal that says why."""
+"""The choice of backend, by argument, `use_backend`, DML_BACKEND and preference; and refusals that state the reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CALLS = {
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Names of the backends whose forward ran, in order."""
+    """The names of the backends whose forward ran, in order."""
     names = []
     for name, backend in backends.BACKENDS.items():
         for function in [f for f in dir(backend) if f.endswith("_fwd")]:
@@ -77,7 +77,7 @@ def test_on_a_gpu_the_size_decides_between_one_launch_and_tensor_cores():
         "torch",
     ]
     assert backends.order(gpu, fp64, large) == list(backends.BACKENDS)
-    # On the CPU Triton is an interpreter: last, for who asks for nothing else.
+    # On the CPU Triton is an interpreter, so it comes last.
     assert backends.order(torch.device("cpu"), fp32, large)[-2:] == ["torch", "triton"]
 
 

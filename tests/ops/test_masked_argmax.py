@@ -1,4 +1,4 @@
-"""masked_argmax: choices against the dense search, bounds, ties; draws: their bits, their repeatability, their law."""
+"""masked_argmax: choices compared with a dense search, bounds, ties; the bits, repeatability and law of draws."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def choices(p: Problem, dtype, backend, **more):
 
 
 def assert_right(p: Problem, dtype, backend, **more):
-    """Scores and counts are the dense search's in fp64, and the chosen entry has that score: of near-equal scores a
-    rounded search may choose another.
+    """Scores and counts are those of the dense search in fp64, and the chosen entry has that score. Of nearly equal
+    scores a rounded search may choose another one.
     """
     found = choices(p, dtype, backend, **more)
     rounded = Problem(
@@ -102,7 +102,7 @@ def test_every_option(name, dtype, backend):
 @on_backends
 @on_metrics
 def test_semi_hard_negatives_lie_beyond_the_positive(metric, normalize, backend):
-    """FaceNet's choice: the nearest negative that is farther than the positive, and within the margin."""
+    """As FaceNet chooses: the nearest negative that is farther than the positive, and within the margin."""
     p = Problem.random(300, 1000, 17, metric, normalize, seed=3)
     p.options["c"], p.y = randint(0, 30, 1000, seed=5), randint(0, 30, 300, seed=6)
     positive = choices(p, FP32, backend, which="same").same.score
@@ -134,7 +134,7 @@ def test_bounds_are_open_and_nan_leaves_nothing(backend):
 @on_metrics
 @pytest.mark.parametrize("largest", [True, False])
 def test_of_equal_scores_the_lowest_index_is_chosen(largest, metric, normalize, backend, monkeypatch):
-    """Over chunks, tiles and slices: the same vector everywhere."""
+    """Over chunks, tiles and slices, because all bank entries are the same vector."""
     monkeypatch.setattr("dml_kernels.backends.torch.tiles.CHUNK_ELEMENTS", 10_000)
     n, m = (40, 9001) if largest else (1500, 130)
     x, w = randn(1, 8, seed=1).expand(n, 8).float(), randn(1, 8, seed=2).expand(m, 8).float()
@@ -269,7 +269,7 @@ def test_every_backend_draws_alike(metric):
 
 @on_backends
 def test_another_seed_draws_anew_and_the_same_one_again(backend):
-    # Far from the cutoff all weigh about alike, so that two seeds seldom meet.
+    # Far from the cutoff all weights are similar, so that two seeds seldom choose the same entry.
     first, again, other = (drawn_from("cosine", backend, seed=s, cutoff=1.2).different.index for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert (first != other).float().mean() > 0.99
@@ -285,7 +285,7 @@ def test_a_row_draws_the_same_whatever_rows_come_after(backend):
 
 @on_backends
 def test_draws_follow_the_weights(backend):
-    """20,000 draws of one anchor among 12 candidates: chi-squared against their weights."""
+    """A chi-squared test of 20,000 draws of one anchor among 12 candidates against their weights."""
     n, d = 20_000, 8
     x, w = randn(1, d, seed=1).expand(n, d), randn(12, d, seed=2)
     w[:3] = x[0] + 0.2 * w[:3]  # some nearer than the cutoff

@@ -45,7 +45,7 @@ def test_every_metric_is_accurate(metric, normalize, relative, dtype, backend):
     check(shaped, (61, 131, 24, metric, normalize, relative), dtype, backend)
 
 
-# Those of masked_logsumexp's options and layouts that leave the points alone.
+# The options and layouts of masked_logsumexp that do not change the points.
 NAMES = (
     "many_positives_per_row", "all_of_one_class", "rows_without_positive", "no_row_with_a_positive",
     "row_without_negative", "labels_beyond_32_bits", "negative_bank_labels", "ignored_rows", "all_rows_ignored",
@@ -138,7 +138,7 @@ def test_identical_points_are_at_distance_0_with_zero_gradient(normalize, dtype,
     x, w = leaf(5, 37, seed=1, dtype=dtype.x), randn(300, 37, seed=2).to(dtype.w)
     w[120:125] = x.detach()
     w.requires_grad_()
-    # relu(d) of the positive, and relu(1 - d), where a half would be the slope of a root unguarded.
+    # relu(d) of the positive, and relu(1 - d); without a guard, the slope of a root at 0 would be a half.
     for k, o in ((-1.0, 0.0), (1.0, 1.0)):
         out = F.masked_hinge_sum(x, w, torch.arange(120, 125), same=(k, o), normalize=normalize, backend=backend)
         assert (out.same == o).all()

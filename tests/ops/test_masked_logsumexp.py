@@ -21,7 +21,7 @@ SHAPES = (
     (1, 1, 3), (1, 2, 64), (2, 1, 127), (127, 1, 2), (1, 507, 252), (127, 252, 2), (252, 127, 3), (507, 2, 252),
     (64, 127, 127), (16, 61, 1030), (2, 5003, 127), (17, 5003, 13), (252, 127, 64), (507, 252, 12), (9, 20011, 3),
 )  # fmt: skip
-# Those whose dense Euclidean truth, N M D x 8 bytes several times over, would be too large.
+# Shapes whose dense Euclidean truth, several times N M D x 8 bytes, would be too large.
 WIDE_SHAPES = ((507, 507, 507), (127, 252, 1030), (64, 5003, 252), (33, 20011, 64))
 
 
@@ -71,7 +71,7 @@ def test_every_option_is_accurate(name, dtype, backend):
 @on_backends_and((FP32,))
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_option_is_accurate_with_many_more_rows_than_columns(name, dtype, backend):
-    """The CPU kernels then cut the rows into slices and keep a part of the bank's gradient for each."""
+    """The CPU kernels then cut the rows into slices and keep a partial gradient of the bank for each slice."""
     which = list(FEATURES).index(name)
     check(with_feature, (name, (331, 67, 12), *METRICS[which % len(METRICS)]), dtype, backend)
 
@@ -227,7 +227,7 @@ def test_nan_in_the_bank_reaches_every_row(metric, normalize, backend):
 @pytest.mark.parametrize("norm", [1e-20, 1e-6, 1e15])
 @pytest.mark.parametrize("metric", ["cosine", "sqeuclidean", "euclidean"])
 def test_extreme_norms_are_taken_out_by_normalisation(metric, norm, dtype, backend):
-    # 1e-20 is above this eps: unit vectors all the same. In fp32 its square is not representable.
+    # 1e-20 is above this eps, so these are unit vectors. fp32 cannot represent its square.
     call = {"metric": metric, "normalize": True, "eps": 1e-30, "sums": True, "backend": backend}
     x, w, y = randn(9, 16, seed=1), randn(150, 16, seed=2), torch.arange(9)
     expected = F.masked_logsumexp(x, w, y, **call)
@@ -274,7 +274,7 @@ def test_bank_labels_default_to_the_column_index(metric, normalize, backend):
 
 @on_backends
 def test_ignore_index_without_bank_labels_leaves_every_column_in(backend):
-    # As in torch.nn.functional.cross_entropy: class 3 is ignored as a target and stays in everyone's denominator.
+    # As in torch.nn.functional.cross_entropy, class 3 is ignored as a target and stays in all denominators.
     x, w, y = randn(6, 5, seed=1), randn(8, 5, seed=2), torch.tensor([0, 3, 2, 7, 3, 1])
     out = F.masked_logsumexp(x, w, y, metric="dot", ignore_index=3, backend=backend)
     loss = torch.where(y == 3, 0, torch.logaddexp(out.same, out.different) - out.same)

@@ -79,7 +79,7 @@ def test_one_dimension_leaves_only_the_sign(dtype, backend):
     out = F.normalize(x, backend=backend)
     torch.testing.assert_close(out, x.sign().detach())
     (grad,) = torch.autograd.grad(out.sum(), x)
-    # The truth is 0: what is left is rounding of the 1 / |x| that the projection takes off.
+    # The truth is 0, so the gradient is rounding of the 1 / |x| that the projection removes.
     assert (grad.abs() * x.abs()).max() <= 4 * torch.finfo(dtype.x).eps
 
 

@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def run(function, x, w, grad, layout):
-    """The matrix and both gradients; `grad` may be expanded."""
+    """Computes the matrix and both gradients; `grad` may be expanded."""
     x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
     out = function(layout(x), layout(w))
     return dict(zip(("distance", "grad x", "grad w"), (out, *torch.autograd.grad(out, (x, w), grad(out)))))
@@ -162,7 +162,7 @@ EVERY_LAYOUT = {
     ("metric", "normalize"), [("euclidean", True), ("sqeuclidean", True), ("euclidean", False)], ids=str
 )
 def test_identical_rows_behind_any_strides_are_at_distance_0(metric, normalize, shape, dtype, backend):
-    """The order of a sum of squares may hang on strides; equal rows are equal all the same, in every derivative."""
+    """The order of a sum of squares may depend on strides, but equal rows are equal in all derivatives."""
     n, m, d = shape
     base = randn(max(n, m), d, seed=1).to(dtype.x)
     own = torch.arange(min(n, m))

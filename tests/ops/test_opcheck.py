@@ -17,7 +17,7 @@ from tests.support.backends import on_backends
 from tests.support.problems import randint, randn
 
 N, M, D = 5, 40, 3
-# Autograd is not registered with the ops but around them: opcheck then compares without gradients.
+# Autograd is not registered with the ops but wraps them, so opcheck compares without gradients.
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -217,6 +217,7 @@ def test_every_registered_op_is_checked_here():
         for op in ("normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum")
         for kind in ("fwd", "bwd", "dbl")
     } | {"proxy_nca_fwd", "proxy_nca_bwd", "magnet_fwd", "magnet_bwd", "masked_argmax_fwd"}
-    # Beside the tests of their values: test_triplet_sum.py, test_positive_pair_sum.py, test_pair_scores.py.
+    # These ops are checked next to the tests of their values, in test_triplet_sum.py, test_positive_pair_sum.py and
+    # test_pair_scores.py.
     checked |= {f"{op}_{kind}" for op in ("triplet_sum", "positive_pair_sum", "pair_scores") for kind in ("fwd", "bwd")}
     assert names == checked

@@ -26,7 +26,7 @@ def inputs(n=5, m=7, d=3, dtype=torch.float32):
 
 
 def everything(x, w, t, metric="sqeuclidean", normalize=True, backend=None):
-    """A scalar of all that has a gradient."""
+    """A scalar made of all outputs that have a gradient."""
     y, c, own = torch.arange(x.size(0)) % 3, torch.arange(w.size(0)) % 3, torch.arange(x.size(0))
     both = {"metric": metric, "normalize": normalize, "same": (-1.5, 0.1), "different": (2.0, 0.3), "backend": backend}
     a = F.masked_hinge_sum(x, w, y, c, threshold=t, exclude=own, **both)
@@ -45,7 +45,7 @@ def test_compiled_whole_equals_eager(metric, normalize, backend, fresh_dynamo):
 
 @on_backends
 def test_a_mined_triplet_loss_compiles_whole(backend, fresh_dynamo):
-    """Choices by score, drawn, and within bounds, of the batch in itself, and a loss of what they name."""
+    """The batch chooses in itself by score, by draws and within bounds, and a loss uses the chosen entries."""
 
     def function(x):
         y, own = torch.arange(x.size(0)) % 3, torch.arange(x.size(0))
@@ -172,7 +172,7 @@ def test_a_draw_does_not_depend_on_tiling(backend, monkeypatch):
 @on_backends
 @pytest.mark.parametrize("n", [16, 200])
 def test_a_step_allocates_the_banks_gradient_and_nothing_else_of_its_size(n, backend):
-    """Also with `relative`, whose positives are gathered nowhere in the graph."""
+    """This holds with `relative` too, whose positives the graph gathers nowhere."""
     m, d = 20_000, 128
     x, w, y = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True), torch.randint(0, m, (n,))
 
@@ -273,7 +273,7 @@ def test_good_input_is_not_refused(backend):
 
 @on_backends
 def test_gaps_between_the_values_are_not_read(backend):
-    """Every tensor behind a stride, with NaN or wrong labels in the gaps."""
+    """Every tensor is strided and has NaN or wrong labels in the gaps."""
     x, w, t = (v.detach() for v in inputs(37, 131, 24, torch.float64))
     y, c, exclude = randint(0, 4, 37, seed=4), randint(0, 4, 131, seed=5), randint(-1, 131, 37, seed=6)
     found = []

@@ -41,9 +41,9 @@ def params_of(policy, k):
 
 
 def problem(policy, k, n, classes, d, metric, normalize, seed, clear=False):
-    """clear: one of two centres of each class, one for each half of the rows, leads all others by far.
+    """With ``clear`` each class has two centres, one for each half of the rows, that lead all others by far.
 
-    Without it half precision sends the gradient of a maximum to another centre, and dense PyTorch's does so as well.
+    Without it, half precision sends the gradient of a maximum to another centre, also in dense PyTorch.
     """
     seed += n + classes + d
     p = Problem.random(n, classes * centres(policy, params_of(policy, k)), d, metric, normalize, seed=seed)
@@ -68,7 +68,7 @@ def check(make, key, dtype, backend, clear=False):
     check_problem(clear_problem if clear else make, key, dtype, backend)
 
 
-# Centres, and the rows, classes and width beside them: one tile, many, a ragged end, more rows than centres.
+# Centres, rows, classes, width: one tile, many tiles, a ragged end, more rows than centres.
 POOLED_SIZES = (
     (2, 33, 61, 24), (3, 37, 401, 16), (5, 9, 503, 33), (7, 61, 151, 12), (10, 17, 211, 48), (64, 21, 19, 20),
     (64, 5, 1, 7), (513, 7, 3, 8), (3, 611, 11, 24), (1, 30, 40, 8),
@@ -102,7 +102,7 @@ def test_every_metric_is_accurate(metric, normalize, policy, dtype, backend):
     check(problem, (policy, 5, 41, 107, 24, metric, normalize), dtype, backend, clear=dtype == BF16)
 
 
-# Options that leave the bank's rows alone; those of points are the metrics' own, tested without a policy.
+# Options that do not change the bank's rows; kinds of points concern the metrics and are tested without a policy.
 NAMES = [name for name in FEATURES if not name.endswith("_rows") and name != "far_from_the_origin"] + ["ignored_rows"]
 
 
@@ -112,7 +112,7 @@ def with_feature(name, policy, sizes, metric, normalize, seed):
     return p
 
 
-# Without Circle at scale 10,000: a near tie of two logits decides the error there, the dense expression's as ours.
+# Circle at scale 10,000 is left out: there a near tie of two logits determines the error, in dense PyTorch as well.
 OPTIONS = [(n, p) for n in NAMES for p in (*POOLS, "quadratic") if (n, p) != ("scale_ten_thousand", "quadratic")]
 
 
@@ -162,7 +162,7 @@ def test_a_pool_of_one_centre_is_no_pool(policy, backend):
 
 @on_backends_and((FP32, FP64, BF16))
 def test_the_gradient_of_a_maximum_goes_to_the_first(dtype, backend):
-    """Integers, so that every backend's scores tie exactly: centres 1 and 3 of class 0, all of class 1."""
+    """Scores are integers and tie exactly on every backend: centres 1 and 3 of class 0, and all of class 1."""
     w = torch.tensor([[1, 0], [2, 1], [0, 1], [2, 1], *[[1, 1]] * 4]).to(dtype.w).requires_grad_()
     x = torch.ones(1, 2, dtype=dtype.x)
     out = F.masked_logsumexp(
@@ -246,7 +246,7 @@ def test_pooling_differentiates_twice(metric, normalize, policy, backend):
 @on_policies
 @pytest.mark.parametrize("k", [3, 40, 64])
 def test_chunks_of_whole_classes_make_no_difference(k, policy, monkeypatch):
-    """The torch backend's, and the double backward of every backend: many chunks, the last of them ragged."""
+    """The torch backend and the double backward of all backends use chunks: here many, with a ragged last one."""
     sizes = (5, 47, k if policy in POOLS else 1, 4)
 
     def both(elements):
@@ -269,7 +269,9 @@ def test_chunks_of_whole_classes_make_no_difference(k, policy, monkeypatch):
 @on_backends
 @on_metrics
 def test_the_weights_of_circle_loss_are_constants_in_both_derivatives(metric, normalize, backend):
-    """Finite differences would see the weights move: the truth is autograd of the dense expression, detached."""
+    """Finite differences would include the change of the weights, so the truth is autograd of the dense expression
+    with detached weights.
+    """
     x, w, y, c = randn(6, 4, seed=1), randn(11, 4, seed=2), randint(0, 3, 6, seed=3), randint(0, 3, 11, seed=4)
     tensors = [t.requires_grad_() for t in (x, w, *(randn(s, seed=s).abs() + 0.5 for s in (6, 11)))]
 
@@ -354,7 +356,7 @@ def test_compiled_whole_equals_eager(policy, backend):
 @on_backends
 @pytest.mark.parametrize("centres", [2, 5, 64])
 def test_of_equal_centres_the_first_takes_the_gradient(centres, backend):
-    """Scores of small integers, exact in any order; classes that no tile holds a whole number of."""
+    """Scores are small integers, exact in any order, and no tile holds a whole number of classes."""
     n, classes, d = 9, 37, 5
     w = randint(-2, 3, classes * d, seed=1).view(classes, 1, d).expand(-1, centres, -1).reshape(-1, d)
     x, w = randint(-2, 3, n * d, seed=2).view(n, d).double(), w.double().requires_grad_()

@@ -1,4 +1,4 @@
-"""functional.positive_pair_sum: a term for each positive pair, against the dense expression, without N x M."""
+"""functional.positive_pair_sum: a term for each positive pair, compared with the dense expression, without N x M."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_gradcheck_twice(metric, normalize, kind, m):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @on_kinds
 def test_without_negatives(kind, backend):
-    """u = v = -inf: a softplus of 0; a logarithm of 0 in the lifted term, which is then that of the pair alone."""
+    """With u = v = -inf a softplus is 0, and in the lifted term the logarithm is 0, so that only the pair counts."""
     p = Labelled(randn(6, 3, seed=1), None, torch.arange(6) % 2, torch.arange(6) % 2, torch.arange(6))
     leaves = p.leaves(FP64) + [torch.full((6,), -torch.inf).double().requires_grad_() for _ in KINDS[kind]]
     out = call(leaves, p, kind, backend, metric="euclidean")
@@ -248,7 +248,7 @@ def test_bad_input_is_refused(change, error, message):
 
 @pytest.mark.parametrize(("n", "each"), [(6000, 8), (4000, 4000)], ids=str)
 def test_memory_is_bounded(n, each):
-    """Also where one class holds the whole batch: 16 million pairs."""
+    """This holds also where one class is the whole batch, with 16 million pairs."""
     out = json.loads(run_in_child("tests.support.memory_probe", "positive_pairs", str(n), str(each), "64"))
     assert out["peak"] < out["gradients"] + (64 << 20), out
     assert out["peak"] > 0

@@ -1,4 +1,4 @@
-"""Registered ops called directly: nothing that Python can hand them ends the process."""
+"""Registered ops called directly: no argument that Python can pass ends the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def attack(*arguments: str) -> None:
-    """Runs the attack in a process of its own; its report must hold no fault."""
+    """Runs the attack in a separate process, whose report must list no fault."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tests.support.raw_op_attack", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)

@@ -1,4 +1,4 @@
-"""functional.triplet_sum: all triplets of each anchor, against the dense expression, and without a list of them."""
+"""functional.triplet_sum: all triplets of each anchor, compared with the dense expression, without a list of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def call(leaves, p, backend="torch", **options):
 
 
 def in_a_gap(p, metric, normalize, swap):
-    """A margin that no triplet comes near: which terms are over 0 is then the same in every dtype."""
+    """A margin that no triplet is near, so that the same terms are above 0 in every dtype."""
     w = p.x if p.w is None else p.w
     s, between = (reference.scores(t, w, metric, normalize) for t in (p.x, w))
     same, different = reference.sets(p.y, p.c, p.c.numel(), p.exclude)
@@ -77,7 +77,7 @@ def test_value_counts_and_gradients_are_accurate(metric, normalize, variant, m, 
 @pytest.mark.parametrize("dtype", [BF16, MIXED], ids=lambda d: d.name)
 @on_variants
 def test_half_precision_is_near(variant, dtype):
-    """bf16 rounds a score to 1 in 256, and moves terms over the hinge: no error rule holds."""
+    """bf16 rounds a score to 1 in 256 and moves terms over the hinge, so the tolerance rule does not hold."""
     p = Labelled.random(m=31, d=16)
     leaves, exact = p.leaves(dtype), p.leaves(FP64)
     grad = torch.ones(23)
@@ -121,7 +121,7 @@ def test_any_tiling_gives_the_same(variant, m, tile, rows):
 
 @pytest.mark.parametrize("size", [1, 2, 5, 49, 60, 119, 120])
 def test_classes_of_every_size(size):
-    """From few thresholds, walked over, to many, searched; with one class there is no negative."""
+    """Few thresholds are walked over, many are searched; with one class there is no negative."""
     n = 120
     p = Labelled(randn(n, 4, seed=1), None, torch.arange(n) // size, torch.arange(n) // size, torch.arange(n))
     found = []
@@ -176,7 +176,7 @@ def test_extreme_inputs(variant, kind, metric, normalize):
 
 
 def test_a_tie_at_the_margin_is_no_violation():
-    """Whole numbers: every score is exact. s_an = s_ap - margin is on the hinge."""
+    """All numbers are integers, so every score is exact, and s_an = s_ap - margin is on the hinge."""
     x = torch.tensor([[1.0, 0], [5, 0], [3, 0], [2, 0], [9, 0]])
     y = torch.tensor([0, 0, 1, 1, 1])
     out = F.triplet_sum(x[:1], x, y[:1], y, margin=2.0, metric="dot", exclude=torch.tensor([0]))
@@ -306,7 +306,7 @@ def test_memory_is_bounded(n, each, variant):
 
 @pytest.mark.slow
 def test_8192_examples_exactly_and_in_little_memory():
-    """Against triplets in fp64, anchor by anchor, of some anchors; theirs would list 470 million triplets."""
+    """Some anchors are compared with triplets in fp64. pytorch-metric-learning would list 470 million triplets."""
     out = json.loads(run_in_child("tests.support.memory_probe", "triplets", "8192", "8", "128", ""))
     assert out["peak"] < 200 * MB, out
     y = torch.randperm(8192, generator=torch.Generator().manual_seed(1)) % 1024

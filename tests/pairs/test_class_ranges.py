@@ -1,4 +1,4 @@
-"""How many positives and negatives each row has, held to a dense count."""
+"""The number of positives and negatives of each row, compared with a dense count."""
 
 from __future__ import annotations
 
