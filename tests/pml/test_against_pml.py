@@ -1,4 +1,4 @@
-"""Beside pytorch-metric-learning 2.9.0: the same numbers where it is right, the truth where it is not."""
+"""Compared with pytorch-metric-learning 2.9.0: the same numbers where it is right, the truth where it is not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.problems import randint, randn
 
 
 def pair(pml, scale, dtype=torch.float32, classes=30, width=16):
-    """Theirs and ours with the same proxies, made by the same call."""
+    """pytorch-metric-learning's loss and ours with the same proxies, made by the same call."""
     theirs = pml.losses.ProxyNCALoss(classes, width, softmax_scale=scale).to(dtype)
     ours = losses.ProxyNCALoss(classes, width, softmax_scale=scale).to(dtype)
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
@@ -50,7 +50,7 @@ def test_the_defaults_and_the_seeded_start_are_theirs(pml):
 
 @on_backends
 def test_an_underflowed_row_counts_where_theirs_is_dropped(backend, pml):
-    """Two opposite proxies; one embedding on its own, one on the other's: losses of 0 and 32 x 4."""
+    """Of two opposite proxies, one embedding is on its class's and one on the other: losses of 0 and 32 x 4."""
     proxies = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     x, y = torch.tensor([[3.0, 0.0], [-2.0, 0.0]]), torch.tensor([0, 0])
     theirs, ours = pair(pml, 32, classes=2, width=2)

@@ -1,6 +1,6 @@
-"""Settings as attributes: what they hold after construction, and what assigning to them does, beside theirs.
+"""Settings as attributes, compared with pytorch-metric-learning's: their values, and the effect of assigning to them.
 
-An attribute of the same name holds the same value, in the same unit; assigned, it has the same effect, or is refused.
+An attribute of the same name holds the same value in the same unit. An assignment has the same effect or is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CLASSES = [
 on_classes = pytest.mark.parametrize(
     ("ours", "theirs", "name", "given"), CLASSES, ids=[name for _, _, name, _ in CLASSES]
 )
-# Numbers that theirs names to its record keepers and never sets: 0.
+# Numbers that pytorch-metric-learning names to its record keepers but never sets, so that they are 0.
 NEVER_SET = {
     ("NormalizedSoftmaxLoss", "num_classes"),
     ("NormalizedSoftmaxLoss", "embedding_size"),
@@ -53,16 +53,17 @@ NEVER_SET = {
     ("SparseCentersRegularizer", "num_classes"),
     ("SparseCentersRegularizer", "centers_per_class"),
 }
-# Refused: the bank's shape hangs on it; theirs does not look, or mixes it with tables of the first value.
+# Refused, because the bank's shape depends on them; pytorch-metric-learning ignores them, or mixes them with tables
+# made for the first value.
 REFUSED = {"num_classes", "embedding_size", "sub_centers", "centers_per_class", "max_n"} | {
     *(("CircleLoss", key) for key in ("m", "op", "on", "delta_p", "delta_n")),
     *((name, "margin") for name in ("LargeMarginSoftmaxLoss", "SphereFaceLoss")),
-    # What no kernel streams.
+    # No kernel streams these.
     *(("LpDistance", key) for key in ("p", "power", "is_inverted")),
     *(("DotProductSimilarity", key) for key in ("p", "power", "is_inverted")),
     *(("CosineSimilarity", key) for key in ("p", "power", "is_inverted", "normalize_embeddings")),
 }
-# Another stream of random numbers; a beta that is a parameter or is none.
+# Not compared: another stream of random numbers, and a beta that may or may not be a parameter.
 NOT_COMPARED = {"triplets_per_anchor", "learn_beta", "collect_stats", "training"}
 CHOICES = {
     "type_of_triplets": ("all", "hard", "semihard", "easy"),
@@ -87,14 +88,14 @@ def made(ours, theirs, name, given):
 
 
 def settings(theirs):
-    """The plain values among their attributes."""
+    """The plain values among the attributes of a pytorch-metric-learning object."""
     kinds = (int, float, str, tuple, type(None))
     return {k: v for k, v in vars(theirs).items()
             if isinstance(v, kinds) and not k.startswith("_") and k not in NOT_COMPARED}  # fmt: skip
 
 
 def others(name, value):
-    """Other values for a setting."""
+    """Further values for a setting."""
     if name in CHOICES:
         return CHOICES[name]
     if isinstance(value, bool):
@@ -105,7 +106,7 @@ def others(name, value):
 
 
 def outcome(module):
-    """What a call gives, to compare."""
+    """The results of a call, for comparison."""
     x, y = batch()
     if isinstance(module, (reducers.Reducer, pml.reducers.BaseReducer)):
         source = losses if isinstance(module, reducers.Reducer) else pml.losses

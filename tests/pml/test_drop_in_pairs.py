@@ -1,7 +1,7 @@
-"""Pair losses beside pytorch-metric-learning 2.9.0: the same numbers where it is right, the truth where it is not.
+"""Pair losses compared with pytorch-metric-learning 2.9.0: the same numbers where it is right, else the truth.
 
-Every loss, with no tuple, pairs and triplets (some listed twice), in the batch and against references, and every
-reducer that either library takes.
+Every loss runs without a tuple, with pairs and with triplets (some listed twice), in the batch and with references, and
+with every reducer that either library takes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ OPTIONS = {
     "MultiSimilarityLoss": {"beta": 5},
     "CircleLoss": {"gamma": 8},
 }
-# A batch with references is refused by both.
+# Both libraries refuse references.
 WITHIN_THE_BATCH = ("NPairsLoss",)
-# Theirs returns (N, 1) terms, which then meet (N,) weights of classes as an N x N matrix.
+# pytorch-metric-learning returns (N, 1) terms, whose product with (N,) class weights is an N x N matrix.
 COLUMNS = ("CircleLoss", "GeneralizedLiftedStructureLoss", "MultiSimilarityLoss")
 REDUCERS = {
     "default": None, "mean": "MeanReducer", "sum": "SumReducer", "non-zero": "AvgNonZeroReducer",
@@ -187,7 +187,7 @@ def test_their_miners_tuples_are_taken(name, pml):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where theirs is wrong
+# Where pytorch-metric-learning is wrong
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -227,7 +227,7 @@ def test_one_listed_pair_counts(pml):
 
 
 def test_repeated_pairs_have_the_gradient_of_their_mean_per_anchor(pml):
-    """Theirs writes repeats over each other and then gives each the whole gradient."""
+    """pytorch-metric-learning overwrites repeats with each other and then gives each the whole gradient."""
     x = randn(3, 4, seed=1)
     y, a, p = torch.tensor([0, 0, 1]), torch.tensor([0, 0]), torch.tensor([1, 1])
     once, twice = (

@@ -1,6 +1,6 @@
-"""The losses with a learned bank beside pytorch-metric-learning 2.9.0: one import changed, and nothing else.
+"""The losses with a learned bank compared with pytorch-metric-learning 2.9.0, with only the import changed.
 
-Where theirs is right, value and gradients are theirs; where it is not, fp64 says whose are right.
+Where pytorch-metric-learning is right, value and gradients are the same; where it is not, fp64 shows which are right.
 """
 
 from __future__ import annotations
@@ -145,9 +145,9 @@ def test_a_distance_that_makes_no_sense_is_refused(name, pml):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @on_cases
 def test_logits_are_theirs(name, options, dtype, pml):
-    """Rows enough that some cosines are nearly 0: what multiplies before it normalises has other digits there.
+    """There are so many rows that some cosines are nearly 0, where multiplying before normalising gives other digits.
 
-    Theirs normalises NormalizedSoftmax's W twice, and SoftTriple's pooled cosines are rounded once more.
+    pytorch-metric-learning normalises NormalizedSoftmax's W twice and rounds SoftTriple's pooled cosines once more.
     """
     theirs, ours = both(pml, name, options, dtype)
     x, _ = batch(2000, dtype)
@@ -219,7 +219,9 @@ def test_the_transpose_can_be_read_and_assigned(name, key):
 @on_names
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_leaves_the_bank_in_fp32(name, dtype, pml):
-    """Theirs casts the parameter to the embeddings' dtype, for good. Ours is as near to fp64 as fp32 proxies allow."""
+    """pytorch-metric-learning casts the parameter to the embeddings' dtype, permanently. Our loss is as near to fp64 as
+    fp32 proxies allow.
+    """
     theirs, ours = both(pml, name, dtype=torch.float32)
     x, y = batch(dtype=dtype)
     before = ours.bank.detach().clone()
@@ -280,4 +282,4 @@ def test_arcface_on_and_opposite_its_proxy_has_finite_gradients_where_theirs_are
     assert not (found[1].isfinite().all() and found[2].isfinite().all())  # the reason to differ
 
 
-# --- beyond theirs
+# --- beyond pytorch-metric-learning

@@ -1,4 +1,4 @@
-"""Options of the losses on proxies beyond theirs, and the Modules: copies, autocast, compilation, outliers."""
+"""Options of the losses on proxies that pytorch-metric-learning lacks; Modules: copies, autocast, compilation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.problems import randint, randn
                                   "SubCenterArcFaceLoss", "SoftTripleLoss"])  # fmt: skip
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_several_labels_a_row_are_the_mean_over_them(name, reduction):
-    """And class weights, label smoothing with it, against the dense reference."""
+    """This includes class weights and label smoothing, and compares with the dense reference."""
     entry = losses.REGISTRY[name]
     x, w = randn(6, D, seed=1), randn(C * entry.centres, D, seed=2)
     y = torch.tensor([[0, 3, -100], [1, -100, -100], [-100, -100, -100], [6, 5, 4], [-100, 2, 2], [3, 0, -100]])
@@ -127,7 +127,7 @@ def test_a_module_with_everything_compiles_whole(name):
 
 @pytest.mark.parametrize("name", [*CASES, "ProxyRankingLoss"])
 def test_a_few_steps_find_the_classes(name):
-    """The sign of every pull: embeddings learned freely end nearest to a bank row of their own class."""
+    """Every pull has the right sign: embeddings learned freely end nearest to a bank row of their class."""
     loss = getattr(losses, name)(num_classes=C, embedding_size=D)
     x = torch.nn.Parameter(randn(40, D, seed=3).float())
     y = torch.arange(40) % C
@@ -172,7 +172,7 @@ def test_outliers_of_nothing_and_of_ignored_rows():
 @pytest.mark.parametrize("length", [0.0, 1e-20, 1e-3, 1.0])
 @pytest.mark.parametrize("eps", [1e-12, 0.5])
 def test_normalized_softmax_of_products_is_linear_in_embeddings_of_any_length(length, eps):
-    """x . w^ needs no norm of x: its gradient in a row shorter than eps, the zero row too, is that of any other."""
+    """x . w^ needs no norm of x, so its gradient in a row shorter than eps, or of zeros, is that in any other row."""
     x, y = batch()
     x = torch.nn.functional.normalize(x.detach()) * length
     w = randn(C, D, seed=5)

@@ -1,7 +1,7 @@
-"""TripletMarginLoss, NTXentLoss and LiftedStructureLoss against pytorch-metric-learning's of the same name.
+"""TripletMarginLoss, NTXentLoss and LiftedStructureLoss compared with pytorch-metric-learning's of the same name.
 
-Value and gradients, in the batch, of a miner's tuples, against references, and with its reducers and distances. Where
-theirs is wrong the test says so, and whose is right by fp64.
+The tests compare value and gradients in the batch, for a miner's tuples, with references, and with its reducers and
+distances. Where pytorch-metric-learning is wrong, the test says so and shows by fp64 which is right.
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def test_the_mean_per_anchor(pml):
 
 
 def test_lifted_terms_reduce_by_anchor_where_theirs_have_an_axis_too_many(pml):
-    """Their terms are (P, 1): the mean per anchor raises, and class weights (P,) make P x P of them."""
+    """In pytorch-metric-learning the terms are (P, 1), so that the mean per anchor raises, and class weights (P,) make
+    P x P terms.
+    """
     x, y = batch()
     weights = torch.tensor([1.0, 0.5, 2.0, 3.0])
     u = torch.nn.functional.normalize(x)
@@ -171,7 +173,7 @@ def test_random_triplets_are_of_the_batch_and_seeded():
     assert values[0] == values[1]
     assert values[0] != values[2]
     many = losses.TripletMarginLoss(margin=5, triplets_per_anchor=4000)(x, y)
-    # Of an anchor the mean over its triplets; anchors of small classes have fewer of them in the exact mean.
+    # The mean over the triplets of each anchor; anchors of small classes have fewer of them in the exact mean.
     weigh = torch.bincount(y)[y].double()
     same = weigh - 1
     d = torch.nn.functional.normalize(x)
@@ -183,7 +185,9 @@ def test_random_triplets_are_of_the_batch_and_seeded():
 
 
 def test_swap_with_references_compares_references_where_theirs_takes_a_row():
-    """Their d_pn is mat[p, n]: row p of the batch, though p counts references. Silent where no p passes the batch."""
+    """pytorch-metric-learning takes mat[p, n] as d_pn, which is row p of the batch although p counts references. No
+    error shows this unless some p exceeds the batch.
+    """
     theirs = require("pytorch_metric_learning").losses.TripletMarginLoss(margin=0.3, swap=True)
     ours = losses.TripletMarginLoss(margin=0.3, swap=True)
     x, y = batch()
@@ -211,7 +215,9 @@ def test_lifted_references_have_their_own_negatives_where_theirs_are_another_row
 
 
 def test_a_pair_of_probability_0_keeps_its_loss_where_theirs_is_cut_off():
-    """Temperature 0.001, positives opposite: -log p is 4,000; theirs takes the logarithm of 0 plus a small number."""
+    """At temperature 0.001 with opposite positives -log p is 4,000; pytorch-metric-learning takes the logarithm of 0
+    plus a small number.
+    """
     x = torch.tensor([[1.0, 0], [-1, 0], [1, 0]])
     y = torch.tensor([0, 0, 1])
     ours, theirs = losses.NTXentLoss(0.001), require("pytorch_metric_learning").losses.NTXentLoss(0.001)

@@ -1,4 +1,4 @@
-"""Objects of other people's classes: taken for what they are, or refused by name; never replaced by a namesake."""
+"""Objects of foreign classes are taken for what they are or refused by name, and never replaced by a namesake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def batch():
 
 
 def homonym(base, name, **members):
-    """A class of the user's own, which is called like a known one."""
+    """A class that the user wrote and that has the name of a known class."""
     return type(name, (base,), {"__module__": "users_code", **members})
 
 
@@ -116,7 +116,7 @@ def test_a_distance_that_computes_something_else_is_refused():
         losses.ContrastiveLoss(distance=Mine())
 
     class Plain(distances.LpDistance):
-        """Only a name."""
+        """Adds nothing but a name."""
 
     x, y = batch()
     assert losses.ContrastiveLoss(distance=Plain())(x, y) == losses.ContrastiveLoss()(x, y)

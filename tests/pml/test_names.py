@@ -1,4 +1,7 @@
-"""Every public name of pytorch-metric-learning: here, or an error that says what to use; docs/switching.md lists it."""
+"""Every public name of pytorch-metric-learning exists here, or gives an error that says what to use in its place.
+
+docs/switching.md lists the names.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def ours(part):
 
 
 def their_names(pml, part):
-    """Classes of a part; what a module of ``utils`` defines. From the text where its imports are not installed."""
+    """The classes of a part, or what a module of ``utils`` defines; read from its text if its imports are missing."""
     if not part.startswith("utils."):
         tree = ast.parse((Path(pml.__path__[0]) / part / "__init__.py").read_text())
         names = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
@@ -37,7 +40,7 @@ def their_names(pml, part):
 
 
 def section(pml):
-    """What the page has to say under its heading."""
+    """The text that the page must have under its heading."""
     lines = [HEADING, "", "Those of 2.9, module by module.", ""]
     for part in PARTS:
         here = [f"`{n}`" for n in their_names(pml, part) if n not in ABSENT[part]]
@@ -56,7 +59,7 @@ def section(pml):
 
 
 def test_the_page_lists_every_public_name(pml):
-    """On a failure, put what is printed here in the place of the page's section."""
+    """If it fails, replace the section of the page by what the test prints."""
     expected = section(pml)
     text = PAGE.read_text()
     found = text[text.index(HEADING) :] if HEADING in text else ""
@@ -100,7 +103,7 @@ def test_missing_modules_say_what_to_use(pml):
 
 
 def test_what_is_named_is_there():
-    """Names of this package that the lines send people to."""
+    """The names of this package that the lines recommend."""
     for use in [*MODULES.values(), *(use for part in ABSENT.values() for use in part.values())]:
         for name in re.findall(r"`dml_kernels\.([\w.]+)`", use):
             module, _, attribute = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What users and record keepers of pytorch-metric-learning read after a call: counts, settings, collect_stats."""
+"""The values that users and record keepers of pytorch-metric-learning read after a call: counts, settings, stats."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def batch(classes=4):
 
 
 def recorded(module):
-    """What a record keeper takes: the attributes named in lists whose names pytorch-metric-learning gives it."""
+    """The values that a record keeper takes: attributes named in lists, whose names pytorch-metric-learning gives it."""
     names = [name for key in list_of_recordable_attributes_list_names() for name in getattr(module, key, [])]
     return {name: getattr(module, name) for name in names}
 
@@ -83,7 +83,7 @@ def test_collect_stats_is_taken_and_settings_are_found(lib, theirs, name, settin
     assert ours.collect_stats is bool(collect)
     expected = recorded(their)
     for key, value in recorded(ours).items():
-        # Its ProxyNCALoss says 0 classes: named to the keeper, never set.
+        # Its ProxyNCALoss reports 0 classes, because the number is named to the keeper but never set.
         if expected.get(key):
             assert value == expected[key]
     assert {key for key, value in settings.items() if type(value) in (int, float)} <= recorded(ours).keys()
@@ -103,7 +103,7 @@ def test_n_pairs_counts_its_pairs_where_asked():
 
 
 def test_a_keeper_walks_through_a_loss_as_the_trainers_do():
-    """Modules within a module are found by their attributes, and each has settings of its own."""
+    """It finds the modules within a module by their attributes, and each has its own settings."""
     loss = losses.TripletMarginLoss(margin=0.3, reducer=reducers.ThresholdReducer(low=0))
     found = {name: recorded(module) for name, module in loss.named_modules()}
     assert found[""]["margin"] == 0.3

@@ -13,14 +13,14 @@ from tests.support.problems import randint, randn
 
 C, D = 6, 5
 PROXIES = {"num_classes": C, "embedding_size": D}
-# Losses that take any distance, with what they are called with.
+# Losses that take any distance, with their arguments.
 LOSSES = {
     "ContrastiveLoss": {}, "GeneralizedLiftedStructureLoss": {}, "IntraPairVarianceLoss": {}, "LiftedStructureLoss": {},
     "MarginLoss": {"beta": 0.7}, "MultiSimilarityLoss": {"beta": 5}, "NCALoss": {}, "NTXentLoss": {}, "SupConLoss": {},
     "TripletMarginLoss": {"smooth_loss": True}, "ProxyAnchorLoss": PROXIES, "ProxyNCALoss": PROXIES,
     "NormalizedSoftmaxLoss": PROXIES,
 }  # fmt: skip
-# What holds its distance to a class of pytorch-metric-learning: docs/switching.md says so.
+# Classes that require a distance of one class of pytorch-metric-learning, as docs/switching.md says.
 BY_CLASS = {
     "losses": {
         **dict.fromkeys(("ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "SphereFaceLoss",
@@ -118,7 +118,7 @@ def test_cosines_are_normalised_then_multiplied(kind):
 
 
 def test_what_is_held_to_a_class_says_so(pml):
-    """The limit that docs/switching.md states: each asks for a class of pytorch-metric-learning, by an assertion."""
+    """docs/switching.md states this limit: each asserts that it gets a class of pytorch-metric-learning."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "switching.md").read_text()
     listed = page.split("These classes are:")[1].split("\n- ")[0]
     for part, names in BY_CLASS.items():

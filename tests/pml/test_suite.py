@@ -1,8 +1,8 @@
-"""The cases of pytorch-metric-learning's own tests, in our words: its inputs, settings and dtypes, ours beside its own.
+"""The cases of pytorch-metric-learning's tests, restated: its inputs, settings and dtypes, run on both libraries.
 
 Its tests are in no package on the index. They compare embeddings on an ellipse in the plane, (2 cos a, sin a / 2) for
-angles a in degrees, in float32 and float64, beside parameters in float32; labels some, one, or one for each row;
-indices from miners, or none; references. docs/switching.md says where its suite ends otherwise here.
+angles a in degrees, in float32 and float64, with parameters in float32; with several labels, one, or one for each row;
+with indices from miners or without; and with references. docs/switching.md says where its suite ends differently here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def on_ellipse(angles, dtype):
 
 
 def batches(dtype):
-    """By name: embeddings, labels, and references with their labels where there are some."""
+    """By name: embeddings, labels, and references with their labels, if any."""
     five, many = [0, 20, 40, 60, 80], torch.arange(0, 180, 8)
     few = on_ellipse(five, dtype)
     several = randint(0, C - 1, 23, seed=1)
@@ -40,7 +40,7 @@ def batches(dtype):
     }  # fmt: skip
 
 
-# A loss and its settings, made from the package that is asked.
+# A loss and its settings, made from the given package.
 PAIRS = [
     ("CircleLoss", lambda p: {"m": 0.4, "gamma": 80}),
     ("ContrastiveLoss", lambda p: {"pos_margin": 0.25, "neg_margin": 1.5, "reducer": p.reducers.AvgNonZeroReducer()}),
@@ -88,7 +88,7 @@ class Ours:
     losses, distances, reducers, regularizers, miners = losses, distances, reducers, regularizers, miners
 
 
-# Where pytorch-metric-learning's value is wrong (docs/switching.md), or it refuses the call as ours does.
+# Cases where pytorch-metric-learning's value is wrong (docs/switching.md), or where both refuse the call.
 APART = {
     "LiftedStructureLoss": ("references", "many references"),
     "NPairsLoss": ("references", "many references"),
@@ -98,7 +98,7 @@ APART = {
 def outcome(package, name, settings, batch, tuples=None, sizes=None):
     """The loss and the gradients of the embeddings, references and parameters, as one tuple.
 
-    Parameters start in float32; there the first call makes them what the embeddings are.
+    Parameters start in float32; in pytorch-metric-learning the first call casts them to the embeddings' dtype.
     """
     torch.manual_seed(5)
     loss = getattr(package.losses, name)(**(sizes or {}), **settings(package))
@@ -112,7 +112,7 @@ def outcome(package, name, settings, batch, tuples=None, sizes=None):
 
 
 def assert_alike(found, expected):
-    """float32 as its own tests compare it: the values. float64: the gradients, too, those of parameters in float32."""
+    """Compares float32 as its tests do, by values; in float64 also the gradients, those of parameters in float32."""
     single = expected[0].dtype == torch.float32
     for one, other in zip(found[: 1 if single else None], expected[: 1 if single else None], strict=True):
         if other.isnan().any():  # 0 / 0 there: no anchor has a positive
@@ -125,7 +125,7 @@ def assert_alike(found, expected):
 @on_dtypes
 @pytest.mark.parametrize(("name", "settings"), PAIRS, ids=IDS[: len(PAIRS)])
 def test_pair_losses(name, settings, dtype, pml):
-    """No miner; its miners' pairs and triplets; the same without labels."""
+    """Each runs without a miner, with its miners' pairs and triplets, and with these without labels."""
     for which, batch in batches(dtype).items():
         if which in APART.get(name, ()):
             continue
@@ -141,7 +141,7 @@ def test_pair_losses(name, settings, dtype, pml):
 @on_dtypes
 @pytest.mark.parametrize(("name", "settings"), PROXIES, ids=IDS[len(PAIRS) :])
 def test_proxy_losses(name, settings, dtype, pml):
-    """Labels of all classes, and of some; rows weighed by a miner's tuples."""
+    """Each runs with labels of all classes and of some, and with rows weighted by a miner's tuples."""
     sizes = {"num_classes": C, "embedding_size": 2}
     for which in ("many", "two classes and a single", "no positives", "one row"):
         batch = batches(dtype)[which]
@@ -173,7 +173,7 @@ MINERS = [
 @on_dtypes
 @pytest.mark.parametrize(("kind", "options"), DISTANCES, ids=str)
 def test_miners(kind, options, dtype, pml):
-    """Numbers at random: on the ellipse, and on its line of integers, many distances are the same to rounding."""
+    """Inputs are random, because on the ellipse and on its line of integers many distances are equal to rounding."""
     x, w = randn(24, 3, seed=1).to(dtype), randn(20, 3, seed=2).to(dtype)
     y, c = randint(0, 4, 24, seed=3), randint(0, 5, 20, seed=4)
     for name, settings in MINERS:

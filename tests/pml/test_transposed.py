@@ -22,7 +22,7 @@ def randn(*size, seed):
 
 
 def stepped(name):
-    """A loss after a backward."""
+    """A loss after one backward."""
     loss = getattr(losses, name)(C, D)
     loss(randn(N, D, seed=1), randint(0, C, N, seed=2)).backward()
     return loss
@@ -179,7 +179,7 @@ def test_it_compiles_and_works_inside_torch_func(name, key):
 
 
 class Reading(torch.nn.Module):
-    """Calls for the squares of a loss's matrix."""
+    """A module that squares the matrix of a loss."""
 
     def __init__(self, loss, key):
         super().__init__()

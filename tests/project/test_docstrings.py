@@ -1,4 +1,4 @@
-"""Docstrings name arguments that exist: a renamed or removed argument takes its line in `Args:` along."""
+"""Docstrings name arguments that exist, so that a renamed or removed argument also changes its line in `Args:`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths that comments, docstrings and pages name are there: a move or a new name takes them along."""
+"""Paths that comments, docstrings and pages name exist, so that moving or renaming a file also changes its mentions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sources():
 
 
 def missing(text, *folders):
-    """Paths in a text that are neither in the root nor in one of the folders. NAME stands for any name."""
+    """The paths in a text that exist neither in the root nor in one of the folders. NAME stands for any name."""
     # Patterns of tests write a dot as "\\.".
     found = (m.group() for m in NAMED.finditer(text.replace("\\", "")))
     there = lambda p: any((folder / p).exists() for folder in (ROOT, *folders))  # noqa: E731

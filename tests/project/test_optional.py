@@ -1,4 +1,4 @@
-"""What is missing is named with a way to get it, and no text sends people to an index for this package's name."""
+"""A missing package is named with a way to get it, and no text says to install this package's name from an index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m bench.overhead`: what it counts, and what a call of a loss may do only once."""
+"""`python -m bench.overhead`: what it counts, and the checks that a call of a loss may do only once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_command_prints_a_row_for_each_loss_and_layer(tmp_path, capsys, monk
 
 @pytest.mark.parametrize("name", losses.family("proxies"))
 def test_a_loss_checks_and_chooses_once(name):
-    """Of the whole call: nothing that softmax_loss, say, has looked at is looked at by what it calls."""
+    """In the whole call: what one function has checked, such as softmax_loss, the functions it calls do not check."""
     entry = losses.REGISTRY[name]
     x, y = overhead.batch("proxies")
     for options in entry.options:

@@ -1,4 +1,4 @@
-"""The Python in the README and in docs/ runs as it stands, each page's blocks one after the other."""
+"""The Python in the README and in docs/ runs unchanged, the blocks of each page one after the other."""
 
 from __future__ import annotations
 

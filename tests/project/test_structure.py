@@ -1,4 +1,4 @@
-"""The house keeps its shape: arrows point down, no circle of imports, short functions' lists, short files."""
+"""The structure of the package: imports point down, without cycles; parameter lists and files are short."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def floor(module: str) -> int:
 
 
 def imported(module: str, path: Path) -> set[str]:
-    """Modules of the package that it imports anywhere, also inside functions, but for annotations alone."""
+    """The modules of the package that it imports anywhere, also inside functions, but not for annotations alone."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     package = [] if module == "__init__" else package
     found = set()
@@ -87,7 +87,7 @@ def test_a_circle_and_an_arrow_up_are_seen(tmp_path):
 
 
 def test_production_does_not_import_the_reference():
-    """But for the backend of that name, and the references of the losses."""
+    """Except for the backend of that name and the references of the losses."""
     wrong = {a for a, found in IMPORTS.items() if not a.startswith(("reference", "losses."))
              for b in found if b.startswith("reference")}  # fmt: skip
     assert wrong == {"backends.reference"}
@@ -115,7 +115,7 @@ def parameters(text: str) -> dict[str, int]:
 
 
 def test_no_function_has_more_than_20_parameters():
-    """But for Triton's kernels."""
+    """Except for Triton kernels."""
     for module, path in MODULES.items():
         if not module.startswith("backends.triton.kernels"):
             assert {f: n for f, n in parameters(path.read_text()).items() if n > 20} == {}, module

@@ -1,4 +1,4 @@
-"""Class-balanced samplers: m of each class, whole batches, odd classes, draws that follow the seed."""
+"""Class-balanced samplers: m of each class, whole batches, unusual classes, draws that follow the seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_batch_holds_m_of_each_of_its_classes():
         assert counts.tolist() == [4, 4, 4]
         assert -100 not in labels
         for label in labels:
-            # Without repeats wherever the class has enough.
+            # There are no repeats if the class has enough examples.
             members = batch[LABELS[batch] == label]
             assert len(members.unique()) == min(4, int((label == LABELS).sum()))
 
@@ -40,7 +40,7 @@ def test_every_class_and_every_example_is_drawn_alike():
     labels = np.arange(40) % 8
     drawn = np.array(list(MPerClassSampler(labels, 1, batch_size=2, length_before_new_iter=40000, seed=0)))
     count = np.bincount(drawn, minlength=40)
-    # 39 degrees of freedom: over 100 once in a million.
+    # With 39 degrees of freedom it exceeds 100 once in a million.
     assert ((count - 1000) ** 2 / 1000).sum() < 100
 
 

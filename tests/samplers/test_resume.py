@@ -1,4 +1,4 @@
-"""Magnet's batches over a break: states, mid-epoch, DataLoader workers that draw ahead, pickling."""
+"""Resuming Magnet's batches: states, within an epoch, with DataLoader workers that draw ahead, by pickling."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.support.clusters import make_index, saved
 
 
 def loss_of(index, batch):
-    """A stand-in for a loss: of the batch alone."""
+    """A stand-in for a loss that depends on the batch alone."""
     return index.clusters[batch], (torch.tensor(batch) % 7).double()
 
 
 def train(sampler, batches, steps=None):
-    """Take up to `steps` batches, each followed by its update."""
+    """Takes up to `steps` batches and updates the sampler after each."""
     taken = []
     for batch in batches:
         sampler.update(*loss_of(sampler.index, batch))

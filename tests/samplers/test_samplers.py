@@ -1,4 +1,4 @@
-"""Magnet's batches: their shape, the seeds' shares, loss tracking, odd classes, epochs and refreshes."""
+"""Magnet's batches: their shape, the shares of the seed clusters, loss tracking, unusual classes, epochs, refreshes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def clusters_of(index, batch):
 
 
 def rig(index, sizes):
-    """Give the index these cluster sizes, keeping the examples in their classes' clusters."""
+    """Gives the index these cluster sizes and keeps the examples in clusters of their classes."""
     assert index.sizes.sum() == sum(sizes)
     index.clusters = index.clusters.clone()
     start = 0
@@ -174,7 +174,7 @@ def test_empty_clusters_are_never_drawn_and_weigh_nothing():
         seeds.add(seed)
         assert sorted(impostors) == {2: [0, 5], 5: [0, 2, 3]}[seed]
     assert seeds == {2, 5}
-    # Of those with a loss above 0 none has examples: uniform over the others, and nothing is divided by 0.
+    # No cluster with a loss above 0 has examples, so draws are uniform over the others, without a division by 0.
     sampler.momentum = 1.0
     sampler.update(torch.tensor([2, 5]), torch.zeros(2))
     assert sampler.probabilities().tolist() == [0.25, 0, 0.25, 0.25, 0, 0.25]
@@ -237,7 +237,7 @@ def test_an_epoch_broken_off_is_not_continued():
 
 
 def test_an_iterator_never_used_begins_no_epoch():
-    """A DataLoader makes one such."""
+    """A DataLoader makes such an iterator."""
     sampler = MagnetBatchSampler(make_index([30] * 8), 4, 3)
     batches = iter(sampler)
     for _ in range(3):

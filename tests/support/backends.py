@@ -22,7 +22,7 @@ on_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def missing(what: str) -> None:
-    """Something the tests need is not there: a skip, or a failure where DML_REQUIRE_CPU=1 says that it must be."""
+    """Skips, because something that the tests need is missing; fails if DML_REQUIRE_CPU=1 requires it."""
     if os.environ.get("DML_REQUIRE_CPU", "0") == "1":
         pytest.fail(f"{what} (DML_REQUIRE_CPU=1 makes this a failure)")
     pytest.skip(what)
@@ -44,7 +44,7 @@ def on_backends_and(dtypes: tuple[Dtype, ...]) -> Any:
 
 
 def backends_of(entry: LossEntry, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """The backends that have a loss's op and policy. Without the extension all: the mark `cpp` then speaks."""
+    """The backends that have a loss's op and policy; without the extension all of them, where the mark `cpp` skips."""
     device = torch.device("cpu")
     absent = {"cpu"} if not build_info.load() else set()
     return [

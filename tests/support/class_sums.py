@@ -15,7 +15,7 @@ from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms,
 
 
 class Labelled(NamedTuple):
-    """x (N, D), y; w (M, D), c: the batch itself, or references. Fractions of the rows' own copies are left out."""
+    """x (N, D), y, and w (M, D), c: the batch itself, or references. A fraction of the rows' own copies is left out."""
 
     x: Tensor
     w: Tensor | None
@@ -39,7 +39,7 @@ class Labelled(NamedTuple):
         return [self.x.to(dtype.x).requires_grad_()] + ([] if self.w is None else [self.w.to(dtype.w).requires_grad_()])
 
     def rounded(self, dtype: Dtype) -> Labelled:
-        """The same with vectors that the dtype holds exactly."""
+        """The same problem with vectors that the dtype holds exactly."""
         return self._replace(**{k: t.to(dtype.x).double() for k, t in (("x", self.x), ("w", self.w)) if t is not None})
 
 
@@ -63,7 +63,7 @@ def sticks(run: Callable[[Dtype, str], dict[str, Tensor]], truth: dict[str, Tens
 
 
 def assert_counts_and_all_accurate(out: dict[str, Tensor], limits: dict[str, Yardstick]) -> None:
-    """The counts exactly, all else by the tolerance rule."""
+    """Compares the counts exactly, and all else by the tolerance rule."""
     for key in ("number", "active"):
         count = out.pop(key)
         assert count.dtype == torch.int64

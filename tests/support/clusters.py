@@ -1,4 +1,4 @@
-"""For the tests of the cluster index and of the batches drawn from it; as a program, the memory of a refresh, JSON."""
+"""Helpers for the tests of the cluster index and of its batches; as a program, the memory of a refresh as JSON."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def blobs(counts, modes=3, width=8, *, spread=0.02, seed=0, shuffled=True, offse
 
 
 def same_partition(a, b):
-    """Whether two assignments group alike, whatever the groups' names."""
+    """Whether two assignments form the same groups, under any names."""
     return len({*zip(a.tolist(), b.tolist())}) == len(set(a.tolist())) == len(set(b.tolist()))
 
 
 def assert_consistent(index, labels, embeddings, normalize=False, atol=1e-5):
-    """Everything the attributes promise, from the assignment alone and in fp64."""
+    """Checks everything that the attributes promise, computed from the assignment alone in fp64."""
     x = embeddings.detach().cpu().double()
     if normalize:
         x = torch.nn.functional.normalize(x, dim=1)
@@ -51,7 +51,7 @@ def assert_consistent(index, labels, embeddings, normalize=False, atol=1e-5):
 
 
 def without_change(index, error, match, call):
-    """The call is refused and the index has the state it had."""
+    """Checks that the call is refused and leaves the state of the index unchanged."""
     before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in index.state_dict().items()}
     with pytest.raises(error, match=match):
         call()
@@ -70,7 +70,7 @@ def make_index(counts, clusters_per_class=2, seed=0, **options):
 
 
 def saved(state):
-    """The state as a checkpoint gives it back."""
+    """The state after it was saved to a checkpoint and loaded."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)

@@ -8,7 +8,7 @@ import torch
 
 
 class Dtype(NamedTuple):
-    """Dtypes of rows, bank and the vectors beside them; matrix products run in `product`."""
+    """The dtypes of rows, bank and further vectors; matrix products run in `product`."""
 
     name: str
     x: torch.dtype
@@ -18,7 +18,7 @@ class Dtype(NamedTuple):
 
     @property
     def accumulated(self) -> torch.dtype:
-        """That of sums and losses."""
+        """The dtype of sums and losses."""
         return torch.float64 if self.product == torch.float64 else torch.float32
 
 

@@ -36,7 +36,7 @@ def all_scores(queries, gallery, metric="cosine"):
 
 
 class LargestResult(TorchDispatchMode):
-    """Counts the entries of the largest tensor any operator returned."""
+    """Counts the entries of the largest tensor that any operator returns."""
 
     entries = 0
 

@@ -1,6 +1,6 @@
 """Run as a child by tests of evaluation: `python -m tests.support.evaluation_probe WHAT SIZES`, JSON on stdout.
 
-A fresh process, as memory that an earlier call left in a pool would be reused and not be seen.
+It is a new process because memory that an earlier call left in a pool would be reused without showing.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dml_kernels.profiling import peak_extra_bytes
 
 
 def problem(count, width, per_class=20):
-    """Vectors about their class's centre, class after class, and their labels."""
+    """Vectors around the centres of their classes, class by class, and their labels."""
     labels = torch.arange(count) // per_class
     vectors = torch.randn(count // per_class + 1, width).repeat_interleave(per_class, 0)[:count]
     return vectors.add_(torch.randn(count, width)), labels
 
 
 def split(queries, gallery, width):
-    """Queries, of the classes of the gallery spread over it, and a gallery, with their labels."""
+    """Queries from classes spread over the gallery, and the gallery, with their labels."""
     vectors, labels = problem(gallery, width)
     rows = torch.arange(queries) * (gallery // queries)
     return vectors[rows] + torch.randn(queries, width), labels[rows], vectors, labels
 
 
 def measured(call, large, small):
-    """Peak beside the result's seconds, and the result."""
+    """The peak memory and the seconds of a call, and its result."""
     found = []
 
     def run():

@@ -58,7 +58,7 @@ def row_without_negative(p: Problem) -> None:
 @feature
 def labels_beyond_32_bits(p: Problem) -> None:
     bank_labels(p, 4)
-    # The upper halves alone tell these apart.
+    # These differ only in their upper halves.
     p.options["c"], p.y = p.options["c"] << 33, p.y << 33
 
 
@@ -231,7 +231,7 @@ def far_from_the_origin(p: Problem) -> None:
         p.tensors[name] = p.tensors[name] * 0.5 + offset
 
 
-# --- layouts: the same values behind other strides, with NaN or wrong labels in the gaps
+# --- layouts: the same values at other strides, with NaN or wrong labels in the gaps
 
 
 def every_other(t: Tensor) -> Tensor:

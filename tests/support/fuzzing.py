@@ -1,9 +1,9 @@
-"""Hostile inputs for every public function and loss, and the judge of what comes back.
+"""Hostile inputs for every public function and loss, and the check of the results.
 
-The truth is the dense reference in fp64. What rounding may do to it is measured, not guessed: the reference runs again
-with the inputs, the matrix products and other results off by up to one unit in the last place of the dtype under test
-(Monte Carlo arithmetic, Parker 1997). An error that several such runs do not come near is a fault. Equal rows stay
-equal in those runs, so that their distance stays exactly 0.
+The truth is the dense reference in fp64. The effect of rounding is measured: the reference runs again with the inputs,
+the matrix products and other results off by up to one unit in the last place of the dtype under test (Monte Carlo
+arithmetic, Parker 1997). An error much larger than those of several such runs is a fault. Equal rows stay equal in
+those runs, so that their distance stays exactly 0.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from tests.support.features import every_other
 from tests.support.problems import randint, randn
 from tests.support.tolerance import product_scores, scores_by
 
-# Of x and w. Every mix is allowed; those that people use come more often.
+# The dtypes of x and w. Every mix is allowed; common ones are drawn more often.
 DTYPES = tuple(itertools.product((torch.float32, torch.float64, torch.bfloat16, torch.float16), repeat=2))
 DTYPES += tuple((dtype, dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)) * 3
 DTYPES += ((torch.float64, torch.float64),) * 4  # where second derivatives are compared
 DRAWS = 6  # runs with rounding
-# Times the largest effect of rounding seen. All draws may be lucky; one unit is not all that an op may err by.
+# The allowed error over the largest effect of rounding in the draws, which may be small by chance, and an op may err by
+# more than one unit.
 ALLOWED = 12
 
 
 def fuzz(examples: int) -> settings:
-    """Always the same examples, so that a red run can be repeated; DML_FUZZ=10 takes ten times as many, 0.1 a tenth."""
+    """Uses the same examples always, so that a failure can be repeated; DML_FUZZ=10 takes ten times as many."""
     many = max(1, round(examples * float(os.environ.get("DML_FUZZ", "1"))))
     return settings(
         derandomize=True, max_examples=many, deadline=None, database=None,
@@ -75,7 +76,7 @@ class Case:
     other: dict[str, Tensor] = field(default_factory=dict)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What a reader of a red run wants; the points follow from the seed."""
+        """Prints what a reader of a failure needs; the points follow from the seed."""
         norms = self.points.norm(dim=1)
         names = [str(t).removeprefix("torch.") for t in (self.x_dtype, self.w_dtype)]
         printer.text(
@@ -86,13 +87,13 @@ class Case:
         )
 
     def vector(self, size: int, place: int) -> Tensor:
-        """A vector beside the points, in the dtype that sums have."""
+        """A further vector, in the dtype of sums."""
         dtype = torch.float64 if self.product == torch.float64 else torch.float32
         return randn(size, seed=self.seed + place).to(dtype)
 
     @property
     def product(self) -> torch.dtype:
-        """The dtype whose unit in the last place counts: the narrower half, else the wider of the pair."""
+        """The dtype whose unit in the last place counts: the half-precision one, else the wider of the pair."""
         halves = [d for d in (self.x_dtype, self.w_dtype) if d.itemsize == 2]
         if torch.float64 in (self.x_dtype, self.w_dtype):
             return torch.float64
@@ -104,11 +105,11 @@ class Case:
 
     @property
     def order(self) -> int:
-        """Derivatives that are compared: second ones where nothing on the way is rounded to fewer digits than fp64."""
+        """The order of derivatives that are compared: 2 where everything is in fp64, else 1."""
         return 2 if self.x_dtype == self.w_dtype == torch.float64 else 1
 
     def extreme(self) -> bool:
-        """Whether a derivative in a row is in another unit than its neighbour's: second ones then lose digits."""
+        """Whether derivatives in neighbouring rows differ so much in size that second derivatives lose digits."""
         norms = self.points.norm(dim=1)
         return bool(((norms < 1e-3) | (norms > 1e3)).any())
 
@@ -248,7 +249,7 @@ def derivatives(
 
 
 def check(case: Case, ours: Call, dense: Call) -> None:
-    """Ours, on the inputs as they are, against the truth; by row, and finite wherever the truth is."""
+    """Compares ours, on the inputs as they are, with the truth, by row; ours is finite wherever the truth is."""
     found = derivatives(ours, case.leaves(), case.seed, case.order)
     truth = derivatives(dense, case.exact(), case.seed, case.order)
     for name, dtype, index in (("d x", case.x_dtype, case.rows), ("d w", case.w_dtype, case.cols)):
@@ -272,7 +273,7 @@ def check(case: Case, ours: Call, dense: Call) -> None:
 
 
 def compare(name: str, value: Tensor, truth: Tensor, runs: list[Tensor], eps: float, judged: bool) -> None:
-    """One output. Where the truth has no value (NaN), ours must still be a number: references may be naive, not we.
+    """Compares one output. Where the truth of a naive reference is NaN, ours must still be a number.
 
     Args:
         judged: whether its digits count, in addition to its being a number.
@@ -301,7 +302,7 @@ def compare(name: str, value: Tensor, truth: Tensor, runs: list[Tensor], eps: fl
     off = (value - truth).norm(dim=1)
     # In fp64 the truth errs like ours, and twice differentiated, more.
     allowed = (ALLOWED * effect + 64 * unit * size) * (8 if name.startswith("dd ") else 1) + smallest
-    # Where rounding alone may make half of a row, there is nothing to compare.
+    # Where rounding alone may amount to half of a row, there is nothing to compare.
     chaotic = 2 * ALLOWED * effect > size
     off = torch.where(chaotic, 0, off)
     worst = (off / allowed.clamp_min(1e-300)).argmax()

@@ -1,6 +1,6 @@
-"""Problems for masked_hinge_sum: scores in two groups with a gap between, and every row's threshold in the gap.
+"""Problems for masked_hinge_sum: each row's scores form two groups, and its threshold is in the gap between them.
 
-A term's indicator then is the same in every dtype, and its gradient can be held to the tolerance rule.
+The same terms are then positive in every dtype, so that gradients can be held to the tolerance rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SAME, DIFFERENT = (-1.5, 0.1), (2.0, -0.3)
 
 
 def two_groups(n: int, m: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows about a vector v, bank entries about v and -v."""
+    """Rows near a vector v, and bank entries near v and -v."""
     v = randn(d, seed=seed + 7)
     v /= v.norm()
     sign = 1 - 2 * (torch.arange(m)[:, None] % 2)  # two entries are already two groups
@@ -28,7 +28,7 @@ def two_groups(n: int, m: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def middle_of_the_gap(s: Tensor) -> Tensor:
-    """Of each row's scores, the middle of their widest gap."""
+    """The middle of the widest gap in the scores of each row."""
     if s.size(1) < 2 or s.size(0) == 0:
         return s.new_full((s.size(0),), 0.1) + (s[:, 0] if s.size(1) else 0)
     ordered = s.sort(1).values

@@ -1,6 +1,6 @@
 """Run as a child by tests of memory: `python -m tests.support.memory_probe WHAT ARGUMENTS`, JSON on stdout.
 
-A fresh process, as memory that an earlier call left in a pool would be reused and not be seen.
+It is a new process because memory that an earlier call left in a pool would be reused without showing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") -> dict:
-    """Peak of a forward and backward of the loss, beside its gradients' bytes; `collapsed`: all points nearly equal."""
+    """The peak of a forward and backward of the loss, and its gradients' bytes; `collapsed`: points nearly equal."""
 
     def problem(n, m):
         x, w = torch.randn(n, d, dtype=DTYPES[dtype]), torch.randn(m, d, dtype=DTYPES[dtype])
@@ -39,7 +39,7 @@ def step(backend: str, n: int, m: int, d: int, dtype: str, collapsed: str = "") 
 
 
 def pooled(backend: str, policy: str, n: int, m: int, k: int, d: int) -> dict:
-    """As step, of both log-sum-exps of n rows over m classes of k centres."""
+    """As step, for both log-sum-exps of n rows over m classes of k centres."""
 
     def problem(n, m):
         x, w = torch.randn(n, d, requires_grad=True), torch.randn(m * k, d, requires_grad=True)
@@ -57,7 +57,7 @@ def pooled(backend: str, policy: str, n: int, m: int, k: int, d: int) -> dict:
 
 
 def pair_loss(name: str, n: int, d: int, per_class: int) -> dict:
-    """As step, of a pair loss on n rows, per_class of each class."""
+    """As step, for a pair loss on n rows, per_class of each class."""
     loss = REGISTRY[name].loss()
 
     def problem(n):
@@ -73,7 +73,7 @@ def pair_loss(name: str, n: int, d: int, per_class: int) -> dict:
 
 
 def cross_batch(n: int, m: int, d: int) -> dict:
-    """As step, of a contrastive loss of n rows over a full memory of m."""
+    """As step, for a contrastive loss of n rows with a full memory of m."""
 
     def problem(n, m):
         memory = CrossBatchMemory(REGISTRY["ContrastiveLoss"].loss(), d, m)
@@ -91,7 +91,7 @@ def cross_batch(n: int, m: int, d: int) -> dict:
 
 
 def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
-    """As step, of the Magnet loss of n rows in k clusters, with centres of their own where `given`."""
+    """As step, for the Magnet loss of n rows in k clusters, with given centres if `given`."""
 
     def problem(n, k):
         x, w = torch.randn(n, d, requires_grad=True), torch.randn(k, d, requires_grad=True)
@@ -107,7 +107,7 @@ def magnet(backend: str, n: int, k: int, d: int, given: int) -> dict:
 
 
 def mine(n: int) -> dict:
-    """Peak of each miner on n rows of well separated classes of 8, so that few tuples are listed."""
+    """The peak of each miner on n rows in well separated classes of 8, so that few tuples are listed."""
 
     def problem(n):
         y = torch.arange(n) // 8
@@ -123,7 +123,7 @@ def mine(n: int) -> dict:
 
 
 def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
-    """As step, of masked_hinge_sum, or of masked_argmax by score or drawn."""
+    """As step, for masked_hinge_sum, or for masked_argmax by score or by draws."""
 
     def problem(n, m):
         x, w = torch.randn(n, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
@@ -143,7 +143,7 @@ def pairs(backend: str, n: int, m: int, d: int, what: str) -> dict:
 
 
 def proxies(names: str, backend: str, n: int, m: int, d: int) -> dict:
-    """As step, of several losses on proxies by name, each with its first options."""
+    """As step, for several losses on proxies by name, each with its first options."""
 
     def one(entry):
         def problem(n, m):
@@ -163,7 +163,7 @@ def proxies(names: str, backend: str, n: int, m: int, d: int) -> dict:
 
 
 def regular_face(m: int, d: int) -> dict:
-    """As step, of the regulariser that looks for each row's nearest other row."""
+    """As step, for the regulariser that searches for each row's nearest other row."""
     regularizer = regularizers.RegularFaceRegularizer()
     small, large = torch.randn(50, d, requires_grad=True), torch.randn(m, d, requires_grad=True)
     peak = peak_extra_bytes(lambda: regularizer(large).backward(), lambda: regularizer(small).backward())
@@ -171,7 +171,7 @@ def regular_face(m: int, d: int) -> dict:
 
 
 def triplets(n: int, each: int, d: int, variant: str = "") -> dict:
-    """As step, of all triplets of n rows, ``each`` of a class, whose classes are in no order."""
+    """As step, for all triplets of n rows, ``each`` of a class, in random order."""
 
     def problem(n):
         return torch.randn(n, d, requires_grad=True), torch.randperm(n) % max(n // each, 1), torch.arange(n)
@@ -187,7 +187,7 @@ def triplets(n: int, each: int, d: int, variant: str = "") -> dict:
 
 
 def positive_pairs(n: int, each: int, d: int) -> dict:
-    """As step, of a term for each positive pair of n rows, ``each`` of a class."""
+    """As step, for a term for each positive pair of n rows, ``each`` of a class."""
 
     def problem(n):
         return torch.randn(n, d, requires_grad=True), torch.randperm(n) % max(n // each, 1), torch.arange(n)
@@ -232,7 +232,7 @@ def windows(backend: str, m: int, d: int) -> dict:
 
 
 def far_apart(backend: str) -> dict:
-    """Rows whose offsets pass 2^31 elements, in storage of which only they are touched."""
+    """Rows whose offsets exceed 2^31 elements, in storage of which only these rows are touched."""
     stride, m, d, n = (1 << 29) + 17, 6, 40, 3
     base = torch.empty(m * stride, dtype=torch.bfloat16)
     w, x = base.as_strided((m, d), (stride, 1)), base.as_strided((n, d), (2 * stride, 1), 1000)
@@ -242,7 +242,7 @@ def far_apart(backend: str) -> dict:
     def run():
         w.copy_(small[:m])
         x.copy_(small[m:])
-        # And a width whose stride passes 2^31: (D, M) transposed twice over.
+        # And a width whose stride exceeds 2^31: (D, M) transposed twice.
         tall = base.as_strided((d // 10, m), (stride, 1), 5000).t()
         tall.copy_(small[:m, : d // 10])
         for a, b in ((x, w), (x[:, : d // 10], tall)):
@@ -267,7 +267,7 @@ def far_apart(backend: str) -> dict:
 
 def wide_gradient(backend: str, n: int, m: int) -> dict:
     """normalized_distance's backward for an N x M past 2^31 whose incoming gradient is one number, expanded."""
-    # Apart from each other: near pairs take their own, slower way.
+    # The two sets of points are far apart, because near pairs take a slower way.
     x, w = torch.randn(n, 2) + 9, torch.randn(m, 2) - 9
     grad = torch.ones(()).expand(n, m)
     found = []

@@ -1,4 +1,4 @@
-"""Losses on proxies, ours and pytorch-metric-learning's, set up alike: what the tests beside theirs share."""
+"""Losses on proxies of this library and of pytorch-metric-learning with equal settings, for tests that compare them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.problems import randint, randn
 N, C, D = 12, 7, 5
 
 
-# Their name; settings beyond the defaults; how many rows of the bank a class has.
+# The name of the loss; settings other than the defaults; the number of bank rows of a class.
 CASES = {
     "ProxyNCALoss": ({}, {"softmax_scale": 9}),
     "ProxyAnchorLoss": ({}, {"margin": 0.3, "alpha": 5}),
@@ -32,7 +32,7 @@ on_names = pytest.mark.parametrize("name", CASES)
 
 
 def both(pml, name, options=None, dtype=torch.float64, **more):
-    """Theirs and ours with the same start, from the same seed."""
+    """pytorch-metric-learning's loss and ours with the same initial parameters, from the same seed."""
     built = []
     for source in (pml.losses, losses):
         torch.manual_seed(5)
@@ -42,7 +42,7 @@ def both(pml, name, options=None, dtype=torch.float64, **more):
 
 
 def theirs_as_ours(theirs, ours):
-    """Their parameter as (M, D) rows."""
+    """The parameter of pytorch-metric-learning's loss as (M, D) rows."""
     ((name, parameter),) = theirs.named_parameters()
     return parameter if name == ours.bank_name else parameter.t()
 

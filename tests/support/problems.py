@@ -17,7 +17,7 @@ from dml_kernels import reference
 from tests.support.dtypes import FP32, Dtype
 from tests.support.tolerance import Yardstick, assert_all_accurate, dense_forms, scores_by, worst
 
-# (metric, normalize): all that differ.
+# (metric, normalize): all combinations that differ.
 METRICS = (
     ("cosine", False),
     ("dot", False),
@@ -108,7 +108,7 @@ class Problem:
         return out
 
     def yardsticks(self, dtype: Dtype) -> dict[str, Yardstick]:
-        """By output and gradient: the fp64 truth on the same (rounded) inputs, and the dense expression's error."""
+        """For each output and gradient: the fp64 truth on the same (rounded) inputs, and the dense error."""
         leaves = {k: t.detach().double().requires_grad_() for k, t in self.leaves(dtype).items()}
         truth = self.with_gradients(self.dense(leaves, torch.float64), leaves, dtype)
         if dtype.product == torch.float64:
@@ -122,7 +122,7 @@ class Problem:
 
 
 def draws(n: int, m: int, d: int) -> range:
-    """Seeds of the draws a dense error is taken over: small problems vary more and cost less."""
+    """The seeds over which a dense error is taken: small problems vary more and cost less."""
     work = n * m * d
     return range(0, 100 * (10 if work < 200_000 else 3 if work < 3_000_000 else 1), 100)
 
@@ -131,7 +131,7 @@ def draws(n: int, m: int, d: int) -> range:
 def drawn(make: Callable[..., Problem], key: tuple[Any, ...], dtype: Dtype) -> tuple[Problem, dict[str, Yardstick]]:
     """The problem make(*key, seed=0) and its yardsticks, the dense error taken over several seeds.
 
-    Kept for one more call: the backends come one after the other.
+    The result is cached for the next call, because the backends follow one another.
     """
     first = make(*key, seed=0)
     n, d, m = first.sizes
@@ -139,6 +139,6 @@ def drawn(make: Callable[..., Problem], key: tuple[Any, ...], dtype: Dtype) -> t
 
 
 def check(make: Callable[..., Problem], key: tuple[Any, ...], dtype: Dtype, backend: str) -> None:
-    """Every output and gradient of the problem make(*key) on `backend` keeps the tolerance rule."""
+    """Checks that every output and gradient of the problem make(*key) on `backend` keeps the tolerance rule."""
     problem, sticks = drawn(make, key, dtype)
     assert_all_accurate(problem.run(dtype, backend), sticks)

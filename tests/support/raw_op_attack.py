@@ -1,4 +1,4 @@
-"""Hostile arguments for every registered op, one at a time: run as a program, since a missing check ends the process.
+"""Hostile arguments for every registered op, one at a time; a program, because a missing check ends the process.
 
 ``python -m tests.support.raw_op_attack NAMESPACE BACKEND [LIBRARY]`` calls the public functions on small tensors,
 records what reaches the ops of that namespace, and repeats each call with one argument changed. A change that a kernel
@@ -22,9 +22,9 @@ from dml_kernels.backends import cpu as cpu_backend
 from dml_kernels.backends import cuda as cuda_backend
 
 CODES = {"metric": 3, "policy": 4, "reduction": 3}
-# Carries a dtype and nothing else.
+# The argument that carries only a dtype.
 EMPTY = "kind"
-# Nothing else in the call says how many rows these have.
+# No other argument determines the number of rows of these.
 ANY_LENGTH = {"normalize_fwd x", "mlse_fwd w", "hinge_fwd w", "proxy_nca_fwd w", "magnet_fwd classes",
               "magnet_bwd classes", "all_within values", "noise_bits out", "magnet_fits x"}  # fmt: skip
 
@@ -48,7 +48,7 @@ class Recorder:
 
 
 class Watch(TorchDispatchMode):
-    """Keeps the arguments of the calls of dml_kernels::*."""
+    """Records the arguments of the calls of dml_kernels::*."""
 
     calls: Calls
 
@@ -63,7 +63,7 @@ class Watch(TorchDispatchMode):
 
 
 def exercise(backend: str) -> None:
-    """Both directions of every op, with all of its optional tensors and without."""
+    """Runs the forward and backward of every op, with all of its optional tensors and without."""
     torch.manual_seed(0)
     n, m, d = 5, 6, 3
     x, w, proxies = torch.randn(n, d), torch.randn(m, d), torch.randn(m, d)
@@ -130,7 +130,7 @@ def changed(name: str, value: Any) -> Iterator[tuple[str, Any, bool]]:
 
 
 def twice(out: Tensor, *inputs: Tensor) -> None:
-    """Both derivatives."""
+    """Computes both derivatives."""
     first = torch.autograd.grad(out, inputs, create_graph=True)
     sum((g * g).sum() for g in first).backward()
 

@@ -1,7 +1,7 @@
-"""Every op and every loss as a function of its differentiable tensors, and what asking for some of them must give.
+"""Every op and loss as a function of its differentiable tensors, and the gradients for any subset of these.
 
-An op is told which gradients somebody wants and may leave the others out. Whatever is wanted, a gradient is the same
-number: that of the dense expression where one is known, and else that of the call in which all tensors need one.
+An op is told which gradients are needed and may leave out the others. A gradient does not depend on which others are
+needed: it is that of the dense expression where one is known, else that of the call in which all tensors need one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dml_kernels.ops import segments
 from tests.support.problems import randn
 
 N, M, D = 6, 7, 3
-# One of each way from scores to gradients: through unit vectors, through a root and both, through neither.
+# One metric for each way from scores to gradients: through unit vectors, through a root and both, through neither.
 METRICS = (("cosine", False), ("euclidean", True), ("sqeuclidean", False))
 Y = torch.tensor([0, 1, 0, 9, 2, 1])  # one row has no positive
 C = torch.tensor([0, 1, 2, 0, 1, -100, 2])
@@ -43,7 +43,7 @@ class Case:
     dense: bool = False
 
     def subsets(self) -> Iterator[tuple[str, ...]]:
-        """All that are not empty."""
+        """All nonempty subsets."""
         names = tuple(self.tensors)
         for size in range(1, len(names) + 1):
             yield from itertools.combinations(names, size)
@@ -51,7 +51,7 @@ class Case:
 
 @contextmanager
 def preferring(backend: str) -> Iterator[None]:
-    """Every op on this backend where it runs the op, else on the next; ``reference`` on no other."""
+    """Runs every op on this backend if it can, else on the next; ``reference`` has no substitute."""
     if backend == backends.REFERENCE:
         with use_backend(backend):
             yield
@@ -71,7 +71,7 @@ def bank(*names: str) -> dict[str, Tensor]:
 
 
 def ops() -> dict[str, Case]:
-    """A case or several of every op that has a gradient."""
+    """One or several cases for every op that has a gradient."""
     found = {
         "normalize": Case(bank("x"), lambda x: F.normalize(x), "normalize", True),
         "pair_scores": Case(bank("x", "w"), lambda x, w: F.pair_scores(x, w, ROWS, COLS, "euclidean")),
@@ -232,7 +232,7 @@ def direction(case: Case, name: str) -> Tensor:
 
 
 def all_derivatives(case: Case) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Where every tensor needs one: each gradient, and the gradients of that one along a fixed direction."""
+    """The gradients where every tensor needs one, and for each, its gradients along a fixed direction."""
     leaves, out, grads = outputs(case, tuple(case.tensors))
     first = torch.autograd.grad(out, list(leaves.values()), grads, create_graph=True, materialize_grads=True)
     roots = {**leaves, **{f"incoming {i}": g for i, g in enumerate(grads)}}

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from dml_kernels import reference
 
-# Error against fp64 truth at most twice that of the dense PyTorch expression in the same dtype, or
-# ULPS units in the last place of the output's largest value. One rule for every comparison with the truth.
+# The error from the fp64 truth is at most twice that of the dense PyTorch expression in the same dtype, or ULPS units
+# in the last place of the output's largest value. This rule is used for every comparison with the truth.
 #
-# A distance has two dense expressions, and the worse one counts: from differences (N M D values, the reference) and
-# from the matrix product, as torch.cdist takes it and as every kernel must. The second is given the differences where
-# expanding would cancel, so that it is no excuse for small distances.
+# A distance has two dense expressions, of which the worse one counts: from differences (N M D values, the reference)
+# and from the matrix product, as torch.cdist computes it and as every kernel must. The second uses differences where
+# the expansion would cancel, so that it does not excuse errors of small distances.
 
 ULPS = 4
 NEAR = 1 / 16
 
 
 def product_scores(x: Tensor, w: Tensor, metric: str, normalized: bool, eps: float = 1e-12) -> Tensor:
-    """reference.scores from the matrix product."""
+    """reference.scores, computed from the matrix product."""
     if metric in ("cosine", "dot"):
         return by_differences(x, w, metric, normalized, eps)
     u, p = (reference.normalize(t, eps) for t in (x, w)) if normalized else (x, w)
@@ -39,7 +39,7 @@ by_differences = reference.scores
 
 
 def error(value: Tensor, truth: Tensor, *, by_row: bool = False) -> float:
-    """Largest error relative to the truth's largest value, over all or the worst row. Infinities and NaN must agree."""
+    """The largest error relative to the truth's largest value, over all or the worst row. Infinities and NaN agree."""
     value, truth = value.detach().double(), truth.detach().double()
     assert value.shape == truth.shape, f"shape {tuple(value.shape)}, the truth has {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -73,9 +73,8 @@ class Yardstick(NamedTuple):
         return Yardstick(self.truth, max(s.error for s in every), max(s.error_by_row for s in every))
 
     def in_fp64(self, truth: Tensor) -> Yardstick:
-        """From fp32 to fp64, where the truth is the dense expression itself: rounding shrinks with the unit.
-
-        Times 8, as that truth errs like any other: in fp64 it is the formula that is tested, not the rounding.
+        """The yardstick in fp64, where the truth is the dense expression itself: the error of fp32 times the ratio of
+        the units, times 8, because that truth has rounding errors too. In fp64 the formula is tested, not the rounding.
         """
         shrink = 8 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         return Yardstick(truth, self.error * shrink, self.error_by_row * shrink)
@@ -88,7 +87,7 @@ def worst(sticks: Sequence[Mapping[str, Yardstick]]) -> dict[str, Yardstick]:
 
 @contextlib.contextmanager
 def scores_by(form: Callable[..., Tensor]) -> Iterator[None]:
-    """The dense references take their scores by this form."""
+    """Makes the dense references compute their scores in this form."""
     with mock.patch.object(reference, "scores", form), mock.patch.object(reference.matrix, "scores", form):
         yield
 
@@ -98,7 +97,7 @@ def dense_forms(metric: str) -> tuple[Callable[..., Tensor], ...]:
 
 
 def assert_accurate(value: Tensor, stick: Yardstick, what: str, *, by_row: bool = False) -> None:
-    """The tolerance rule."""
+    """Checks the tolerance rule."""
     theirs = stick.error_by_row if by_row else stick.error
     assert math.isfinite(theirs), f"{what}: the dense expression has no finite error here, so it is no yardstick"
     ours, bound = (

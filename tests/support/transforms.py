@@ -1,4 +1,4 @@
-"""What torch.compile and torch.func must leave alone: the values and derivatives of a function of tensors."""
+"""Checks that torch.compile and torch.func do not change the values and derivatives of a function of tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def assert_compiles_whole(function: Callable[..., Tensor], *calls: Sequence[Tensor], dynamic: bool | None = None):
-    """One graph gives the values and gradients of each call's arguments."""
+    """Checks that one graph gives the values and gradients for the arguments of each call."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for args in calls:
         assert_equal(value_and_grads(compiled, args), value_and_grads(function, args))
