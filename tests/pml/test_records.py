@@ -48,7 +48,7 @@ def batch(classes=4):
 
 
 def recorded(module):
-    """The values that a record keeper takes: attributes named in lists, whose names pytorch-metric-learning gives it."""
+    """The attributes that a record keeper takes: those in lists whose names pytorch-metric-learning gives it."""
     names = [name for key in list_of_recordable_attributes_list_names() for name in getattr(module, key, [])]
     return {name: getattr(module, name) for name in names}
 
