@@ -76,13 +76,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlse_forward(Stack& stack) {
   const Tensor kind = stack.tensor();
   const LogitCall call = stack.logit_call();
   const Policy rule = policy(stack, call.w);
+  const std::int64_t first_class = stack.integer();
   const bool sums = stack.flag();
   stack.end();
   const std::int64_t n = call.x.size(0), columns = call.w.size(0) / rule.centres;
   const ScalarType acc = accumulation(kind);
   const auto make = [&](std::int64_t size) { return torch::stable::new_empty(call.x, {size}, acc); };
   Tensor same = make(n), different = make(n), sum_same = make(sums ? n : 0), sum_different = make(sums ? n : 0);
-  const Labels labels = Checked::labels(n, columns, call.y, call.c, call.exclude, call.ignore_index);
+  const Labels labels = Checked::labels(n, columns, call.y, call.c, call.exclude, call.ignore_index, first_class);
   const PolicyLogitArgs args{Checked::logit_args(call, columns), rule};
   const LseOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), sums ? sum_same.mutable_data_ptr() : nullptr,
                    sums ? sum_different.mutable_data_ptr() : nullptr};
@@ -97,9 +98,10 @@ void mlse_backward(Stack& stack) {
   const Tensor kind = stack.tensor();
   const LogitCall call = stack.logit_call();
   const Policy rule = policy(stack, call.w);
+  const std::int64_t first_class = stack.integer();
   stack.end();
   const std::int64_t n = call.x.size(0), columns = call.w.size(0) / rule.centres;
-  const Labels labels = Checked::labels(n, columns, call.y, call.c, call.exclude, call.ignore_index);
+  const Labels labels = Checked::labels(n, columns, call.y, call.c, call.exclude, call.ignore_index, first_class);
   const PolicyLogitArgs args{Checked::logit_args(call, columns), rule};
   const LseGrads grads = Checked::lse_grads(tensors, n);
   const LseTargets targets = Checked::lse_targets(tensors, call, columns);
@@ -108,15 +110,17 @@ void mlse_backward(Stack& stack) {
   });
 }
 
-ProxyArgs proxy_args(const ProxyCall& call) {
+ProxyArgs proxy_args(const ProxyCall& call, std::int64_t first_class) {
   const std::int64_t n = call.x.size(0);
   const Matrix rows = Checked::matrix(call.x, "x"), proxies = Checked::matrix(call.w, "w");
   STD_TORCH_CHECK(rows.cols == proxies.cols && rows.cols > 0 && proxies.rows > 0,
                   "dml_kernels: x and w must have the same embedding size, and w at least one row");
+  Checked::check_first_class(first_class, proxies.rows);
   return {rows,
           proxies,
           Checked::integers(call.y, n, "y"),
           call.ignore_index,
+          first_class,
           Checked::vector(call.scale, n, "scale"),
           Checked::vector(call.weight, n, "weight"),
           call.factor,
@@ -129,13 +133,14 @@ ProxyArgs proxy_args(const ProxyCall& call) {
 std::tuple<Tensor, Tensor, Tensor> proxy_nca_forward(Stack& stack) {
   const Tensor kind = stack.tensor();
   const ProxyCall call = stack.proxy_call();
+  const std::int64_t first_class = stack.integer();
   stack.end();
   const std::int64_t n = call.x.size(0);
   const auto make = [&](std::initializer_list<std::int64_t> shape) {
     return torch::stable::new_empty(call.x, shape, accumulation(kind));
   };
   Tensor value = call.reduction ? make({}) : make({n}), same = make({n}), different = make({n});
-  const ProxyArgs args = proxy_args(call);
+  const ProxyArgs args = proxy_args(call, first_class);
   const ProxyOut out{value.mutable_data_ptr(), same.mutable_data_ptr(), different.mutable_data_ptr()};
   with_product_type(kind.scalar_type(), [&](auto zero) { proxy_nca_fwd<decltype(zero)>(args, out); });
   return {value, same, different};
@@ -145,9 +150,10 @@ void proxy_nca_backward(Stack& stack) {
   const Tensor grad_x = stack.tensor(), grad_w = stack.tensor(), grad_scale = stack.tensor(), grad = stack.tensor(),
                same = stack.tensor(), different = stack.tensor(), kind = stack.tensor();
   const ProxyCall call = stack.proxy_call();
+  const std::int64_t first_class = stack.integer();
   stack.end();
   const std::int64_t n = call.x.size(0);
-  const ProxyArgs args = proxy_args(call);
+  const ProxyArgs args = proxy_args(call, first_class);
   const ProxyTargets targets{Checked::target_like(grad_x, call.x, "grad_x"),
                              Checked::target_like(grad_w, call.w, "grad_w"),
                              Checked::target(grad_scale, {n}, "grad_scale")};
@@ -198,7 +204,8 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
   m.def(
       "mlse_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? scale, "
       "Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
-      "float o_different, float eps, int ignore_index, int policy, int centres, float number, bool sums) "
+      "float o_different, float eps, int ignore_index, int policy, int centres, float number, int first_class, "
+      "bool sums) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "mlse_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor(d!) grad_col_bias, "
@@ -206,15 +213,17 @@ STABLE_TORCH_LIBRARY(dml_kernels_cpu, m) {
       "Tensor same, Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, "
       "Tensor? scale, Tensor? col_bias, int metric, bool normalize, float k_same, float o_same, float k_different, "
       "float o_different, float eps, int ignore_index, int policy, "
-      "int centres, float number) -> ()");
+      "int centres, float number, int first_class) -> ()");
   m.def(
       "proxy_nca_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
-      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) "
+      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction, "
+      "int first_class) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "proxy_nca_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor(c!) grad_scale, Tensor grad, Tensor same, "
       "Tensor different, Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? scale, Tensor? weight, float factor, "
-      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction) -> ()");
+      "bool exclude_positive, float label_smoothing, float eps, int ignore_index, int reduction, "
+      "int first_class) -> ()");
   m.def(
       "magnet_fwd(Tensor kind, Tensor x, Tensor clusters, Tensor classes, Tensor? centers, Tensor? variance, "
       "float alpha, bool normalize, float min_variance, float eps, int ignore_index, int reduction) "

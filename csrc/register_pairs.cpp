@@ -20,13 +20,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, 
                                                          OptionalTensor exclude, Tensor offset_same,
                                                          Tensor offset_different, double k_same, double k_different,
                                                          std::int64_t metric, bool normalize, double eps,
-                                                         std::int64_t ignore_index) {
+                                                         std::int64_t ignore_index, std::int64_t first_class) {
   const std::int64_t n = x.size(0);
   const auto make = [&](ScalarType dtype) { return torch::stable::new_empty(x, {n}, dtype); };
   const ScalarType acc = accumulation(kind);
   Tensor same = make(acc), different = make(acc), count_same = make(ScalarType::Long),
          count_different = make(ScalarType::Long);
-  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
+  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index, first_class);
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
   const HingeOut out{same.mutable_data_ptr(), different.mutable_data_ptr(), count_same.mutable_data_ptr<std::int64_t>(),
                      count_different.mutable_data_ptr<std::int64_t>()};
@@ -41,10 +41,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hinge_forward(Tensor kind, Tensor x, 
 void hinge_backward(Tensor grad_x, Tensor grad_w, Tensor slope_same, Tensor slope_different, OptionalTensor slope_own,
                     Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude,
                     Tensor offset_same, Tensor offset_different, double k_same, double k_different, std::int64_t metric,
-                    bool normalize, double eps, std::int64_t ignore_index) {
+                    bool normalize, double eps, std::int64_t ignore_index, std::int64_t first_class) {
   const std::int64_t n = x.size(0);
-  STD_TORCH_CHECK(!slope_own || !c, "dml_kernels: a row's own column needs labels that are columns");
-  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
+  STD_TORCH_CHECK(!slope_own || (!c && first_class == 0),
+                  "dml_kernels: a row's own column needs labels that are columns");
+  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index, first_class);
   const HingeArgs args = hinge_args(n, offset_same, offset_different, k_same, k_different);
   const HingeSlopes slopes{Checked::vector(slope_same, n, "slope_same"),
                            Checked::vector(slope_different, n, "slope_different"),
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
     Tensor kind, Tensor x, Tensor w, Tensor y, OptionalTensor c, OptionalTensor exclude, OptionalTensor low,
     OptionalTensor high, bool same, bool different, bool largest_same, bool largest_different, bool noise,
     std::int64_t seed, double cutoff, double nonzero_loss_cutoff, std::int64_t metric, bool normalize, double eps,
-    std::int64_t ignore_index) {
+    std::int64_t ignore_index, std::int64_t first_class) {
   const std::int64_t n = x.size(0);
   const ScalarType acc = accumulation(kind);
   const auto make = [&](bool wanted, ScalarType dtype) { return torch::stable::new_empty(x, {wanted ? n : 0}, dtype); };
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> argmax_forward(
   Tensor index_s = make(same, ScalarType::Long), score_s = make(same, acc), count_s = make(same, ScalarType::Long);
   Tensor index_d = make(different, ScalarType::Long), score_d = make(different, acc),
          count_d = make(different, ScalarType::Long);
-  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index);
+  const Labels labels = Checked::labels(x.size(0), w.size(0), y, c, exclude, ignore_index, first_class);
   const ArgmaxArgs args{Checked::vector(low, n, "low"),
                         Checked::vector(high, n, "high"),
                         same,
@@ -108,16 +109,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dml_kernels_cpu, m) {
   m.def(
       "hinge_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor offset_same, "
       "Tensor offset_different, float k_same, float k_different, int metric, bool normalize, float eps, "
-      "int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int ignore_index, int first_class) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "hinge_bwd(Tensor(a!) grad_x, Tensor(b!) grad_w, Tensor slope_same, Tensor slope_different, Tensor? slope_own, "
       "Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor offset_same, "
       "Tensor offset_different, float k_same, float k_different, int metric, bool normalize, float eps, "
-      "int ignore_index) -> ()");
+      "int ignore_index, int first_class) -> ()");
   m.def(
       "argmax_fwd(Tensor kind, Tensor x, Tensor w, Tensor y, Tensor? c, Tensor? exclude, Tensor? low, Tensor? high, "
       "bool same, bool different, bool largest_same, bool largest_different, bool noise, int seed, "
-      "float cutoff, float nonzero_loss_cutoff, int metric, bool normalize, float eps, int ignore_index) "
+      "float cutoff, float nonzero_loss_cutoff, int metric, bool normalize, float eps, int ignore_index, "
+      "int first_class) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("noise_bits(Tensor(a!) out, int seed, int first_row, int first_column) -> ()");
 }

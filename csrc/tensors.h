@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -185,9 +186,18 @@ struct CheckedOn {
     return t ? integers(*t, n, name) : nullptr;
   }
 
+  // The labels of m columns are numbers of 64 bits.
+  static void check_first_class(std::int64_t first_class, std::int64_t m) {
+    STD_TORCH_CHECK(first_class >= 0 && first_class <= std::numeric_limits<std::int64_t>::max() - m,
+                    "dml_kernels: first_class must be in [0, 2^63 - ", m, "); got ", first_class);
+  }
+
   static Labels labels(std::int64_t n, std::int64_t m, const Tensor& y, const OptionalTensor& c,
-                       const OptionalTensor& exclude, std::int64_t ignore_index) {
-    return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index};
+                       const OptionalTensor& exclude, std::int64_t ignore_index, std::int64_t first_class = 0) {
+    check_first_class(first_class, m);
+    STD_TORCH_CHECK(first_class == 0 || !c,
+                    "dml_kernels: first_class needs labels that follow from columns, without c");
+    return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index, first_class};
   }
 
   // Contiguous and of this shape; or empty where the result is not wanted.

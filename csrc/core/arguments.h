@@ -35,10 +35,12 @@ struct Target {
   Dtype dtype = Dtype::f32;
 };
 
-// Contiguous; c and exclude may be null. Labels are compared, never used as addresses.
+// Contiguous; c and exclude may be null. Labels are compared, never used as addresses. Where c is null, a column's label
+// is `first_class` plus its index.
 struct Labels {
   const std::int64_t *y, *c, *exclude;
   std::int64_t ignore;
+  std::int64_t first_class = 0;
 };
 
 // The logit of a pair is k t (s - o) + b: k and o of the pair's set, t from `scale`, b from `col_bias`.

@@ -161,7 +161,7 @@ void masked_argmax(const Comparison<P>& comparison, const Labels& labels, const 
                    const ArgmaxOut& different) {
   using A = Acc<P>;
   const std::int64_t n = comparison.x.rows, slices = comparison.plan.slices;
-  const LabelIndex index(labels.y, n, labels.c, labels.ignore);
+  const LabelIndex index(labels, n);
   const Chooser<P> choose(comparison, args);
   std::vector<Best<A>> bests_same(args.same ? slices * n : 0), bests_different(args.different ? slices * n : 0);
   for_slices(comparison.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {

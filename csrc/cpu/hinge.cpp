@@ -36,7 +36,7 @@ void masked_hinge_sum_fwd(const Comparison<P>& comparison, const Labels& labels,
   using A = Acc<P>;
   const auto& kernels = row_kernels<A>();
   const std::int64_t n = comparison.x.rows;
-  const LabelIndex index(labels.y, n, labels.c, labels.ignore);
+  const LabelIndex index(labels, n);
   const Lines<A> lines(args, n);
   std::vector<RowSums<A>> sums(comparison.plan.slices * n);
   for_slices(comparison.plan, [&](std::int64_t first_slice, std::int64_t last_slice) {
@@ -80,7 +80,7 @@ void masked_hinge_sum_bwd(const Comparison<P>& comparison, const Labels& labels,
   using A = Acc<P>;
   const auto& kernels = row_kernels<A>();
   const std::int64_t n = comparison.x.rows;
-  const LabelIndex index(labels.y, n, labels.c, labels.ignore);
+  const LabelIndex index(labels, n);
   const Lines<A> lines(args, n);
   const auto same = read_rows<A>(slopes.same, n, A(0)), different = read_rows<A>(slopes.different, n, A(0)),
              label_column = read_rows<A>(slopes.label_column, n, A(0));

@@ -21,12 +21,13 @@ struct TilePairs {
 
 class LabelIndex {
  public:
-  // y (n,) row labels; c (m,) bank labels or null for the column index. Rows with `ignore` have no pairs.
-  LabelIndex(const std::int64_t* y, std::int64_t n, const std::int64_t* c, std::int64_t ignore)
-      : y_(y), c_(c), n_(n), ignore_(ignore), order_(n), sorted_(n) {
+  // Of n rows. Those with the label `ignore` have no pairs, nor have those whose label no column has.
+  LabelIndex(const Labels& labels, std::int64_t n)
+      : y_(labels.y), c_(labels.c), n_(n), ignore_(labels.ignore), first_class_(labels.first_class), order_(n),
+        sorted_(n) {
     std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(), [y](std::int64_t a, std::int64_t b) { return y[a] < y[b]; });
-    for (std::int64_t i = 0; i < n; ++i) sorted_[i] = y[order_[i]];
+    std::stable_sort(order_.begin(), order_.end(), [this](std::int64_t a, std::int64_t b) { return y_[a] < y_[b]; });
+    for (std::int64_t i = 0; i < n; ++i) sorted_[i] = y_[order_[i]];
   }
 
   bool ignored(std::int64_t i) const { return y_[i] == ignore_; }
@@ -48,10 +49,11 @@ class LabelIndex {
  private:
   template <class Visit>
   void visit(std::int64_t first, std::int64_t count, Visit visit) const {
-    if (!c_) {  // labels are column indices: the rows whose labels are in [first, first + count)
-      const auto low = std::lower_bound(sorted_.begin(), sorted_.end(), first);
-      for (auto it = low; it != sorted_.end() && *it < first + count; ++it)
-        if (*it != ignore_) visit(order_[it - sorted_.begin()], *it - first);
+    if (!c_) {  // labels follow from column indices: the rows with the labels of these columns
+      const std::int64_t label = first_class_ + first;
+      const auto low = std::lower_bound(sorted_.begin(), sorted_.end(), label);
+      for (auto it = low; it != sorted_.end() && *it < label + count; ++it)
+        if (*it != ignore_) visit(order_[it - sorted_.begin()], *it - label);
       return;
     }
     for (std::int64_t j = 0; j < count; ++j) {
@@ -63,7 +65,7 @@ class LabelIndex {
   }
 
   const std::int64_t *y_, *c_;
-  std::int64_t n_, ignore_;
+  std::int64_t n_, ignore_, first_class_;
   std::vector<std::int64_t> order_, sorted_;
 };
 

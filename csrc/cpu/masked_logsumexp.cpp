@@ -22,7 +22,7 @@ struct Setup {
   bool one_logit;  // both sets share factor and offset
 
   Setup(const Comparison<P>& comparison, const Labels& labels, const PolicyLogitArgs& args)
-      : comparison(comparison), labels(labels), args(args), index(labels.y, comparison.x.rows, labels.c, labels.ignore),
+      : comparison(comparison), labels(labels), args(args), index(labels, comparison.x.rows),
         scale(read_rows<A>(args.scale, comparison.x.rows, A(1))),
         one_logit(args.k_same == args.k_different && args.o_same == args.o_different && !args.policy.quadratic()) {}
 };

@@ -42,8 +42,8 @@ void masked_logsumexp_bwd(const Comparison<P>&, const Labels&, const PolicyLogit
 struct ProxyArgs {
   Matrix x, w;
   const std::int64_t* y;
-  std::int64_t ignore;
-  Vector scale, weight;  // null stands for 1; the weights are those of the rows
+  std::int64_t ignore, first_class;  // proxy j is that of class first_class + j
+  Vector scale, weight;              // null stands for 1; the weights are those of the rows
   double factor, label_smoothing, eps;
   bool exclude_positive;
   Reduction reduction;

@@ -34,9 +34,10 @@ class ProxyNca {
                               {same, different, smooth ? sum_same.data() : nullptr, sum_different.data()});
     double total = 0;
     for (std::int64_t i = 0; i < n_; ++i) {
-      double row = counts(i) ? loss(same[i], different[i]) : 0;
+      double row = counts(i) ? loss(i, same[i], different[i]) : 0;
       if (counts(i) && smooth)
-        row += args_.label_smoothing * (same[i] - (double(sum_same[i]) + sum_different[i]) / double(args_.w.rows));
+        row += args_.label_smoothing *
+               ((elsewhere(i) ? A(0) : same[i]) - (double(sum_same[i]) + sum_different[i]) / double(args_.w.rows));
       if (counts(i)) row *= factor_[i];
       if (args_.reduction == Reduction::none) value[i] = A(row);
       total += row;
@@ -51,7 +52,7 @@ class ProxyNca {
         read_values(different, 0, n_, lse_different.data());
     for (std::int64_t i = 0; i < n_; ++i) {
       if (!counts(i)) continue;
-      const double h = incoming[i] * factor_[i], pull = h * slope(lse_same[i], lse_different[i]);
+      const double h = incoming[i] * factor_[i], pull = h * slope(i, lse_same[i], lse_different[i]);
       g_different[i] = A(pull), g_same[i] = A(h * args_.label_smoothing - pull);
       if (!g_sums.empty()) g_sums[i] = A(-h * args_.label_smoothing / double(args_.w.rows));
     }
@@ -65,20 +66,27 @@ class ProxyNca {
 
   bool counts(std::int64_t i) const { return args_.y[i] != args_.ignore; }
 
+  // Whether the proxy of the row's class is not among these.
+  bool elsewhere(std::int64_t i) const {
+    return args_.y[i] < args_.first_class || args_.y[i] - args_.first_class >= args_.w.rows;
+  }
+
   // log(1 + exp(u)) with u = L- - L+. Where the positive is left out of the sum, u itself, and 0 for a row without
-  // negatives.
-  double loss(A same, A different) const {
+  // negatives. L- for a row without a positive.
+  double loss(std::int64_t i, A same, A different) const {
+    if (elsewhere(i)) return different;
     if (args_.exclude_positive && different == minus_infinity) return 0;
     const double u = double(different) - same;
     return args_.exclude_positive || u > 40 ? u : std::log1p(std::exp(u));
   }
 
-  double slope(A same, A different) const {
+  double slope(std::int64_t i, A same, A different) const {
+    if (elsewhere(i)) return 1;
     if (args_.exclude_positive) return different == minus_infinity ? 0 : 1;
     return 1 / (1 + std::exp(double(same) - different));
   }
 
-  Labels labels() const { return {args_.y, nullptr, nullptr, args_.ignore}; }
+  Labels labels() const { return {args_.y, nullptr, nullptr, args_.ignore, args_.first_class}; }
   PolicyLogitArgs logit() const { return {{args_.factor, 0, args_.factor, 0, args_.scale, {}}}; }
 
   const ProxyArgs& args_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca", "magnet",
 )  # fmt: skip
-OPTIONS = ("sums", "keep", "policy", "policy_params")
+OPTIONS = ("sums", "keep", "policy", "policy_params", "first_class")
 METRICS = tuple(METRIC_CODES)
 
 
@@ -79,14 +80,16 @@ def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), spec.sums)
+    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), _first(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
     targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
     if needs[2]:  # the kernel writes one value a row; the gradient of a scalar scale is their sum
         targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().mlse_bwd(*targets, *grads, *lse, _kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec))
+    _ops().mlse_bwd(
+        *targets, *grads, *lse, _kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), _first(spec)
+    )
     if needs[2]:
         targets[2] = scale_grad(targets[2], bank)
     return wanted(targets, needs)
@@ -114,18 +117,18 @@ def masked_argmax_fwd(inputs, spec) -> tuple[Tensor, ...]:
 
 
 def _pair_numbers(spec) -> tuple:
-    return METRIC_CODES[spec.metric], spec.normalize, spec.eps, spec.ignore_index
+    return METRIC_CODES[spec.metric], spec.normalize, spec.eps, spec.ignore_index, _first(spec)
 
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
+    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec), _first(spec))
 
 
 def proxy_nca_bwd(grad, lse, needs, inputs, spec) -> list[Tensor | None]:
     targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
     if needs[2]:
         targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().proxy_nca_bwd(*targets, grad, *lse, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec))
+    _ops().proxy_nca_bwd(*targets, grad, *lse, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec), _first(spec))
     if needs[2]:
         targets[2] = scale_grad(targets[2], inputs)
     return wanted(targets, needs)
@@ -154,6 +157,11 @@ def _kind(spec: Spec) -> Tensor:
 def _plain(bank: Bank) -> Bank:
     """The bank with contiguous label vectors."""
     return Bank(*labelled(*bank[:5]), *bank[5:])
+
+
+def _first(spec: Any) -> int:
+    """The label of the bank's first entry where labels are no argument."""
+    return max(spec.first_class, 0)
 
 
 def _policy(spec: Spec) -> tuple:

@@ -42,6 +42,7 @@ def masked_logsumexp(inputs: Bank, spec: Spec) -> tuple[Tensor, ...]:
         x, w, y, c, metric=spec.metric, normalized=spec.normalize, same=spec.logit[:2], different=spec.logit[2:],
         scale=torch.ones((), dtype=x.dtype) if scale is None else scale, col_bias=col_bias, exclude=exclude,
         ignore_index=spec.ignore_index, eps=spec.eps, policy=spec.policy, policy_params=spec.policy_params,
+        first_class=max(spec.first_class, 0),
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def masked_hinge_sum(inputs: Hinged, spec: HingeSpec) -> tuple[Tensor, ...]:
     return reference.masked_hinge_sum(
         x, w, y, c, metric=spec.metric, normalized=spec.normalize, same=spec.hinge[:2], different=spec.hinge[2:],
         t_same=t_same, t_different=t_different, relative=spec.relative, exclude=exclude,
-        ignore_index=spec.ignore_index, eps=spec.eps,
+        ignore_index=spec.ignore_index, eps=spec.eps, first_class=max(spec.first_class, 0),
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def masked_argmax(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
     return reference.masked_argmax(
         x, w, y, c, metric=spec.metric, normalized=spec.normalize, largest=spec.largest, low=low, high=high,
         seed=spec.seed if spec.noise else None, cutoffs=spec.cutoffs, exclude=exclude, ignore_index=spec.ignore_index,
-        eps=spec.eps,
+        eps=spec.eps, first_class=max(spec.first_class, 0),
     )  # fmt: skip
 
 

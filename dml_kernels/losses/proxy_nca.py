@@ -23,7 +23,16 @@ from .. import distances
 from ..backends.composed import proxy_nca as composed
 from ..ops import choice
 from ..ops.checks import check_choice, check_flag, check_integer, check_number, check_tensor, check_values_there
-from ..ops.contract import apart, check_eps, check_matrix, check_pair, check_vector, product_dtype, split_metric
+from ..ops.contract import (
+    apart,
+    check_eps,
+    check_first_class,
+    check_matrix,
+    check_pair,
+    check_vector,
+    product_dtype,
+    split_metric,
+)
 from ..ops.masked_logsumexp import logsumexp_of
 from ..ops.normalize import normalize as unit_rows
 from ..ops.proxy_nca import differentiable
@@ -81,6 +90,18 @@ def _check_options(label_smoothing: float, exclude_positive: bool, reduction: st
     return label_smoothing, exclude_positive
 
 
+def _check_part(first_class: int, proxies: Tensor, label_to_proxy: Tensor | None, class_weight: Tensor | None) -> int:
+    """The class of the first proxy."""
+    if label_to_proxy is not None:
+        raise ValueError("first_class numbers the proxies' classes, and label_to_proxy names them: give one of the two")
+    if class_weight is not None:
+        raise ValueError(
+            "class_weight has a weight for each proxy, and first_class means that labels name others, too. "
+            "Use class_weight=None, reduction='none', and weigh the rows"
+        )
+    return check_first_class(first_class, None, proxies.size(0))
+
+
 def proxy_nca_loss(
     embeddings: Tensor,
     proxies: Tensor,
@@ -92,6 +113,7 @@ def proxy_nca_loss(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_to_proxy: Tensor | None = None,
+    first_class: int | None = None,
     metric: str = "sqeuclidean",
     normalize: bool = True,
     reduction: str = "mean",
@@ -111,6 +133,10 @@ def proxy_nca_loss(
         class_weight: (number of classes,), a weight for each label; the mean is then weighted.
         ignore_index: rows with this label contribute 0 and are not counted in the mean.
         label_to_proxy: (number of classes,) int64, the proxy of each label; several may share one.
+        first_class: the proxies are those of the classes from this number on, a part of all; labels are any integers.
+            The loss of a row of another class leaves z_iy out: it is log sum_j exp(z_ij), with smoothing less epsilon
+            times the mean of z. Takes neither ``label_to_proxy`` nor ``class_weight``. None: there are no others. For
+            the loss over all parts, combine those of :func:`functional.masked_logsumexp` by logaddexp.
         metric, normalize: other scores, as in :func:`functional.masked_logsumexp`; the default is the fused op.
         reduction: ``mean`` over counted rows, ``sum``, or ``none`` for (N,).
         eps: guards the division by the norm.
@@ -129,6 +155,7 @@ def proxy_nca_loss(
     labels = check_labels(labels, embeddings)
     if label_to_proxy is not None:
         _check_map(label_to_proxy, proxies.size(0))
+    first = -1 if first_class is None else _check_part(first_class, proxies, label_to_proxy, class_weight)
     check_class_weight(class_weight, proxies.size(0) if label_to_proxy is None else label_to_proxy.numel())
     y, ignored = _map_labels(labels, label_to_proxy, ignore_index)
     weight = None if class_weight is None else row_weight(class_weight, labels, embeddings)
@@ -138,21 +165,24 @@ def proxy_nca_loss(
     base, unit = split_metric(metric, normalize)
     fused = (base, unit) == ("sqeuclidean", True)
     dtype, size = product_dtype(embeddings, proxies), (embeddings.size(0), *proxies.shape)
-    chosen = choice.choose("proxy_nca", embeddings.device, dtype, backend, size)
+    asked = {} if first_class is None else {"first_class": first}
+    chosen = choice.choose("proxy_nca", embeddings.device, dtype, backend, size, **asked)
     if chosen == choice.REFERENCE:
         return proxy_nca_reference(
             embeddings, proxies, labels, softmax_scale=softmax_scale, exclude_positive=exclude_positive,
             label_smoothing=label_smoothing, class_weight=class_weight, ignore_index=ignore_index,
-            label_to_proxy=label_to_proxy, metric=metric, normalize=normalize, reduction=reduction, eps=eps,
+            label_to_proxy=label_to_proxy, first_class=first_class, metric=metric, normalize=normalize,
+            reduction=reduction, eps=eps,
         )  # fmt: skip
     if not fused:
         comparison = Spec(
             metric=base, normalize=unit, logit=[factor, 0.0, factor, 0.0], eps=eps, ignore_index=ignored, dtype=dtype,
-            backend=chosen, sums=label_smoothing > 0,
+            backend=chosen, sums=label_smoothing > 0, first_class=first,
         )  # fmt: skip
         out = logsumexp_of(Bank(embeddings, proxies, y, scale=scale), comparison)
         counted = y != ignored
-        rows = composed.rows_of(out, counted, exclude_positive, label_smoothing, proxies.size(0))
+        elsewhere = composed.elsewhere_of(y, proxies.size(0), first)
+        rows = composed.rows_of(out, counted, exclude_positive, label_smoothing, proxies.size(0), elsewhere)
         if weight is None:
             return reduce_rows(rows, counted, reduction)
         mass = torch.where(counted, weight.to(rows.dtype), 0)
@@ -160,6 +190,7 @@ def proxy_nca_loss(
     spec = ProxySpec(
         factor=factor, exclude_positive=exclude_positive, label_smoothing=label_smoothing, eps=eps,
         ignore_index=ignored, reduction=reduction, dtype=dtype, backend=chosen,
+        first_class=first,
     )  # fmt: skip
     # The batch may be its own proxies, and Dynamo needs each argument to be a separate tensor.
     return differentiable(Proxied(embeddings, apart(proxies, embeddings), y, scale, weight), spec)
@@ -176,6 +207,7 @@ def proxy_nca_reference(
     class_weight: Tensor | None = None,
     ignore_index: int = -100,
     label_to_proxy: Tensor | None = None,
+    first_class: int | None = None,
     metric: str = "sqeuclidean",
     normalize: bool = True,
     reduction: str = "mean",
@@ -191,15 +223,18 @@ def proxy_nca_reference(
         if label == ignore_index:
             rows.append(embeddings[i].sum() * 0)
             continue
-        y = label if label_to_proxy is None else int(label_to_proxy[label])
+        y = label - (first_class or 0) if label_to_proxy is None else int(label_to_proxy[label])
         scale = softmax_scale[i] if isinstance(softmax_scale, Tensor) and softmax_scale.dim() else softmax_scale
         squared = (x[i] - p).square().sum(1)
         if metric in ("cosine", "dot"):
             z = scale * (p @ x[i])
         else:
             z = -scale * (squared if metric == "sqeuclidean" else squared.sqrt())
-        others = torch.cat([z[:y], z[y + 1 :]])
-        if others.numel() == 0:
+        elsewhere = first_class is not None and not 0 <= y < len(p)
+        others = z if elsewhere else torch.cat([z[:y], z[y + 1 :]])
+        if elsewhere:
+            row = torch.logsumexp(z, 0) - label_smoothing * z.mean()
+        elif others.numel() == 0:
             row = z.sum() * 0
         elif exclude_positive:
             row = -z[y] + torch.logsumexp(others, 0)

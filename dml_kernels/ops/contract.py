@@ -122,10 +122,12 @@ def check_members(x: Tensor, m: int, y: Tensor, c: Tensor | None, exclude: Tenso
 def check_comparison(
     x: Tensor, w: Tensor | None, y: Tensor | None, c: Tensor | None, exclude: Tensor | None, own: bool, metric: str,
     normalize: bool, eps: float, ignore_index: int, *, columns: int | None = None, plain_dot: bool = False,
+    first_class: int | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
     """Checks the arguments that every comparison of rows with a bank takes; returns y, and the fields of all specs.
 
-    ``columns`` (default: the rows of w) is the length of c. :func:`split_metric` explains ``plain_dot``.
+    ``columns`` (default: the rows of w) is the length of c. :func:`split_metric` explains ``plain_dot``. The field
+    ``first_class`` is returned where it is given.
     """
     check_pair(x, w)
     bank = x if w is None else w
@@ -136,12 +138,28 @@ def check_comparison(
     own = check_flag("own", own)
     if own and w is not None:
         raise ValueError("own=True keeps each row's own copy in the batch as its own bank: it needs w=None")
-    check_members(x, bank.size(0) if columns is None else columns, y, c, exclude)
+    m = bank.size(0) if columns is None else columns
+    check_members(x, m, y, c, exclude)
     base, unit = split_metric(metric, normalize, plain_dot=plain_dot)
+    first = {} if first_class is None else {"first_class": check_first_class(first_class, y if w is None else c, m)}
     return y, {
+        **first,
         "metric": base, "normalize": unit, "eps": check_eps(eps), "own": own,
         "ignore_index": check_integer("ignore_index", ignore_index), "dtype": product_dtype(x, bank),
     }  # fmt: skip
+
+
+def check_first_class(first_class: int, c: Tensor | None, m: int) -> int:
+    """The label of the first of m columns, which have no labels c; every label is a number of 64 bits."""
+    if c is not None:
+        raise ValueError(
+            "first_class says which classes the bank holds where each entry is a class of its own; c, or y where w is "
+            "None, says it already. Use first_class=None"
+        )
+    first_class = check_integer("first_class", first_class, 0)
+    if first_class > torch.iinfo(torch.int64).max - m:
+        raise ValueError(f"first_class must be at most 2^63 - 1 - {m}, so that {m} classes follow; got {first_class}")
+    return first_class
 
 
 def with_labels(
@@ -266,14 +284,16 @@ def _require_numbers(values: Tensor | None, minus_infinity: bool, message: str) 
         _refuse(message, values, bad)
 
 
-def check_values(bank: Bank, ignore_index: int, centres: int = 1) -> None:
+def check_values(bank: Bank, ignore_index: int, centres: int = 1, first_class: int = -1) -> None:
     """Checks that labels and indices are in range and scales are finite. It runs inside the op, so that compiled
-    graphs are checked too.
+    graphs are checked too. With ``first_class`` from 0 on the bank holds a part of the classes, and any label is valid.
     """
+    if first_class >= 0:
+        check_first_class(first_class, bank.c, bank.w.size(0) // centres)
     if not _checked(bank.x):
         return
     m = bank.w.size(0) // centres
-    if bank.c is None:
+    if bank.c is None and first_class < 0:
         named = "a row of the bank" if centres == 1 else f"a class of {centres} centres"
         wanted = f"labels must be in [0, {m}) or ignore_index ({ignore_index}): each names {named}"
         _require_within(bank.y, 0, m, ignore_index, wanted)

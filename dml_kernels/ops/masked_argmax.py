@@ -17,7 +17,7 @@ from .signatures import ArgmaxSpec, Bank, Search
 
 def _fwd(inputs: Search, spec: ArgmaxSpec) -> tuple[Tensor, ...]:
     inputs = own_bank.spelled_out(inputs, spec.own)
-    check_values(Bank(*inputs[:5]), spec.ignore_index)
+    check_values(Bank(*inputs[:5]), spec.ignore_index, first_class=spec.first_class)
     with without_autocast(inputs.x.device.type):
         return tuple(choice.BACKENDS[spec.backend].masked_argmax_fwd(inputs, spec))
 
@@ -64,6 +64,7 @@ def masked_argmax(
     exclude: Tensor | None = None,
     own: bool = False,
     ignore_index: int = -100,
+    first_class: int | None = None,
     eps: float = 1e-12,
     backend: str | None = None,
 ) -> MaskedArgmax:
@@ -81,6 +82,8 @@ def masked_argmax(
 
     Args:
         x, w, y, c, metric, normalize, exclude, own, ignore_index, eps, backend: as in masked_hinge_sum.
+        first_class: the bank holds a part of all classes, as :func:`masked_logsumexp` has it: a row of a class that is
+            elsewhere has no candidate of its own label, and all columns are of other labels.
         which: ``same``, ``different`` or ``both``.
         largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
         bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN
@@ -100,7 +103,9 @@ def masked_argmax(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True)
+    y, numbers = check_comparison(
+        x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True, first_class=first_class
+    )
     check_choice("which", which, ("same", "different", "both"))
     if bounds is not None and (not isinstance(bounds, Sequence) or len(bounds) != 2):
         raise TypeError(f"bounds must be a pair (low, high); got {shown(bounds)}")

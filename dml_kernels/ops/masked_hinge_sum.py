@@ -58,7 +58,7 @@ def _slopes(grads: TensorTuple, counts: TensorTuple, lines: Lines, relative: boo
 
 def _fwd(inputs: Hinged, spec: HingeSpec) -> TensorTuple:
     inputs = own_bank.spelled_out(inputs, spec.own)
-    check_values(Bank(*inputs[:5]), spec.ignore_index)
+    check_values(Bank(*inputs[:5]), spec.ignore_index, first_class=spec.first_class)
     check_thresholds(inputs.t_same, inputs.t_different)
     with without_autocast(inputs.x.device.type):
         if spec.relative:
@@ -207,6 +207,7 @@ def masked_hinge_sum(
     exclude: Tensor | None = None,
     own: bool = False,
     ignore_index: int = -100,
+    first_class: int | None = None,
     eps: float = 1e-12,
     backend: str | None = None,
 ) -> MaskedHingeSum:
@@ -236,6 +237,9 @@ def masked_hinge_sum(
         exclude: (N,) int64 bank index left out of both of the row's sets, -1 for none.
         own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
         ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
+        first_class: the bank holds a part of all classes, as :func:`masked_logsumexp` has it: a row of a class that is
+            elsewhere has an empty ``same``, and sums over parts are those of the whole. Not with ``relative``, because
+            the score that is subtracted is then elsewhere, too.
         eps: guards the division by the norm.
         backend: overrides the choice of backend for this call.
 
@@ -247,12 +251,19 @@ def masked_hinge_sum(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True)
+    y, numbers = check_comparison(
+        x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True, first_class=first_class
+    )
     if same is None and different is None:
         raise ValueError("neither set is asked for: give same=(k, o), different=(k, o) or both")
     relative = check_flag("relative", relative)
     if relative and (w is None or c is not None):
         raise ValueError("relative=True compares with the row's own bank entry: it needs c=None, and w")
+    if relative and first_class is not None:
+        raise ValueError(
+            "relative=True compares with the row's own bank entry, which a part of the classes need not hold: it needs "
+            "first_class=None"
+        )
     t_same, t_different = _thresholds(threshold)
     t_same, t_different = (None if s is None else t for s, t in ((same, t_same), (different, t_different)))
     for t in (t_same, t_different):

@@ -42,7 +42,7 @@ TensorTuple = tuple[Tensor, ...]
 
 def _fwd(bank: Bank, spec: Spec) -> TensorTuple:
     bank = own_bank.spelled_out(bank, spec.own)
-    check_values(bank, spec.ignore_index, spec.centres)
+    check_values(bank, spec.ignore_index, spec.centres, spec.first_class)
     with without_autocast(bank.x.device.type):
         out = choice.BACKENDS[spec.backend].masked_logsumexp_fwd(bank, spec)
     return tuple(out) if len(out) == 5 else (*out, out[0].new_empty(0, 0))
@@ -173,6 +173,7 @@ def masked_logsumexp(
     exclude: Tensor | None = None,
     own: bool = False,
     ignore_index: int = -100,
+    first_class: int | None = None,
     eps: float = 1e-12,
     sums: bool = False,
     policy: str = "linear",
@@ -224,6 +225,11 @@ def masked_logsumexp(
         exclude: (N,) int64 bank index left out of both of the row's sets, -1 for none.
         own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
         ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
+        first_class: the bank holds a part of all classes: column j is class first_class + j, in place of j in c_j
+            above. A row of a class that is elsewhere has no positive here, so that ``same`` is -inf, and is compared
+            with all columns; labels are then any integers. ``ignore_index`` comes first: it is ignored in that range,
+            too. ``exclude`` stays a bank index. ``c`` must be None. The log-sum-exp of the whole is logaddexp of the
+            parts'; ``logspace.logaddexp`` has a gradient also where both are -inf. None: the bank holds all classes.
         eps: guards the division by the norm.
         sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
             are both that positive's logit; ``sum_same + sum_different`` serves label smoothing.
@@ -240,7 +246,9 @@ def masked_logsumexp(
     """
     check_pair(x, w)
     policy, params, m = check_policy(policy, policy_params, x, w)
-    y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, columns=m)
+    y, numbers = check_comparison(
+        x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, columns=m, first_class=first_class
+    )
     check_vector("col_bias", col_bias, m, x, integer=False)
     logit = [*check_line("same", same), *check_line("different", different)]
     scale_tensor = None

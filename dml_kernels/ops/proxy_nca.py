@@ -21,7 +21,7 @@ DIFFERENTIABLE = (0, 1, 3)
 
 
 def _fwd(inputs: Proxied, spec: ProxySpec) -> tuple[Tensor, ...]:
-    check_values(composed.bank_of(inputs), spec.ignore_index)
+    check_values(composed.bank_of(inputs), spec.ignore_index, first_class=spec.first_class)
     with without_autocast(inputs.x.device.type):
         backend = choice.BACKENDS[spec.backend]
         if backend.fuses("proxy_nca", inputs):

@@ -6,7 +6,9 @@ one finds its place by its name.
 
 Backends know the metrics ``dot``, ``sqeuclidean`` and ``euclidean``, and ``normalize`` for unit vectors. In all of
 them x is (N, D), w (M, D), y (N,) and c (M,) int64 labels, and exclude (N,) int64 the bank index that is left out for
-the row, -1 for none; where c is None, each bank entry's label is its own index.
+the row, -1 for none; where c is None, each bank entry's label is its own index. ``first_class`` is -1 where the bank
+holds all classes; from 0 on it is the label of the bank's first entry (c is then None), and a row whose label the bank
+does not hold has no positive in it.
 
 Where w is None the batch is its own bank: c is None, too, and means y, and the row's own copy is left out unless
 ``own``. A backend sees that spelled out (ops/own_bank.py): w is x, c is y, and exclude is (N, 2) where the row's own
@@ -105,6 +107,7 @@ class Spec(NamedTuple):
     policy: str = "linear"
     policy_params: list[float] = []  # noqa: RUF012 (never changed)
     own: bool = False
+    first_class: int = -1
 
     @property
     def centres(self) -> int:
@@ -136,6 +139,7 @@ class HingeSpec(NamedTuple):
     dtype: torch.dtype
     backend: str = ""
     own: bool = False
+    first_class: int = -1
 
 
 class Lines(NamedTuple):
@@ -188,6 +192,7 @@ class ArgmaxSpec(NamedTuple):
     dtype: torch.dtype
     backend: str = ""
     own: bool = False
+    first_class: int = -1
 
     def empty_score(self, which: int) -> float:
         """The score of a set without candidates: worse than any."""
@@ -217,6 +222,7 @@ class ProxySpec(NamedTuple):
     reduction: str
     dtype: torch.dtype
     backend: str = ""
+    first_class: int = -1
 
     @property
     def lse(self) -> Spec:
@@ -224,6 +230,7 @@ class ProxySpec(NamedTuple):
         return Spec(
             metric="sqeuclidean", normalize=True, logit=[self.factor, 0.0, self.factor, 0.0], eps=self.eps,
             ignore_index=self.ignore_index, dtype=self.dtype, sums=self.label_smoothing > 0, backend=self.backend,
+            first_class=self.first_class,
         )  # fmt: skip
 
 

@@ -35,18 +35,21 @@ def left_out(exclude: Tensor, columns: Tensor) -> Tensor:
     return found
 
 
-def sets_of(y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int, k: slice) -> Sets:
+def sets_of(
+    y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int, k: slice, first_class: int = -1
+) -> Sets:
     """The sets of rows labelled y (N,) among the bank entries ``k``.
 
     Args:
         y: (N,) labels of the rows.
-        c: (M,) labels of the bank; None: each entry's own index.
+        c: (M,) labels of the bank; None: each entry's own index, counted from ``first_class`` on.
         exclude: (N,) bank index that is in no set of the row, -1 for none, or (N, E) several; or None.
         ignore_index: rows and bank entries of this label are in no set.
         k: bank entries, with a start and a stop.
+        first_class: the label of the first bank entry where c is None; -1 for 0.
     """
     columns = torch.arange(k.start, k.stop, device=y.device)
-    labels = columns if c is None else c[k]
+    labels = c[k] if c is not None else columns if first_class < 0 else columns + first_class
     match, row = y[:, None] == labels, (y != ignore_index)[:, None]
     used = row.expand_as(match)
     if c is not None:

@@ -39,10 +39,11 @@ def circle_logits(s, scale, same, different, m) -> tuple[Tensor, Tensor]:
 def masked_logsumexp(
     x, w, y, c=None, *, metric="cosine", normalized=False, scale=1.0, same=(1.0, 0.0), different=(1.0, 0.0),
     col_bias=None, exclude=None, ignore_index=-100, eps=1e-12, policy="linear", policy_params=(),
+    first_class=0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
     s = pool(matrix.scores(x, w, metric, normalized, eps), policy, policy_params)
-    members = sets(y, c, s.size(1), exclude, ignore_index)
+    members = sets(y, c, s.size(1), exclude, ignore_index, first_class)
     t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
     if policy == "quadratic":
         z_same, z_different = circle_logits(s, t, same, different, *policy_params)

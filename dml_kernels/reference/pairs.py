@@ -14,14 +14,14 @@ from .sets import sets
 
 def masked_hinge_sum(
     x, w, y, c=None, *, metric="euclidean", normalized=True, same=(0.0, 0.0), different=(0.0, 0.0),
-    t_same=None, t_different=None, relative=False, exclude=None, ignore_index=-100, eps=1e-12,
+    t_same=None, t_different=None, relative=False, exclude=None, ignore_index=-100, eps=1e-12, first_class=0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(same, different, count_same, count_different); see functional.masked_hinge_sum for the formulas."""
     s = matrix.scores(x, w, metric, normalized, eps)
     if relative:
         s = s - s.gather(1, y.clamp(0, w.size(0) - 1)[:, None])
     sums, counts = [], []
-    both = sets(y, c, w.size(0), exclude, ignore_index)
+    both = sets(y, c, w.size(0), exclude, ignore_index, first_class)
     for (k, o), t, members in zip((same, different), (t_same, t_different), both, strict=True):
         z = k * s + o
         if t is not None:
@@ -40,7 +40,7 @@ def distance_log_weight(distance: Tensor, d: int, cutoff: float, nonzero_loss_cu
 
 def masked_argmax(
     x, w, y, c=None, *, metric="euclidean", normalized=True, largest=(False, True), low=None, high=None, seed=None,
-    cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12,
+    cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12, first_class=0,
 ) -> list[Tensor]:  # fmt: skip
     """index, score, count of same, then of different; see functional.masked_argmax."""
     s = matrix.scores(x, w, metric, normalized, eps)
@@ -54,7 +54,7 @@ def masked_argmax(
         distance = {"sqeuclidean": (-s).clamp_min(0).sqrt(), "euclidean": -s}.get(metric, of_cosine)
         key = key + distance_log_weight(distance.double(), x.size(1), *cutoffs)
     found = []
-    for wants_largest, members in zip(largest, sets(y, c, m, exclude, ignore_index), strict=True):
+    for wants_largest, members in zip(largest, sets(y, c, m, exclude, ignore_index, first_class), strict=True):
         rank = key if seed is not None else s if wants_largest else -s
         rank = torch.where(members & usable, rank, -math.inf)
         best, at = rank.max(1)

@@ -5,6 +5,7 @@ its weight and the mean's divisor, e the label smoothing and Z_i the sum of all 
 
     row = log(1 + exp u) + e (L+ - Z / M)     dL/dL- = h sigmoid(u)   dL/dL+ = h (e - sigmoid(u))   dL/dZ = -h e / M
     positive left out: row = u                dL/dL- = h              dL/dL+ = -h
+    no positive here:  row = L- - e Z / M     dL/dL- = h                                            dL/dZ = -h e / M
 """
 
 from __future__ import annotations
@@ -31,16 +32,29 @@ def _contributes(different: Tensor, counted: Tensor, exclude_positive: bool) -> 
     return counted & (different != -math.inf) if exclude_positive else counted
 
 
+def elsewhere_of(y: Tensor, m: int, first_class: int) -> Tensor | None:
+    """The rows (N,) of classes that are not among the m from ``first_class`` on; None where the bank holds all."""
+    return None if first_class < 0 else (y < first_class) | (y >= first_class + m)
+
+
 def rows_of(
-    lse: Sequence[Tensor | None], counted: Tensor, exclude_positive: bool, label_smoothing: float, columns: int
-) -> Tensor:
-    """The loss of each row (N,) from what masked_logsumexp returns, 0 where not counted; autograd differentiates it."""
+    lse: Sequence[Tensor | None], counted: Tensor, exclude_positive: bool, label_smoothing: float, columns: int,
+    elsewhere: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The loss of each row (N,) from what masked_logsumexp returns, 0 where not counted; autograd differentiates it.
+
+    Rows ``elsewhere`` (N,) have no positive: L+ is left out.
+    """
     same, different, sum_same, sum_different = lse
     assert same is not None
     assert different is not None
+    if elsewhere is not None:
+        same = same.masked_fill(elsewhere, 0)
     contributes = _contributes(different, counted, exclude_positive)
     u = (different - same).masked_fill(~contributes, 0 if exclude_positive else -math.inf)
     rows = u if exclude_positive else logspace.log1pexp(u)
+    if elsewhere is not None:
+        rows = torch.where(elsewhere & counted, u, rows)
     if label_smoothing:
         assert sum_same is not None
         assert sum_different is not None
@@ -62,7 +76,8 @@ def proxy_nca_fwd(inputs: Proxied, spec: ProxySpec, engine: Engine) -> tuple[Ten
     """(the loss, L+ of each row, L- of each row)."""
     lse = engine.lse(bank_of(inputs), spec.lse)
     counted = inputs.y != spec.ignore_index
-    rows = rows_of(lse, counted, spec.exclude_positive, spec.label_smoothing, inputs.w.size(0))
+    elsewhere = elsewhere_of(inputs.y, inputs.w.size(0), spec.first_class)
+    rows = rows_of(lse, counted, spec.exclude_positive, spec.label_smoothing, inputs.w.size(0), elsewhere)
     # By a mask and not by a factor of 0, because the loss of an ignored row may be NaN.
     value = torch.where(counted, rows * _row_factor(inputs, counted, rows, spec.reduction), 0)
     return value if spec.reduction == "none" else value.sum(), lse[0], lse[1]

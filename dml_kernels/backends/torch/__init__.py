@@ -42,7 +42,7 @@ __all__ = [
 
 name = "torch"
 OPS = tuple(ALL)
-OPTIONS = ("sums", "keep", "policy", "policy_params", "exclude")
+OPTIONS = ("sums", "keep", "policy", "policy_params", "exclude", "first_class")
 METRICS = ("dot", "sqeuclidean", "euclidean")
 
 

@@ -53,7 +53,7 @@ def masked_argmax_fwd(inputs: Search, spec: ArgmaxSpec) -> list[Tensor]:
             usable &= s > low
         if high is not None:
             usable &= s < high
-        sets = sets_of(*inputs[2:5], spec.ignore_index, k)
+        sets = sets_of(*inputs[2:5], spec.ignore_index, k, spec.first_class)
         if spec.noise:
             key = draw_keys(s, k, spec, d)
         for i in range(2):

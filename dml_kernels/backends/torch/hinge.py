@@ -39,7 +39,7 @@ def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
     counts = [rows.full.new_zeros(n, dtype=torch.int64) for _ in range(2)]
     for chunk in tiles.chunks(n, *lines.w.shape):
         s = tiles.scores(rows, tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype), spec.metric).s
-        sets = sets_of(*lines[2:5], spec.ignore_index, chunk)
+        sets = sets_of(*lines[2:5], spec.ignore_index, chunk, spec.first_class)
         for i in range(2):
             z, active = _active(s, lines.k[i], lines.offset[i], sets[i])
             sums[i] += z.masked_fill_(~active, 0).sum(1)
@@ -63,7 +63,7 @@ def masked_hinge_sum_bwd(slopes, needs, lines, spec) -> tuple[Tensor | None, Ten
     for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
         b = tiles.Side.of(lines.w[chunk], spec.normalize, spec.eps, spec.dtype)
         scores = tiles.scores(rows, b, spec.metric)
-        ds, _ = _weights(scores.s, sets_of(*lines[2:5], spec.ignore_index, chunk), slopes, lines)
+        ds, _ = _weights(scores.s, sets_of(*lines[2:5], spec.ignore_index, chunk, spec.first_class), slopes, lines)
         part = collect.chunk(b, scores, ds)
         if grad_w is not None:
             grad_w[chunk] = part.to(grad_w.dtype)
@@ -83,7 +83,7 @@ def masked_hinge_sum_dbl(directions, slopes, lines, counts, spec) -> tuple[list[
     d_w = torch.empty_like(lines.w, memory_format=torch.contiguous_format)
     for chunk in tiles.chunks(lines.x.size(0), *lines.w.shape):
         step = tangents.chunk(lines.w[chunk], v_w[chunk] if v_w.numel() else None)
-        sets = sets_of(*lines[2:5], spec.ignore_index, chunk)
+        sets = sets_of(*lines[2:5], spec.ignore_index, chunk, spec.first_class)
         ds, active = _weights(step.s, sets, slopes, lines)
         for i in range(2):
             along[i] += lines.k[i] * torch.where(active[i], step.ds, 0).sum(1)

@@ -39,7 +39,7 @@ def row_scale(bank: Bank, acc: torch.dtype) -> Tensor:
 
 
 def logits(s: Tensor, k: slice, t: Tensor, bank: Bank, spec: Spec) -> ChunkLogits:
-    same, different, _ = sets_of(bank.y, bank.c, bank.exclude, spec.ignore_index, k)
+    same, different, _ = sets_of(bank.y, bank.c, bank.exclude, spec.ignore_index, k, spec.first_class)
     used = same | different
     k_same, o_same, k_diff, o_diff = spec.logit
     factor = k_same if k_same == k_diff else torch.where(same, *s.new_tensor((k_same, k_diff)))
