@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..pairs.dense import circle_logit
 from . import choice, own_bank
 from .checks import check_flag, check_number
 from .contract import (
@@ -273,7 +274,7 @@ def logsumexp_of(bank: Bank, spec: Spec) -> MaskedLogSumExp:
         logit = spec.logit
         if spec.policy == "quadratic":
             (m,) = spec.policy_params
-            logit = [-logit[0], logit[1] + 1 - m, logit[2], logit[3] + m]
+            logit = circle_logit(logit, m)
         keep = torch.is_grad_enabled() and bank.x.requires_grad
         bank = bank._replace(w=apart(bank.w, bank.x), c=apart(bank.c, bank.y))
         out = differentiable(bank, spec._replace(logit=logit, keep=keep))

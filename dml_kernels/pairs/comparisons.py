@@ -236,13 +236,16 @@ class Listed(Compared):
         policy: str = "linear", policy_params: Sequence[float] = (),
     ) -> MaskedLogSumExp:  # fmt: skip
         """Over the listed pairs."""
+        logit = [same[0] * scale, same[1], different[0] * scale, different[1]]
+        if policy == "quadratic":
+            (m,) = policy_params
+            logit = dense.circle_logit(logit, m)
         z = []
-        for i, (pairs, (k, o)) in enumerate(((self.same, same), (self.different, different))):
-            factor: float | Tensor = k * scale
-            if policy == "quadratic":  # Circle loss: a detached weight, and its own optimum
-                (m,), s = policy_params, pairs.s.detach()
-                factor = factor * (torch.relu(s + m) if i else -torch.relu(1 + m - s))
-                o = o + (m if i else 1 - m)
+        for pairs, (k, o) in ((self.same, logit[:2]), (self.different, logit[2:])):
+            factor: float | Tensor = k
+            if policy == "quadratic":
+                s = pairs.s.detach()
+                factor = k * dense.circle_weight(s, torch.full_like(s, pairs is self.same, dtype=torch.bool), m)
             z.append(factor * (pairs.s - o))
         lse = self.same.logsumexp(z[0]), self.different.logsumexp(z[1])
         return MaskedLogSumExp(*lse, *((self.same.total(z[0]), self.different.total(z[1])) if sums else (None, None)))

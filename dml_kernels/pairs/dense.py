@@ -1,6 +1,7 @@
 """Dense, literal sums over positive pairs and over triplets, differentiated by autograd as often as one likes.
 
-Of a given score matrix, so that they serve the tests (scores from reference.scores) and the second derivative.
+Of a given score matrix, so that they serve the tests (scores from reference.scores) and the second derivative. Also the
+terms of positives and of Circle loss, for whatever computes them in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,17 @@ def term(s: Tensor, u: Tensor, v: Tensor | None, kind: str, params: Sequence[flo
         raise ValueError(f"kind {kind!r} needs v")
     k, o = params
     return torch.relu(logaddexp(u, v, empty=0.0) - k * s - o).square() / 2
+
+
+def circle_logit(logit: Sequence[float], m: float) -> list[float]:
+    """(k_same, o_same, k_different, o_different) with the signs and optima of Circle loss; k takes circle_weight."""
+    k_same, o_same, k_different, o_different = logit
+    return [-k_same, o_same + 1 - m, k_different, o_different + m]
+
+
+def circle_weight(s: Tensor, same: Tensor, m: float) -> Tensor:
+    """The weight alpha of the Circle loss: relu(1 + m - s) in the same set, relu(s + m) in the other (same: bool)."""
+    return torch.where(same, 1 + m - s, s + m).clamp_min_(0)
 
 
 def positive_pair_sum(

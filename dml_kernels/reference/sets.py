@@ -9,8 +9,9 @@ from torch import Tensor
 def sets(
     y: Tensor, c: Tensor | None, m: int, exclude: Tensor | None = None, ignore_index: int = -100, first_class: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(N, m) bool each: a row's bank entries of its own label, and of other labels. Without c
-    column j has the label first_class + j.
+    """(N, m) bool each: a row's bank entries of its own label, and of other labels.
+
+    Without c column j has the label first_class + j.
     """
     columns = torch.arange(m, device=y.device)
     match = y[:, None] == (first_class + columns if c is None else c)

@@ -239,8 +239,10 @@ def test_refusals(op):
             call(x, w, y, first_class=0, class_weight=torch.ones(M))
         return
     for first in (0, 3):
-        with pytest.raises(ValueError, match=r"first_class .* c says it already"):
+        with pytest.raises(ValueError, match=r"first_class .* c, or y .* says it already"):
             call(x, w, y, c=torch.arange(M), first_class=first)
+    with pytest.raises(ValueError, match=r"y where w is None, says it already"):
+        call(x, None, y, first_class=0)
     if op == "masked_hinge_sum":
         with pytest.raises(ValueError, match=r"relative=True .* needs first_class=None"):
             call(x, w, y, relative=True, first_class=0)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...ops.signatures import Bank, Spec
+from ...pairs.dense import circle_weight
 from ...pairs.sets import sets_of
 from . import tiles
-from .policies import Pooled, circle_weight
+from .policies import Pooled
 from .tiles import Gradients, Side
 
 

@@ -61,8 +61,3 @@ class Pooled:
             total, mean = ((part * d).sum(2, keepdim=True) for part in (slope, self.p))
             on_each += b * (d * (slope + self.p) - self.p * total - slope * mean) / self.gamma
         return on_each.flatten(1), (b * slope).flatten(1)
-
-
-def circle_weight(s: Tensor, same: Tensor, m: float) -> Tensor:
-    """The weight alpha of the Circle loss: relu(1 + m - s) in the same set, relu(s + m) in the other."""
-    return torch.where(same, 1 + m - s, s + m).clamp_min_(0)
