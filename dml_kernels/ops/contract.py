@@ -78,12 +78,10 @@ def check_matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} has embedding size 0, shape {tuple(t.shape)}; at least 1 is needed")
 
 
-def check_pair(x: Tensor, w: Tensor | None, names: tuple[str, str] = ("x", "w")) -> None:
+def check_pair(x: Tensor, w: Tensor, names: tuple[str, str] = ("x", "w")) -> None:
     """Checks rows and bank: both (., D) and on one device. Their dtypes may differ; see ``product_dtype``."""
     nx, nw = names
     check_matrix(nx, x)
-    if w is None:  # the batch is its own bank
-        return
     check_matrix(nw, w)
     if x.size(1) != w.size(1):
         raise ValueError(
@@ -119,6 +117,21 @@ def check_members(x: Tensor, m: int, y: Tensor, c: Tensor | None, exclude: Tenso
     check_vector("exclude", exclude, x.size(0), x, integer=True)
 
 
+def check_bank(x: Tensor, w: Tensor | None) -> Tensor:
+    """Checks rows and bank; returns the bank, which is x where w is None."""
+    if w is None:
+        check_matrix("x", x)
+        return x
+    check_pair(x, w)
+    return w
+
+
+def check_no_bank_labels(c: Tensor | None) -> None:
+    """The batch as its own bank has the labels y already."""
+    if c is not None:
+        raise ValueError("c holds the labels of w; where w is None the bank is the batch, labelled y. Give w, or no c")
+
+
 def check_comparison(
     x: Tensor, w: Tensor | None, y: Tensor | None, c: Tensor | None, exclude: Tensor | None, own: bool, metric: str,
     normalize: bool, eps: float, ignore_index: int, *, columns: int | None = None, plain_dot: bool = False,
@@ -129,12 +142,11 @@ def check_comparison(
     ``columns`` (default: the rows of w) is the length of c. :func:`split_metric` explains ``plain_dot``. The field
     ``first_class`` is returned where it is given.
     """
-    check_pair(x, w)
-    bank = x if w is None else w
+    bank = check_bank(x, w)
     if y is None:
         raise TypeError("y is missing: the (N,) int64 labels of the rows, which say what is compared with what")
-    if w is None and c is not None:
-        raise ValueError("c holds the labels of w; where w is None the bank is the batch, labelled y. Give w, or no c")
+    if w is None:
+        check_no_bank_labels(c)
     own = check_flag("own", own)
     if own and w is not None:
         raise ValueError("own=True keeps each row's own copy in the batch as its own bank: it needs w=None")

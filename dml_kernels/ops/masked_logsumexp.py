@@ -22,9 +22,9 @@ from .checks import check_flag, check_number
 from .contract import (
     accumulate_dtype,
     apart,
+    check_bank,
     check_comparison,
     check_line,
-    check_pair,
     check_policy,
     check_values,
     check_vector,
@@ -245,7 +245,7 @@ def masked_logsumexp(
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
         RuntimeError: no backend, or not the one asked for, runs this combination.
     """
-    check_pair(x, w)
+    check_bank(x, w)
     policy, params, m = check_policy(policy, policy_params, x, w)
     y, numbers = check_comparison(
         x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, columns=m, first_class=first_class

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .contract import check_no_bank_labels
+
 
 def spelled_out(inputs: Any, own: bool) -> Any:
     """An op's tensors as a backend takes them: where w is None it is x, c is y, and the row's own copy is excluded.
@@ -20,6 +22,7 @@ def spelled_out(inputs: Any, own: bool) -> Any:
     """
     if inputs.w is not None:
         return inputs
+    check_no_bank_labels(inputs.c)
     exclude, n = inputs.exclude, inputs.x.size(0)
     if not own:
         row = torch.arange(n, device=inputs.x.device)

@@ -13,6 +13,8 @@ from dml_kernels import functional as F
 from dml_kernels import losses, miners, regularizers
 from dml_kernels.losses import family
 from dml_kernels.ops import choice
+from dml_kernels.ops import masked_logsumexp as ops
+from dml_kernels.ops.signatures import Spec
 from tests.support.backends import MARKS, on_backends
 from tests.support.problems import leaf, randn
 from tests.support.tolerance import assert_same_bits
@@ -228,6 +230,16 @@ def test_compiled_whole_equals_eager(compiler, fresh_dynamo):
 def test_what_cannot_be_meant_is_refused(call, error, words):
     with pytest.raises(error, match=words):
         F.masked_logsumexp(**{"x": randn(N, D, seed=5).float(), "y": Y, **call})
+
+
+@on_backends
+def test_the_registered_op_refuses_labels_of_a_bank_that_is_not_there(backend):
+    spec = Spec(
+        metric="dot", normalize=True, logit=[1.0, 0.0, 1.0, 0.0], eps=1e-12, ignore_index=-100, dtype=torch.float32,
+        backend=backend,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="c holds the labels of w"):
+        ops.fwd(randn(N, D, seed=5).float(), None, Y, Y, None, None, None, *spec)
 
 
 def test_relative_needs_a_bank():
