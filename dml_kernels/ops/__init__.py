@@ -1,1 +1,1 @@
-"""The op contract, the autograd Functions over registered ops, and the choice of backend. Import the submodules."""
+"""The checks of arguments, the registered ops with their autograd Functions, and the choice of backend."""

@@ -177,7 +177,7 @@ def check_first_class(first_class: int, c: Tensor | None, m: int) -> int:
 def with_labels(
     x: Tensor, w: Tensor | None, y: Tensor, c: Tensor | None, exclude: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Labels of rows and bank, and what marks the ignored ones; without ``c`` that is no bank entry's own index."""
+    """The labels of rows and bank, and the label to ignore, which without ``c`` is not the index of a bank entry."""
     if w is None or c is not None:
         return y, apart(c, y), ignore_index
     if values_can_be_read(y):
@@ -189,7 +189,7 @@ _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 
 
 def apart(t: _Tensor, other: Tensor | None) -> _Tensor:
-    """t, as a tensor of its own where it is the other (the batch as its own bank): Dynamo wants that."""
+    """t, but a new tensor where it is ``other`` (the batch as its own bank), because Dynamo requires that."""
     return t.view_as(t) if t is not None and t is other else t
 
 

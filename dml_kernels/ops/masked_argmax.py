@@ -1,4 +1,4 @@
-"""masked_argmax: the hardest, or a drawn, bank entry of a row's own label and of other labels; no gradient."""
+"""masked_argmax: the hardest or a randomly drawn bank entry of each row's label and of other labels; no gradient."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ fwd = register("masked_argmax_fwd", Search, ArgmaxSpec, 6, _fwd, _fwd_fake)
 
 
 class Choice(NamedTuple):
-    """One set's choices, (N,) each: the bank index or -1, its score, and the number of candidates."""
+    """The choices from one set, (N,) each: the bank index or -1, its score, and the number of candidates."""
 
     index: Tensor  # type: ignore[assignment]  # the field's names, before a tuple's methods
     score: Tensor
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
 
 
 class MaskedArgmax(NamedTuple):
-    """What masked_argmax returns; None for a set that was not asked for."""
+    """The result of masked_argmax, with None for a set that ``which`` does not name."""
 
     same: Choice | None
     different: Choice | None
@@ -68,40 +68,42 @@ def masked_argmax(
     eps: float = 1e-12,
     backend: str | None = None,
 ) -> MaskedArgmax:
-    """Each row's hardest, or a sampled, bank entry of its own label and of other labels, in one pass; mining.
+    """For mining: each row's hardest or a drawn bank entry of its label, and of other labels, in one pass.
 
-    With the score s_ij as in masked_hinge_sum (larger is closer), a set's choice is the candidate of largest score, or
-    of smallest: by default the hardest positive (farthest) and the hardest negative (nearest). ``bounds`` keeps the
-    candidates with low_i < s_ij < high_i: semi-hard negatives (Schroff et al. 2015) are the nearest below the
-    positive's score, ``bounds=(None, s_ap)``.
+    With the score s_ij as in masked_hinge_sum (larger is closer), the choice from a set is the candidate with the
+    largest or the smallest score: by default the hardest positive (farthest) and the hardest negative (nearest).
+    ``bounds`` keeps the candidates with low_i < s_ij < high_i: semi-hard negatives (Schroff et al. 2015) are the
+    nearest ones below the positive's score, ``bounds=(None, s_ap)``.
 
-    With ``noise_seed`` the choice is a draw, the distance-weighted sampling of Wu et al. 2017 on unit vectors: in
-    proportion to w = 1/q(d) with d = max(distance, ``cutoff``), and nothing from ``nonzero_loss_cutoff`` on. It is the
-    argmax of log w plus Gumbel noise, which a counter-based generator makes of (seed, row, column), so that a seed
-    gives one result on any tiling and number of threads.
+    With ``noise_seed`` the choice is random: the distance-weighted sampling of Wu et al. 2017 on unit vectors, with
+    probability proportional to w = 1/q(d), where d = max(distance, ``cutoff``), and 0 from ``nonzero_loss_cutoff`` on.
+    It is the argmax of log w plus Gumbel noise, which a counter-based generator makes from (seed, row, column), so that
+    a seed gives the same result for any tiling and number of threads.
 
     Args:
         x, w, y, c, metric, normalize, exclude, own, ignore_index, eps, backend: as in masked_hinge_sum.
-        first_class: the bank holds a part of all classes, as :func:`masked_logsumexp` has it: a row of a class that is
-            elsewhere has no candidate of its own label, and all columns are of other labels.
+        first_class: as in :func:`masked_logsumexp`. A row whose class is not in the bank has no candidate of its label,
+            and all columns are of other labels.
         which: ``same``, ``different`` or ``both``.
-        largest_same, largest_different: choose the largest score of the set, else the smallest. Not used by a draw.
-        bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every set asked for. NaN
-            leaves the row no candidate.
-        noise_seed: an integer from 0: draw, by distances of unit vectors; None: choose by score.
-        cutoff, nonzero_loss_cutoff: the least distance that a draw weighs by, and the least that it never takes.
+        largest_same, largest_different: choose the largest score of the set, else the smallest. Draws do not use them.
+        bounds: (low, high), each an (N,) tensor or None: an open interval of scores, for every chosen set. A row whose
+            bound is NaN has no candidate.
+        noise_seed: an integer of at least 0 to draw by distances of unit vectors; None to choose by score.
+        cutoff: the smallest distance that a draw uses for its weights.
+        nonzero_loss_cutoff: the distance from which on nothing is drawn.
 
     Returns:
-        MaskedArgmax of a Choice for each set: index (N,) int64 into the bank, of equal candidates the lowest, -1 where
-        there is none; score (N,) in fp32 (fp64 where either is), detached, -inf where there is none (+inf where the
-        smallest is chosen); count (N,) int64 of the candidates. NaN scores are no candidates, nor is -inf where the
-        largest is chosen, nor +inf where the smallest is. Equal means equal scores: a matrix product may add in another
-        order at the edge of a block, so that copies of one bank row can differ in the last bit of their scores. Which
-        copy is taken then depends on the shapes and the backend; it is the same at every call.
+        MaskedArgmax with a Choice for each set: index (N,) int64 into the bank, the lowest of equal candidates, -1
+        where there is none; score (N,) in fp32 (fp64 where either input is fp64), detached, -inf where there is no
+        candidate (+inf where the smallest is chosen); count (N,) int64 of the candidates. A NaN score is not a
+        candidate, nor is -inf where the largest is chosen, nor +inf where the smallest is chosen. Candidates are equal
+        if their scores are: a matrix product may add in another order at the edge of a block, so the scores of copies
+        of one bank row can differ in the last bit. Then the choice among these copies depends on the shapes and the
+        backend, but it is the same in every call.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
-        RuntimeError: no backend, or not the one asked for, runs this combination.
+        RuntimeError: no backend, or not the requested one, runs this combination.
     """
     y, numbers = check_comparison(
         x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True, first_class=first_class

@@ -1,9 +1,9 @@
 """masked_hinge_sum: each row's sum of relu(k s + o + t) over the bank entries of its label, and of all other labels.
 
-As in masked_logsumexp three registered ops and two autograd Functions. The indicator of a positive term is constant, so
-the first derivative weighs scores by g k where a term is positive, and the second derivative is that of the scores
-alone. What is relative to the row's own positive is settled here, for every backend alike: the positive's score moves
-into the row's offset, and its gradient, minus k g times the count of positive terms, into its own place of the tile.
+As for masked_logsumexp, there are three registered ops and two autograd Functions. The indicator of a positive term is
+constant, so the gradient on a score is g k where the term is positive, and the second derivative is that of the scores
+alone. ``relative`` is handled here for all backends: the score of the row's positive becomes part of the row's offset,
+and its gradient, minus k g times the count of positive terms, is put at the positive's place in the tile.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _lines(inputs: Hinged, spec: HingeSpec, positive: Tensor) -> Lines:
         return base if t is None else base + t.to(acc)
 
     same, different = offset(o_same, inputs.t_same), offset(o_different, inputs.t_different)
-    if spec.relative:  # k (s_iy - s_iy) is 0, whatever the rounding
+    if spec.relative:  # k (s_iy - s_iy) is exactly 0
         k_same, different = 0.0, different - k_different * positive
     return Lines(*inputs[:5], (k_same, k_different), (same, different))
 
@@ -107,7 +107,7 @@ def _dbl(v_x, v_w, v_t1, v_t2, g1, g2, n1, n2, positive, inputs: Hinged, spec: H
         lines = _lines(own_bank.spelled_out(inputs, spec.own), spec, positive)
         slopes = _slopes(grads, counts, lines, spec.relative)
         directions = own_bank.directions_of_both((v_x, v_w), inputs)
-        # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
+        # All backends share this implementation, a chunk loop in plain PyTorch with bounded memory.
         along, d_x, d_w = choice.BACKENDS["torch"].masked_hinge_sum_dbl(directions, slopes, lines, counts, spec)
     d_grads = []
     for grad, count, d, v in zip(grads, counts, along, (v_t1, v_t2), strict=True):
@@ -166,7 +166,7 @@ class _Forward(torch.autograd.Function):
         n1, n2, positive, *tensors = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         before = (g_same, g_different, n1, n2, positive, needs)
-        # The Function costs as much as a small kernel: only where somebody may differentiate again.
+        # The Function costs as much as a small kernel, so it is used only if there may be another derivative.
         if torch.is_grad_enabled():
             found = _Backward.apply(*before, *tensors, ctx.spec)
         else:
@@ -176,7 +176,7 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(inputs: Hinged, spec: HingeSpec) -> TensorTuple:
-    """(same, different, count_same, count_different) for checked arguments, on compiled or PyTorch kernels."""
+    """(same, different, count_same, count_different) for checked arguments, on the backend that the spec names."""
     return _Forward.apply(*inputs, spec)[:4]
 
 
@@ -184,7 +184,7 @@ Threshold = Tensor | None | tuple[Tensor | None, Tensor | None]
 
 
 class MaskedHingeSum(NamedTuple):
-    """What masked_hinge_sum returns: (N,) each."""
+    """The result of masked_hinge_sum, (N,) each."""
 
     same: Tensor
     different: Tensor
@@ -211,45 +211,47 @@ def masked_hinge_sum(
     eps: float = 1e-12,
     backend: str | None = None,
 ) -> MaskedHingeSum:
-    """Each row's sum of hinges over the bank entries of its own label, and over all others, in one pass.
+    """Each row's sum of hinges over the bank entries of its label, and over all others, in one pass.
 
-    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors if ``normalize``), each
-    set has its own factor k and offset o::
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors if ``normalize``), and
+    a factor k and an offset o for each set::
 
         same_i      = sum_{j: c_j  = y_i} relu(k_same s_ij + o_same + t_same_i)
         different_i = sum_{j: c_j != y_i} relu(k_different s_ij + o_different + t_different_i)
 
-    and with ``relative`` s_ij - s_{i,y_i} in place of s_ij. A contrastive loss (Hadsell et al. 2006) of distances -s is
+    With ``relative``, s_ij - s_{i,y_i} replaces s_ij. A contrastive loss (Hadsell et al. 2006) of distances -s is
     ``same=(-1, -pos_margin), different=(1, neg_margin)``; a margin loss (Wu et al. 2017) learns its boundary through
     ``threshold``; triplets of a row, its proxy and every other proxy are ``different=(1, margin), relative=True``.
-    Nothing of size N x M is built, in the forward, the backward or the double backward.
+    The forward, the backward and the double backward build nothing of size N x M.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it; None: x.
+        x: (N, D) rows.
+        w: (M, D) bank, whose dtype may differ from that of x; None: x.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
-        c: (M,) int64 labels of the bank; None: each entry's own index, or y where ``w`` is None.
+        c: (M,) int64 labels of the bank; None: each entry's index, or y if ``w`` is None.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
         normalize: compare unit vectors (``cosine`` always does, ``dot`` never).
         same, different: (k, o) of each set; None leaves the set out: its sum and count are 0.
         threshold: t, a () or (N,) tensor for both sets, or a pair of these (each may be None); it gets a gradient.
-        relative: subtract the row's own positive's score; needs ``c=None``. The positive's gradient is part of the same
-            pass: no gather of ``w`` is needed outside.
-        exclude: (N,) int64 bank index left out of both of the row's sets, -1 for none.
+        relative: subtract the score of the row's positive; needs ``c=None``. The same pass computes the positive's
+            gradient, so the caller need not gather rows of ``w``.
+        exclude: (N,) int64 bank index that is in neither set of the row, -1 for none.
         own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
-        ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
-        first_class: the bank holds a part of all classes, as :func:`masked_logsumexp` has it: a row of a class that is
-            elsewhere has an empty ``same``, and sums over parts are those of the whole. Not with ``relative``, because
-            the score that is subtracted is then elsewhere, too.
-        eps: guards the division by the norm.
+        ignore_index: rows with this label, and bank entries with this label in ``c``, are in no set.
+        first_class: as in :func:`masked_logsumexp`. A row whose class is not in the bank has an empty ``same``, and the
+            sums over all parts add up to those of the whole. Not with ``relative``, because the bank may lack the
+            positive whose score is subtracted.
+        eps: the floor under a norm.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 where either is), differentiable twice, and the numbers
-        of their positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean distance.
+        MaskedHingeSum of (N,) tensors: both sums in fp32 (fp64 where either input is fp64), differentiable twice, and
+        the numbers of their positive terms in int64. The slope is 0 where a hinge is exactly 0, and at zero Euclidean
+        distance.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
-        RuntimeError: no backend, or not the one asked for, runs this combination.
+        RuntimeError: no backend, or not the requested one, runs this combination.
     """
     y, numbers = check_comparison(
         x, w, y, c, exclude, own, metric, normalize, eps, ignore_index, plain_dot=True, first_class=first_class
@@ -286,8 +288,8 @@ def _thresholds(threshold: Threshold) -> tuple[Tensor | None, Tensor | None]:
 
 
 def hinge_sum_of(inputs: Hinged, spec: HingeSpec) -> MaskedHingeSum:
-    """:func:`masked_hinge_sum` of arguments that are checked, on the backend that is chosen: for losses, which check
-    theirs under their own names.
+    """:func:`masked_hinge_sum` for checked arguments and a chosen backend, for losses, which check their arguments
+    under the losses' names.
     """
     if spec.backend == choice.REFERENCE:
         return MaskedHingeSum(*choice.reference.masked_hinge_sum(own_bank.spelled_out(inputs, spec.own), spec))

@@ -1,11 +1,11 @@
 """masked_logsumexp: log-sum-exp over the bank entries of a row's label, and of all other labels, in one pass.
 
-Three registered ops and two autograd Functions. ``_Forward`` wraps ``fwd``; its backward calls ``_Backward``, which
-wraps ``bwd``; that one's backward calls ``dbl``. Both log-sum-exps enter ``bwd`` as differentiable inputs, so ``dbl``
-is a closed form over bank chunks and nothing N x M is ever kept.
+There are three registered ops and two autograd Functions. ``_Forward`` wraps ``fwd``; its backward calls ``_Backward``,
+which wraps ``bwd``; the backward of ``_Backward`` calls ``dbl``. Both log-sum-exps are differentiable inputs of
+``bwd``, so ``dbl`` is a closed form over bank chunks, and nothing N x M is ever kept.
 
-A backend may return one more output of ``fwd``, which ``bwd`` then gets back: ``mean`` (N, D), the part of the gradient
-in x that comes from `different`, worked out early. No derivative is taken of it.
+A backend may return one more output of ``fwd`` that ``bwd`` then gets: ``mean`` (N, D), the part of the gradient in x
+that comes from `different`, computed early. It is not differentiated.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _bwd_fake(g1, g2, g3, g4, same, different, mean, needs, bank: Bank, spec: Sp
 
 def _dbl(v_x, v_w, v_t, v_b, g1, g2, g3, g4, same, different, bank: Bank, spec: Spec) -> TensorTuple:
     with without_autocast(bank.x.device.type):
-        # One implementation for all backends: a chunk loop in plain PyTorch, in bounded memory as they are.
+        # All backends share this implementation, a chunk loop in plain PyTorch with bounded memory.
         directions = own_bank.directions_of_both((v_x, v_w, v_t, v_b), bank)
         grads, lse, inputs = (g1, g2, g3, g4), (same, different), own_bank.spelled_out(bank, spec.own)
         out = choice.BACKENDS["torch"].masked_logsumexp_dbl(directions, grads, lse, inputs, spec)
@@ -136,7 +136,7 @@ class _Forward(torch.autograd.Function):
         *bank, same, different, mean = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
         before = (g1, g2, g3, g4, same, different, mean, needs)
-        # The Function costs as much as a small kernel: only where somebody may differentiate again.
+        # The Function costs as much as a small kernel, so it is used only if there may be another derivative.
         if torch.is_grad_enabled():
             found = _Backward.apply(*before, *bank, ctx.spec)
         else:
@@ -146,12 +146,12 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(bank: Bank, spec: Spec) -> TensorTuple:
-    """(same, different, sum_same, sum_different) for checked arguments, on compiled or PyTorch kernels."""
+    """(same, different, sum_same, sum_different) for checked arguments, on the backend that the spec names."""
     return _Forward.apply(*bank, spec)[:4]
 
 
 class MaskedLogSumExp(NamedTuple):
-    """What masked_logsumexp returns: (N,) each; the sums are None unless asked for."""
+    """The result of masked_logsumexp, (N,) each; the plain sums are None without ``sums=True``."""
 
     same: Tensor
     different: Tensor
@@ -181,69 +181,70 @@ def masked_logsumexp(
     policy_params: Sequence[float] = (),
     backend: str | None = None,
 ) -> MaskedLogSumExp:
-    """Log-sum-exp of each row's logits over the bank entries of its own label, and over all others, in one pass.
+    """Log-sum-exp of each row's logits over the bank entries of its label, and over all others, in one pass.
 
-    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors for ``cosine`` and
-    wherever ``normalize``), each set has its own factor k and offset o::
+    With the score s_ij of ``metric`` (larger is closer: u.p, -|u - p|^2, -|u - p|; unit vectors for ``cosine`` and if
+    ``normalize``), and a factor k and an offset o for each set::
 
         z_ij   = k_set scale_i (s_ij - o_set) + col_bias_j
         same_i = log sum_{j: c_j = y_i} exp(z_ij)          different_i = log sum_{j: c_j != y_i} exp(z_ij)
 
-    Nothing of size N x M is built, in the forward, the backward or the double backward.
+    The forward, the backward and the double backward build nothing of size N x M.
 
-    ``policy`` changes what z is made of; with ``policy_params``:
+    ``policy``, with its numbers in ``policy_params``, changes how z is computed:
 
     - ``linear``, (): as above.
-    - ``max_pool``, (K,), and ``softmax_pool``, (K, gamma): K centres a class. w is (M K, D), row c K + k the k-th
-      centre of class c, and every j above is a class: M = w.size(0) / K columns. Before the logit a class's centre
-      scores become one::
+    - ``max_pool``, (K,), and ``softmax_pool``, (K, gamma): each class has K centres. Row c K + k of w (M K, D) is
+      centre k of class c, and every j above is a class: M = w.size(0) / K columns. The scores of a class's centres
+      become one score before the logit::
 
           max_pool      S_ij = max_k s_ijk; gradient to the first maximum    (sub-centre ArcFace, Deng et al. 2020)
           softmax_pool  S_ij = sum_k softmax_k(s_ijk / gamma) s_ijk          (SoftTriple, Qian et al. 2019)
 
-      Of equal scores the first counts; copies of a centre can differ in the last bit of theirs, as in
+      Of equal scores the first counts. The scores of copies of a centre can differ in the last bit; see
       :func:`masked_argmax`.
 
-    - ``quadratic``, (m,): Circle loss (Sun et al. 2020), ``scale`` its gamma::
+    - ``quadratic``, (m,): Circle loss (Sun et al. 2020), whose gamma is ``scale``::
 
           same       z_ij = -k scale_i relu(1 + m - s_ij) (s_ij - (1 - m) - o) + col_bias_j
           different  z_ij =  k scale_i relu(s_ij + m)     (s_ij - m - o)       + col_bias_j
 
-      The relu weights are detached: constants in every derivative.
+      The relu weights are detached, so they are constants in every derivative.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, (M K, D) where pooled; None: the batch is its own bank, w = x and c = y, without
-            each row's own copy. Each may have a dtype of its own: fp64 with anything is computed in fp64, fp16 with
-            bf16 in fp32, half with fp32 in the half (fp16 is widened: where a device adds up in fp16, nothing is
-            multiplied in it). Neither is cast as a whole, and each gets a gradient in its dtype.
+        x: (N, D) rows.
+        w: (M, D) bank, (M K, D) where pooled. None: the batch is its own bank, w = x and c = y, without each row's own
+            copy. The dtypes of x and w may differ: the products are in fp64 if either is fp64, in fp32 for fp16 with
+            bf16, and in the half-precision dtype with fp32 (fp16 is widened where a device would accumulate in fp16).
+            Neither is cast as a whole, and each gets a gradient in its dtype.
         y: (N,) int64 labels of the rows. Without ``c`` they must be bank rows, or ``ignore_index``.
-        c: (M,) int64 labels of the bank; None: each entry's own index, or y where ``w`` is None.
+        c: (M,) int64 labels of the bank; None: each entry's index, or y if ``w`` is None.
         metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
-        normalize: compare unit vectors; implied by ``cosine``, and ``dot`` with it is ``cosine``.
+        normalize: compare unit vectors. ``cosine`` always does; ``dot`` with it is ``cosine``.
         scale: a number, or a () or (N,) tensor, which gets a gradient.
         same, different: (k, o) of each set; k may be negative (Proxy-Anchor's positives).
         col_bias: (M,), gets a gradient. A bias of -inf leaves the column out.
-        exclude: (N,) int64 bank index left out of both of the row's sets, -1 for none.
+        exclude: (N,) int64 bank index that is in neither set of the row, -1 for none.
         own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
-        ignore_index: rows with this label, and bank entries whose ``c`` is it, are in no set.
-        first_class: the bank holds a part of all classes: column j is class first_class + j, in place of j in c_j
-            above. A row of a class that is elsewhere has no positive here, so that ``same`` is -inf, and is compared
-            with all columns; labels are then any integers. ``ignore_index`` comes first: it is ignored in that range,
-            too. ``exclude`` stays a bank index. ``c`` must be None. The log-sum-exp of the whole is logaddexp of the
-            parts'; ``logspace.logaddexp`` has a gradient also where both are -inf. None: the bank holds all classes.
-        eps: guards the division by the norm.
+        ignore_index: rows with this label, and bank entries with this label in ``c``, are in no set.
+        first_class: the bank holds a part of all classes, so c_j is first_class + j; ``c`` must be None. Labels are
+            then any integers. A row whose class is not in the bank has no positive: its ``same`` is -inf, and all
+            columns are of other labels. Rows with ``ignore_index`` are ignored even if it is a class of the bank.
+            ``exclude`` is still a bank index. The log-sum-exp over all parts is the logaddexp of the parts;
+            ``logspace.logaddexp`` has a gradient also where both are -inf. None: the bank holds all classes.
+        eps: the floor under a norm.
         sums: also return the plain sums of z over each set. For a row with one positive, ``sum_same`` and ``same``
             are both that positive's logit; ``sum_same + sum_different`` serves label smoothing.
-        policy, policy_params: the logit policy and its numbers, see above.
+        policy, policy_params: the logit policy and its numbers, as above.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        MaskedLogSumExp of (N,) tensors in fp32, fp64 where either input is. An empty set is -inf with a zero gradient,
-        its sum 0.
+        MaskedLogSumExp of (N,) tensors in fp32, or fp64 where either input is fp64, differentiable twice. The
+        log-sum-exp of an empty set is -inf with a zero gradient, and its plain sum is 0.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
-        RuntimeError: no backend, or not the one asked for, runs this combination.
+        RuntimeError: no backend, or not the requested one, runs this combination.
     """
     check_bank(x, w)
     policy, params, m = check_policy(policy, policy_params, x, w)
@@ -265,8 +266,8 @@ def masked_logsumexp(
 
 
 def logsumexp_of(bank: Bank, spec: Spec) -> MaskedLogSumExp:
-    """:func:`masked_logsumexp` of arguments that are checked, on the backend that is chosen: for losses, which check
-    theirs under their own names. ``logit`` holds factors and offsets as they are stated, whatever the policy.
+    """:func:`masked_logsumexp` for checked arguments and a chosen backend, for losses, which check their arguments
+    under the losses' names. ``logit`` holds the factors and offsets as the caller states them, under every policy.
     """
     if spec.backend == choice.REFERENCE:
         out = choice.reference.masked_logsumexp(own_bank.spelled_out(bank, spec.own), spec)

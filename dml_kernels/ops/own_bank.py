@@ -1,4 +1,4 @@
-"""The batch as its own bank: what w=None stands for, so that no backend need know it.
+"""The batch as its own bank: replaces w=None by the tensors that it means, so that no backend need know it.
 
 A backend gets the tensors spelled out, with x in the place of w, and so returns two gradients of x, as the rows and as
 the bank. Their sum is the gradient of x.

@@ -1,6 +1,6 @@
-"""positive_pair_sum: for each row the sum of a term over its positives; functional has the formulas.
+"""positive_pair_sum: for each row the sum of a term over its positives; the function's docstring has the formulas.
 
-Two registered ops and an autograd Function. Where somebody may differentiate again, the backward is that of a dense
+There are two registered ops and an autograd Function. A backward that may be differentiated again is that of a dense
 expression, which holds the N x M scores.
 """
 
@@ -22,7 +22,7 @@ from .normalized_distance import differentiable
 from .signatures import Bank, DistanceSpec, Matrices, Pairs, PairSpec
 
 DIFFERENTIABLE = (0, 1, 5, 6)
-KINDS = {"softplus": 1, "lifted": 2}  # and how many numbers each takes
+KINDS = {"softplus": 1, "lifted": 2}  # the number of parameters of each
 
 
 def _fwd(pairs: Pairs, spec: PairSpec) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ bwd = register("positive_pair_sum_bwd", Pairs, PairSpec, 4, _bwd, _bwd_fake, "Te
 
 
 def scores(x: Tensor, w: Tensor, spec: Any) -> Tensor:
-    """The N x M scores as a Function that can be differentiated twice, in the accumulation dtype."""
+    """The N x M scores, differentiable twice, in the accumulation dtype."""
     acc = accumulate_dtype(spec.dtype)
     of = DistanceSpec(metric=spec.metric, normalize=spec.normalize, eps=spec.eps, dtype=acc, backend="torch")
     out = differentiable(Matrices(x, w.view_as(w)), of)
@@ -69,7 +69,7 @@ def scores(x: Tensor, w: Tensor, spec: Any) -> Tensor:
 
 
 def again(total: Tensor, leaves: tuple[Tensor | None, ...], needs: list[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of <grad, total> in the leaves that need one, differentiable in their turn."""
+    """The gradients of <grad, total> in the leaves that need one; these gradients are differentiable."""
     wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
     found = iter(torch.autograd.grad(total, wanted, grad, create_graph=True, materialize_grads=True))
     return [next(found) if need else None for need in needs]
@@ -79,7 +79,7 @@ def _differentiable(grad: Tensor, needs: list[bool], pairs: Pairs, spec: PairSpe
     whole = own_bank.spelled_out(pairs, spec.own)
     same = sets_of(*whole[2:5], spec.ignore_index, slice(0, whole.w.size(0))).same
     acc = accumulate_dtype(spec.dtype)
-    # Leaves of their own: what the caller's tensors hang from is not this derivative's.
+    # New leaves, because this derivative must not continue into the graph of the caller's tensors.
     x, u = (t.view_as(t) for t in (pairs.x, pairs.u))
     w = x if pairs.w is None else pairs.w.view_as(pairs.w)
     v = None if pairs.v is None else pairs.v.view_as(pairs.v)
@@ -113,7 +113,7 @@ class _Forward(torch.autograd.Function):
 
 
 class TermSums(NamedTuple):
-    """Of each row, (N,): the sum of its terms; how many they are, and how many are over 0, as int64."""
+    """For each row, (N,): the sum of its terms, and as int64 their number and the number of those above 0."""
 
     total: Tensor
     number: Tensor
@@ -145,27 +145,34 @@ def positive_pair_sum(
         kind="lifted",   params=(k, o)    relu(log(exp(u_i) + exp(v_j)) - k s_ij - o)^2 / 2
 
     Positives are found by class: a sort of the labels, then small products of rows with the entries of their classes.
-    Nothing N x M, nothing of positives x negatives; memory beside the gradients is bounded, also where one class holds
-    everything. A second derivative goes through a dense expression with the N x M scores.
+    Nothing of size N x M or positives x negatives is built. The memory in addition to the gradients is bounded, even
+    where one class holds all rows. A second derivative goes through a dense expression with the N x M scores.
 
     Args:
-        x: (N, D) rows. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it; None: x.
-        y: (N,) int64 labels of the rows. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
-            must be bank rows, or ``ignore_index``; where ``w`` is None, y.
-        u: (N,), v: (M,) or None, what the row and the positive know of their negatives (log-sum-exps, say); each gets a
-            gradient. -inf stands for no negatives: a softplus of 0, and where neither has any, a logarithm of 0.
-        kind, params: the term and its numbers.
-        metric, normalize: the score. exclude: (N,) int64 bank index that is not the row's positive, -1 for none.
+        x: (N, D) rows.
+        w: (M, D) bank, whose dtype may differ from that of x; None: x.
+        y: (N,) int64 labels of the rows.
+        c: (M,) int64 labels of the bank. None: each entry's index, where y must hold bank rows or ``ignore_index``; or
+            y if ``w`` is None.
+        u: (N,) a value of each row's negatives, such as their log-sum-exp; it gets a gradient. -inf stands for no
+            negatives: the softplus is then 0, and the logarithm in ``lifted`` is 0 if v_j is -inf too.
+        v: (M,) the same value for each bank entry, which ``lifted`` needs; else None. It gets a gradient.
+        kind, params: the term and its parameters.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors. ``cosine`` always does; ``dot`` with it is ``cosine``.
+        exclude: (N,) int64 bank index that is not a positive of the row, -1 for none.
         own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
-        ignore_index: rows with this label have no positives. eps: guards the division by the norm.
+        ignore_index: rows with this label have no positives.
+        eps: the floor under a norm.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        TermSums; total in fp32 (fp64 where either input is), 0 with a zero gradient for a row without positives.
+        TermSums. ``total`` is in fp32 (fp64 where either input is fp64), and 0 with a zero gradient for a row without
+        positives.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
-        RuntimeError: no backend, or not the one asked for, runs this combination.
+        RuntimeError: no backend, or not the requested one, runs this combination.
     """
     y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index)
     y, c, numbers["ignore_index"] = with_labels(x, w, y, c, exclude, numbers["ignore_index"])

@@ -1,8 +1,8 @@
 """proxy_nca: the whole Proxy-NCA loss as one op; losses/proxy_nca.py has the formula.
 
-``fwd`` gives the reduced loss and both log-sum-exps of each row; ``bwd`` the gradients of embeddings, proxies and
-scale. A backend fuses both as it can. Where somebody may differentiate again, the backward runs as the composition in
-backends/composed/proxy_nca.py, every piece of which is differentiable.
+``fwd`` returns the reduced loss and both log-sum-exps of each row; ``bwd`` returns the gradients of embeddings, proxies
+and scale. Both run fused where the backend has a fused kernel. A backward that may be differentiated again runs as the
+composition in backends/composed/proxy_nca.py, every piece of which is differentiable.
 """
 
 from __future__ import annotations
@@ -81,5 +81,5 @@ class _Forward(torch.autograd.Function):
 
 
 def differentiable(inputs: Proxied, spec: ProxySpec) -> Tensor:
-    """The loss for checked arguments; see functional.proxy_nca_loss."""
+    """The loss for checked arguments; functional.proxy_nca_loss has the formula."""
     return _Forward.apply(*inputs, spec)[0]

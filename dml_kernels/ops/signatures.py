@@ -1,8 +1,8 @@
 """What each op takes, stated once: a NamedTuple of its tensors and one of its numbers.
 
 The registered schemas are derived from these (``library.register``), autograd Functions take the tensors one by one and
-the numbers as one argument, and a backend's method takes both tuples. The numbers are given by keyword, so that a new
-one finds its place by its name.
+the numbers as one argument, and a backend's method takes both tuples. Specs are made by keyword, so that a new number
+cannot be mistaken for another.
 
 Backends know the metrics ``dot``, ``sqeuclidean`` and ``euclidean``, and ``normalize`` for unit vectors. In all of
 them x is (N, D), w (M, D), y (N,) and c (M,) int64 labels, and exclude (N,) int64 the bank index that is left out for
@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class NormalizeSpec(NamedTuple):
-    """The number of normalize, and who computes it."""
+    """The number of normalize, and the backend."""
 
     eps: float
     backend: str
@@ -44,7 +44,7 @@ class Matrices(NamedTuple):
 
 
 class DistanceSpec(NamedTuple):
-    """The numbers of normalized_distance, the product dtype, and who computes it."""
+    """The numbers of normalized_distance, the product dtype, and the backend."""
 
     metric: str
     normalize: bool
@@ -54,7 +54,7 @@ class DistanceSpec(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """The tensors of pair_scores: rows (P,) and cols (P,) int64 name the pairs."""
+    """The tensors of pair_scores; rows (P,) and cols (P,), int64, name the pairs."""
 
     x: Tensor
     w: Tensor
@@ -74,7 +74,7 @@ class ScoresSpec(NamedTuple):
 class Bank(NamedTuple):
     """The tensors of masked_logsumexp, a comparison of rows with a bank; scale () or (N,); col_bias (M,).
 
-    Where K centres a class are pooled, w is (M K, D), class by class, and a column is a class.
+    Where K centres of a class are pooled, w is (M K, D), class by class, and a column is a class.
     """
 
     x: Tensor
@@ -87,12 +87,12 @@ class Bank(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """The numbers of masked_logsumexp: how a score becomes a logit, the product dtype, and who computes it.
+    """The numbers of masked_logsumexp: how a score becomes a logit, the product dtype, and the backend.
 
-    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (s - o) + col_bias_j. Under the
-    policy ``quadratic`` they hold its signs and offsets, and k is multiplied by its weight. ``sums``: the plain sums of
-    both sets are asked for. ``keep``: a gradient in x will be asked for, so a backend may keep what makes that cheaper
-    (``choice.keeps_mean``).
+    ``logit`` is (k_same, o_same, k_different, o_different) in z = k scale_i (s - o) + col_bias_j. Under the policy
+    ``quadratic`` it holds the policy's signs and offsets, and k is multiplied by the policy's weight. ``sums`` says
+    that the plain sums of both sets are needed. ``keep`` says that a gradient in x will be needed, so that a backend
+    may keep what makes it cheaper (``choice.keeps_mean``).
     """
 
     metric: str
@@ -111,7 +111,7 @@ class Spec(NamedTuple):
 
     @property
     def centres(self) -> int:
-        """Bank rows to a column: K where centres are pooled, else 1."""
+        """The number of bank rows in a column: K where centres are pooled, else 1."""
         return int(self.policy_params[0]) if self.policy.endswith("_pool") else 1
 
 
@@ -143,7 +143,7 @@ class HingeSpec(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """What a backend sees of masked_hinge_sum: the terms relu(k s + offset) of same and of different, offset (N,)."""
+    """The arguments of masked_hinge_sum in a backend: terms relu(k s + offset), with k and offset (N,) for each set."""
 
     x: Tensor
     w: Tensor
@@ -166,7 +166,7 @@ class Slopes(NamedTuple):
 
 
 class Search(NamedTuple):
-    """The tensors of masked_argmax; the open interval (low, high) of scores, each (N,) or None."""
+    """The tensors of masked_argmax; (low, high) is an open interval of scores, each (N,) or None."""
 
     x: Tensor
     w: Tensor | None
@@ -195,13 +195,14 @@ class ArgmaxSpec(NamedTuple):
     first_class: int = -1
 
     def empty_score(self, which: int) -> float:
-        """The score of a set without candidates: worse than any."""
+        """The score of a set without candidates, worse than any other."""
         return -torch.inf if self.largest[which] or self.noise else torch.inf
 
 
 class Proxied(NamedTuple):
-    """The tensors of proxy_nca: y names rows of w, or is ignore_index; scale () or (N,) multiplies the number in the
-    spec; weight (N,) of the rows.
+    """The tensors of proxy_nca.
+
+    y names rows of w or is ignore_index; scale, () or (N,), multiplies the factor in the spec; weight (N,) is of rows.
     """
 
     x: Tensor
@@ -212,7 +213,7 @@ class Proxied(NamedTuple):
 
 
 class ProxySpec(NamedTuple):
-    """The numbers of proxy_nca, the product dtype, and who computes it."""
+    """The numbers of proxy_nca, the product dtype, and the backend."""
 
     factor: float
     exclude_positive: bool
@@ -226,7 +227,7 @@ class ProxySpec(NamedTuple):
 
     @property
     def lse(self) -> Spec:
-        """The comparison behind it."""
+        """The numbers of the masked_logsumexp that the loss is made of."""
         return Spec(
             metric="sqeuclidean", normalize=True, logit=[self.factor, 0.0, self.factor, 0.0], eps=self.eps,
             ignore_index=self.ignore_index, dtype=self.dtype, sums=self.label_smoothing > 0, backend=self.backend,
@@ -235,8 +236,10 @@ class ProxySpec(NamedTuple):
 
 
 class Clustered(NamedTuple):
-    """The tensors of magnet: clusters (N,) int64 ids; classes (K,) int64 of the clusters; centers (K, D), variance ();
-    None where the batch's own are meant.
+    """The tensors of magnet.
+
+    clusters (N,), int64, are the clusters of the rows, and classes (K,), int64, the classes of the clusters. centers
+    (K, D) and variance () are None where those of the batch are used.
     """
 
     x: Tensor
@@ -247,7 +250,7 @@ class Clustered(NamedTuple):
 
 
 class MagnetSpec(NamedTuple):
-    """The numbers of magnet, the product dtype, and who computes it."""
+    """The numbers of magnet, the product dtype, and the backend."""
 
     alpha: float
     normalize: bool
@@ -272,7 +275,7 @@ class Pairs(NamedTuple):
 
 
 class PairSpec(NamedTuple):
-    """The numbers of positive_pair_sum: the term and its own, the comparison, and the product dtype."""
+    """The numbers of positive_pair_sum: the term and its parameters, the comparison, and the product dtype."""
 
     kind: str
     params: list[float]
@@ -310,7 +313,7 @@ class TripletSpec(NamedTuple):
     own: bool = False
 
 
-# Every op that a backend is chosen for, by the name that it has in the registry and as methods of a backend.
+# Every op that a backend is chosen for, by its name in the registry and in the methods of a backend.
 OPS: dict[str, tuple[type, type]] = {
     "normalize": (Rows, NormalizeSpec),
     "normalized_distance": (Matrices, DistanceSpec),

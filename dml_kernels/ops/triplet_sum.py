@@ -1,6 +1,6 @@
-"""triplet_sum: for each anchor the sum over all its triplets; functional has the formula.
+"""triplet_sum: for each anchor the sum over all its triplets; the function's docstring has the formula.
 
-Two registered ops and an autograd Function. Where somebody may differentiate again, the backward is that of a dense
+There are two registered ops and an autograd Function. A backward that may be differentiated again is that of a dense
 expression, which holds the N x M scores and a term for every triplet.
 """
 
@@ -101,28 +101,34 @@ def triplet_sum(
 
         sum_p sum_n relu(s_in - s_ip + margin)          smooth: log(1 + exp(.));  swap: max(s_in, s_pn) for s_in
 
-    with s as in :func:`masked_logsumexp`; s_pn is between two bank entries. Without ``smooth`` and ``swap`` the terms
-    separate: O(N M log K) time beside the products for K positives a row; with either O(N M K). Memory beside the
-    gradients is bounded in both. A second derivative goes through a dense expression with a term for every triplet.
+    with s as in :func:`masked_logsumexp`; s_pn compares two bank entries. Without ``smooth`` and ``swap`` the terms
+    separate, and for K positives of a row the time in addition to the products is O(N M log K); with either option it
+    is O(N M K). In both cases the memory in addition to the gradients is bounded. A second derivative goes through a
+    dense expression with a term for every triplet.
 
     Args:
-        x: (N, D) anchors. w: (M, D) bank, in a dtype of its own, as :func:`masked_logsumexp` has it; None: x.
-        y: (N,) int64 labels of the anchors. c: (M,) int64 labels of the bank; None: each entry's own index, and labels
-            must be bank rows, or ``ignore_index``; where ``w`` is None, y.
-        margin: how much closer, as a score, a positive must be. smooth, swap: the variants above.
-        metric, normalize: the score. exclude: (N,) int64 bank index that is in no triplet of the anchor, -1 for none.
+        x: (N, D) anchors.
+        w: (M, D) bank, whose dtype may differ from that of x; None: x.
+        y: (N,) int64 labels of the anchors.
+        c: (M,) int64 labels of the bank. None: each entry's index, where y must hold bank rows or ``ignore_index``; or
+            y if ``w`` is None.
+        margin: how much larger the score of a positive must be than that of a negative.
+        smooth, swap: the variants above.
+        metric: ``cosine``, ``dot``, ``sqeuclidean`` or ``euclidean``.
+        normalize: compare unit vectors. ``cosine`` always does; ``dot`` with it is ``cosine``.
+        exclude: (N,) int64 bank index that is in no triplet of the anchor, -1 for none.
         own: where ``w`` is None, keep the row's own copy, which is left out otherwise, in addition to ``exclude``.
-        ignore_index: anchors with this label, and bank entries whose ``c`` is it, are in no triplet.
-        eps: guards the division by the norm.
+        ignore_index: anchors with this label, and bank entries with this label in ``c``, are in no triplet.
+        eps: the floor under a norm.
         backend: overrides the choice of backend for this call.
 
     Returns:
-        TermSums; total in fp32 (fp64 where either input is), 0 with a zero gradient for an anchor without positives or
-        negatives.
+        TermSums. ``total`` is in fp32 (fp64 where either input is fp64), and 0 with a zero gradient for an anchor
+        without positives or negatives.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the fix.
-        RuntimeError: no backend, or not the one asked for, runs this combination.
+        RuntimeError: no backend, or not the requested one, runs this combination.
     """
     y, numbers = check_comparison(x, w, y, c, exclude, own, metric, normalize, eps, ignore_index)
     y, c, numbers["ignore_index"] = with_labels(x, w, y, c, exclude, numbers["ignore_index"])
