@@ -1,7 +1,7 @@
-"""Plain functions: checked arguments in, tensors out.
+"""The ops and losses as plain functions, which check their arguments and return tensors.
 
-First the comparisons of rows with a bank, which the losses are written on; then the losses over proxies and clusters as
-functions. Every function is defined in the module of its op or loss.
+First come the comparisons of rows with a bank, of which the losses are made, then the losses over proxies and clusters.
+Every function is defined in the module of its op or loss.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The backend ``reference``: the dense formulas of :mod:`dml_kernels.reference`, differentiated by autograd.
 
-It runs where it is asked for by name. Its functions take the tensors and the numbers of an op, as a backend's do, and
-are differentiable: there is no backward to call.
+It runs only if a call asks for it by name. Its functions take the tensors and the numbers of an op, as those of a
+backend do, but are differentiable, so there are no backward functions.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What a loss or a miner compares: the batch, tuples of a miner, runs of a class, sums over the pairs."""
+"""What a loss or a miner compares: the batch, a miner's tuples, the ranges of classes, and sums over the pairs."""

@@ -1,4 +1,4 @@
-"""What a loss or a miner compares: the arguments of pytorch-metric-learning, checked once."""
+"""The batch that a loss or a miner compares: pytorch-metric-learning's arguments, checked once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..ops.contract import accumulate_dtype, as_int64, check_labels, check_matri
 from ..ops.normalized_distance import matrix_in
 from .sets import IGNORE_INDEX, sets_of
 
-# The most scores that are held at once where they are computed tile by tile: 16 MB in fp32.
+# The most scores of a tile: 16 MB in fp32.
 TILE_ELEMENTS = 1 << 22
 
 
-class Bank(NamedTuple):
+class BankArguments(NamedTuple):
     """The arguments w, c and exclude of an op."""
 
     w: Tensor | None
@@ -29,8 +29,10 @@ class Batch(NamedTuple):
     """Embeddings and what they are compared with; labels as int64 on the embeddings' device.
 
     Args:
-        x: (N, D) embeddings. y: (N,) their labels; None where the tuples determine everything.
-        w: (M, D) what the embeddings are compared with: the batch itself, or the references. c: (M,) its labels.
+        x: (N, D) embeddings.
+        y: (N,) their labels; None where the tuples determine everything.
+        w: (M, D) bank that the embeddings are compared with: the batch itself, or the references.
+        c: (M,) the labels of the bank.
         exclude: (N,) bank index of each row's own copy, -1 for none; None where the references hold no copies.
         tuples: a miner's pairs (a1, p, a2, n) or triplets (a, p, n); None for all that the labels define.
     """
@@ -48,13 +50,13 @@ class Batch(NamedTuple):
         return self.w is self.x and self.c is self.y
 
     @property
-    def bank(self) -> Bank:
-        """What the rows are compared with, as the ops take it: nothing where that is the batch itself."""
-        return Bank(None, None, None) if self.is_own_bank else Bank(self.w, self.c, self.exclude)
+    def bank(self) -> BankArguments:
+        """The bank as the ops take it: three times None where it is the batch itself."""
+        return BankArguments(None, None, None) if self.is_own_bank else BankArguments(self.w, self.c, self.exclude)
 
 
 class Tile(NamedTuple):
-    """A run of rows against the whole bank: scores (R, M), larger is closer, and which entries are in which set."""
+    """Some rows compared with the whole bank: scores (R, M), larger is closer, and the entries of both sets."""
 
     rows: slice
     scores: Tensor
@@ -81,10 +83,10 @@ def check_tuples(tuples: Any, like: Tensor) -> tuple[Tensor, ...] | None:
 
 
 def _indices(given: Any, like: Tensor) -> Tensor:
-    """One tensor, or list, of a tuple as int64."""
+    """One tensor or list of a tuple, as int64."""
     if not isinstance(given, Tensor):
         given = torch.as_tensor(given)
-        given = given.long() if given.numel() == 0 else given  # an empty list has no dtype of its own
+        given = given.long() if given.numel() == 0 else given  # an empty list has no particular dtype
     if given.dtype == torch.bool:
         raise TypeError("indices_tuple must hold indices, not masks; use mask.nonzero()")
     return as_int64("indices_tuple", given, like)
@@ -94,7 +96,7 @@ def make_batch(
     embeddings: Tensor, labels: Tensor | None, indices_tuple: Any = None, ref_emb: Tensor | None = None,
     ref_labels: Tensor | None = None, exclude: Tensor | None = None,
 ) -> Batch:  # fmt: skip
-    """The checked arguments of a call of a loss or miner. ``exclude`` marks own copies among the references.
+    """Checks the arguments of a call of a loss or miner. ``exclude`` has the places of own copies in the references.
 
     Where ``ref_emb`` is the same tensor as ``embeddings``, the batch is compared with itself, and each row's own copy
     is left out.
@@ -105,7 +107,7 @@ def make_batch(
     own_batch = ref_emb is None or ref_emb is embeddings
     w = embeddings if ref_emb is None else ref_emb
     if own_batch:
-        check_matrix("embeddings", embeddings)  # may have no rows: a loss is then 0
+        check_matrix("embeddings", embeddings)  # there may be no rows; a loss is then 0
     else:
         check_pair(embeddings, w, ("embeddings", "ref_emb"))
     tuples = check_tuples(indices_tuple, embeddings)
@@ -125,7 +127,7 @@ def make_batch(
 
 
 def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
-    """The scores of a run of rows at a time, at most ``TILE_ELEMENTS`` of them (one row at least)."""
+    """Yields the scores of some rows at a time: at most ``TILE_ELEMENTS`` scores, but at least one row."""
     x, y, w, c, exclude, _ = batch
     assert y is not None
     assert c is not None
@@ -133,7 +135,7 @@ def tiles(batch: Batch, distance: Distance) -> Iterator[Tile]:
     dtype = accumulate_dtype(product_dtype(x, w))
     for start in range(0, x.size(0), step):
         rows = slice(start, start + step)
-        # In half precision close pairs would tie, and fp16 holds no distance over 65504.
+        # In half precision close pairs would tie, and fp16 cannot represent a distance above 65504.
         values = matrix_in(dtype, x[rows], w, distance.metric, normalize=distance.normalize_embeddings)
         own_copy = None if exclude is None else exclude[rows]
         same, different, _ = sets_of(y[rows], c, own_copy, IGNORE_INDEX, slice(0, w.size(0)))

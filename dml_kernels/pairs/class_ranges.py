@@ -15,7 +15,7 @@ class ClassRanges(NamedTuple):
         order: (M,) bank indices, sorted by label.
         start, stop: (N,) the range of the row's class in ``order``; empty for an ignored row.
         own: (N, E) the places of the row's E excluded entries in ``order`` if these are of its class; else -1.
-        positives, negatives: (N,) int64, how many each row has.
+        positives, negatives: (N,) int64, the number of each for every row.
     """
 
     order: Tensor
@@ -47,7 +47,7 @@ class ClassRanges(NamedTuple):
 
 
 def count_pairs(y: Tensor, c: Tensor, exclude: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Only ``positives`` and ``negatives``, in half as many steps."""
+    """Returns only ``positives`` and ``negatives``, in half as many steps."""
     labels = c.sort().values
     positives = torch.searchsorted(labels, y, right=True) - torch.searchsorted(labels, y)
     others = (c != ignore_index).sum()

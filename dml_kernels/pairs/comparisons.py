@@ -38,12 +38,12 @@ class Counts(NamedTuple):
 
 
 class Compared:
-    """What both kinds of comparison share.
+    """The interface of both kinds of comparison.
 
     Attributes:
         batch, distance: what is compared, and how.
         kept: (N,) bool, the anchors that count: those not labelled -100.
-        dtype: of the sums: fp32, or fp64 where either side is.
+        dtype: the dtype of the sums: fp32, or fp64 where either side is fp64.
     """
 
     batch: Batch
@@ -52,7 +52,7 @@ class Compared:
     dtype: torch.dtype
 
     def counts(self) -> Counts:
-        """How many pairs each anchor has."""
+        """The number of pairs of each anchor."""
         raise NotImplementedError
 
     def logsumexp(
@@ -85,7 +85,7 @@ class Compared:
         hinge, pairs = self.hinge_sum(same, different, threshold), self.counts()
         active = Counts(hinge.count_same.to(self.dtype), hinge.count_different.to(self.dtype))
         number = pairs.same * pairs.different
-        # Not computed as a difference of large numbers, because few may be active.
+        # This is not a difference of large numbers, because few terms may be active.
         either = active.same * pairs.different + (pairs.same - active.same) * active.different
         total = hinge.same * pairs.different + hinge.different * pairs.same
         divisor = active.same * pairs.different + active.different * pairs.same
@@ -95,17 +95,19 @@ class Compared:
         """One term for each positive pair (a, p): see :func:`dense.term`.
 
         Args:
-            u: (N,) by anchor. v: (M,) by positive, or None.
+            kind, params: the term and its parameters.
+            u: (N,) a value of each anchor.
+            v: (M,) a value of each positive, or None.
         """
         raise NotImplementedError
 
     def pair_terms(self, total: Tensor, number: Tensor, active: Tensor) -> Terms:
-        """Terms of pairs for the reducer."""
+        """The terms of pairs, for the reducer."""
         return Terms(total, number, active.to(self.dtype), PAIR, self.batch.y)
 
 
 def compared(batch: Batch, distance: Distance, *, unique: bool = False) -> Compared:
-    """The comparison of a batch. ``unique``: a pair that a miner lists several times counts once.
+    """The comparison of a batch. With ``unique``, a pair that a miner lists several times counts once.
 
     A triplet counts as its two pairs, (a, p) and (a, n).
     """
@@ -130,7 +132,7 @@ class Streamed(Compared):
         }  # fmt: skip
 
     def counts(self) -> Counts:
-        """By binary search in the sorted labels, so that shapes do not depend on the values."""
+        """Counts by binary search in the sorted labels, so that shapes do not depend on the values."""
         positives, negatives = count_pairs(self.y, self.c, self.batch.exclude, IGNORE_INDEX)
         return Counts(positives.to(self.dtype), negatives.to(self.dtype))
 
@@ -141,7 +143,7 @@ class Streamed(Compared):
         self, same: Line = (1.0, 0.0), different: Line = (1.0, 0.0), scale: float = 1.0, *, sums: bool = False,
         policy: str = "linear", policy_params: Sequence[float] = (),
     ) -> MaskedLogSumExp:  # fmt: skip
-        """By :func:`functional.masked_logsumexp`."""
+        """Calls :func:`functional.masked_logsumexp`."""
         if self.c.numel() == 0:
             return MaskedLogSumExp(*[self._empty()] * 4)
         return masked_logsumexp(
@@ -152,13 +154,13 @@ class Streamed(Compared):
     def hinge_sum(
         self, same: Line, different: Line, threshold: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> MaskedHingeSum:
-        """By :func:`functional.masked_hinge_sum`."""
+        """Calls :func:`functional.masked_hinge_sum`."""
         if self.c.numel() == 0:
             return MaskedHingeSum(*[self._empty()] * 4)
         return masked_hinge_sum(self.batch.x, same=same, different=different, threshold=threshold, **self.call)
 
     def positive_sum(self, kind: str, u: Tensor, v: Tensor | None = None, params: Sequence[float] = ()) -> Terms:
-        """By :func:`functional.positive_pair_sum`."""
+        """Calls :func:`functional.positive_pair_sum`."""
         if self.c.numel() == 0:
             return self.pair_terms(*[self._empty()] * 3)
         found = positive_pair_sum(self.batch.x, u=u, v=v, kind=kind, params=params, **self.call)
@@ -169,7 +171,7 @@ class PairSet:
     """Listed pairs, stably sorted by anchor: their scores, and reductions over the pairs of each anchor.
 
     Attributes:
-        rows, cols: (P,) anchors, ascending, and what they are compared with.
+        rows, cols: (P,) the anchors, ascending, and the bank entries that they are compared with.
         s: (P,) scores.
         keep: (P,) bool, False for repeats; None where repeats count.
     """
@@ -184,7 +186,7 @@ class PairSet:
         )
 
     def total(self, values: Tensor) -> Tensor:
-        """(N,) sums of (P,) values."""
+        """(N,): the sum of the (P,) values of each anchor."""
         values = values if self.keep is None else torch.where(self.keep, values, 0)
         return segments.total(values, self.rows, self.bounds)
 
@@ -193,13 +195,13 @@ class PairSet:
         return segments.spread(per_row, self.rows, self.bounds)
 
     def count(self) -> Tensor:
-        """(N,) pairs of each anchor."""
+        """(N,): the number of pairs of each anchor."""
         if self.keep is None:
             return self.bounds.diff().to(self.s.dtype)
         return self.total(torch.ones_like(self.s.detach()))
 
     def logsumexp(self, z: Tensor) -> Tensor:
-        """(N,) log-sum-exp of (P,) logits, -inf for an anchor without pairs."""
+        """(N,): the log-sum-exp of the (P,) logits of each anchor, -inf for an anchor without pairs."""
         z = z if self.keep is None else torch.where(self.keep, z, -torch.inf)
         peak = segments.maximum(z, self.bounds)
         peak = torch.where(peak == -torch.inf, 0, peak)
@@ -216,7 +218,7 @@ class PairSet:
 
 
 class Listed(Compared):
-    """The pairs (a1, p, a2, n) or triplets (a, p, n) of a miner, exactly as listed, whatever the labels."""
+    """The pairs (a1, p, a2, n) or triplets (a, p, n) of a miner, exactly as listed, for any labels."""
 
     def __init__(self, batch: Batch, distance: Distance, tuples: tuple[Tensor, ...], unique: bool = False):
         self.batch, self.distance = batch, distance
@@ -225,10 +227,10 @@ class Listed(Compared):
         self.same = PairSet(batch, distance, a1, p, unique)
         self.different = PairSet(batch, distance, a2, n, unique)
         self.dtype = self.same.s.dtype
-        self.triplets = len(tuples) == 3  # then entry k of both sets is one triplet: both have the same order
+        self.triplets = len(tuples) == 3  # entry k of both sets is then one triplet, because both have the same order
 
     def counts(self) -> Counts:
-        """The number of pairs in the list of each anchor."""
+        """The number of listed pairs of each anchor."""
         return Counts(self.same.count(), self.different.count())
 
     def logsumexp(
@@ -262,7 +264,7 @@ class Listed(Compared):
     def hinge_triplets(
         self, same: Line, different: Line, threshold: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> Terms:
-        """Listed triplets as they are; listed pairs form every triplet of a common anchor."""
+        """Takes listed triplets as they are; listed pairs form every triplet with a common anchor."""
         if not self.triplets:
             return super().hinge_triplets(same, different, threshold)
         h_same, h_different = self.same.hinge(same, threshold[0]), self.different.hinge(different, threshold[1])

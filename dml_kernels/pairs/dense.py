@@ -1,7 +1,7 @@
-"""Dense, literal sums over positive pairs and over triplets, differentiated by autograd as often as one likes.
+"""Dense, literal sums over positive pairs and over triplets, which autograd can differentiate any number of times.
 
-Of a given score matrix, so that they serve the tests (scores from reference.scores) and the second derivative. Also the
-terms of positives and of Circle loss, for whatever computes them in plain PyTorch.
+They take a score matrix, so that they serve the tests (with scores from reference.scores) and the second derivative.
+The terms of positives and of the Circle loss, for all computations in plain PyTorch, are here too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..ops.signatures import PairSpec
 
 
 def term(s: Tensor, u: Tensor, v: Tensor | None, kind: str, params: Sequence[float]) -> Tensor:
-    """What a positive pair of score s adds to a loss whose negatives are summed in u (those of its anchor) and v.
+    """The term of a positive pair of score s, where u and v stand for the negatives of its anchor and its positive.
 
     ``softplus``, (k,): log(1 + exp(u - k s)). ``lifted``, (k, o): relu(logaddexp(u, v) - k s - o)^2 / 2, where -inf (no
-    negatives) in both u and v counts as a log-sum-exp of 0. Broadcast; autograd differentiates it twice where u or v is
-    -inf, too.
+    negatives) in both u and v counts as a log-sum-exp of 0. Arguments are broadcast. Autograd can differentiate the
+    term twice also where u or v is -inf.
     """
     if kind == "softplus":
         (k,) = params
@@ -47,7 +47,7 @@ def circle_weight(s: Tensor, same: Tensor, m: float) -> Tensor:
 def positive_pair_sum(
     s: Tensor, same: Tensor, u: Tensor, v: Tensor | None, spec: PairSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of :func:`term` over ``same``, how many, and how many over 0; O(number of positives) terms."""
+    """The sums of :func:`term` over ``same``, the number of terms, and of those above 0; O(number of positives)."""
     i, j = same.nonzero(as_tuple=True)
     return _by_row(term(s[i, j], u[i], None if v is None else v[j], spec.kind, spec.params), i, s.size(0))
 
@@ -55,9 +55,9 @@ def positive_pair_sum(
 def triplet_sum(
     s: Tensor, same: Tensor, different: Tensor, margin: float, smooth: bool, between: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over all triplets, how many, and how many over 0; ``between`` (M, M) are the bank's own scores for swap.
+    """The sums over all triplets, the number of terms, and of those above 0; O(number of positives x M).
 
-    O(number of positives x M) terms.
+    ``between`` (M, M), for ``swap``, are the scores of bank entries with each other.
     """
     i, j = same.nonzero(as_tuple=True)
     negatives = different[i]
@@ -69,7 +69,7 @@ def triplet_sum(
 
 
 def _by_row(value: Tensor, i: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    # Through fp64: a reference's own sum must not be the larger error.
+    # The sum is in fp64, because the rounding of a reference must not be the larger error.
     total = value.new_zeros(n, dtype=torch.float64).index_add(0, i, value.double()).to(value.dtype)
     number, active = (
         torch.zeros(n, dtype=torch.int64, device=i.device).index_add(0, i, counted.long())

@@ -1,6 +1,6 @@
-"""Which pairs are same, different, ignored and excluded: the one spelling of all that compares in plain PyTorch.
+"""Which pairs are same, different, ignored and excluded, for all comparisons in plain PyTorch.
 
-The references have a spelling of their own, :mod:`dml_kernels.reference.sets`.
+The references have a separate version, :mod:`dml_kernels.reference.sets`, so that each checks the other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The label that is in no pair, where a call does not name another one.
+# The label that is in no pair, if a call does not name another one.
 IGNORE_INDEX = -100
 
 

@@ -13,7 +13,7 @@ from .sets import IGNORE_INDEX
 
 
 def check_per_anchor(value: int | str) -> int | str:
-    """How many random triplets of each anchor: ``all``, or a positive integer."""
+    """Checks the number of random triplets of each anchor: ``all``, or a positive integer."""
     if isinstance(value, str):
         if value != "all":
             raise ValueError(f"triplets_per_anchor must be 'all' or a positive integer; got {value!r}")
@@ -22,7 +22,7 @@ def check_per_anchor(value: int | str) -> int | str:
 
 
 def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Triplets (a, p, n) of a miner's tuple: pairs form every triplet of a common anchor, in O(triplets) memory."""
+    """The triplets (a, p, n) of a miner's tuple. Pairs form every triplet with a common anchor; O(triplets) memory."""
     if len(tuples) == 3:
         return tuples[0], tuples[1], tuples[2]
     a1, p, a2, n = tuples
@@ -37,12 +37,12 @@ def as_triplets(tuples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Triplets (a, p, n) of each anchor that has a positive and a negative, both drawn uniformly with replacement.
 
-    In O(triplets + M) memory. The draws follow ``torch.manual_seed``: the numbers come from PyTorch's CPU generator, so
-    they are the same on any device.
+    This takes O(triplets + M) memory. The draws follow ``torch.manual_seed``; the numbers come from PyTorch's CPU
+    generator, so they are the same on any device.
 
     Args:
-        batch: with labels on both sides.
-        per_anchor: how many of each anchor; None: as many as its class has entries in the bank.
+        batch: a batch with labels on both sides.
+        per_anchor: the number of triplets of each anchor; None: the number of bank entries of its class.
     """
     y, c = batch.y, batch.c
     if y is None or c is None:
@@ -54,7 +54,7 @@ def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tenso
     many = end - start if per_anchor is None else torch.full_like(start, per_anchor)
     a = torch.repeat_interleave(torch.where(usable, many, 0))
     p, n = start[a] + _drawn(positives[a]), _drawn(others[a])
-    # Negatives are numbered around the class, in the list without ignored labels.
+    # Negatives are numbered in the sorted list without ignored labels, where the class itself is left out.
     by_label = c[order]
     used = by_label != IGNORE_INDEX
     before = torch.searchsorted(by_label[used], y[a])
@@ -62,7 +62,7 @@ def random_triplets(batch: Batch, per_anchor: int | None) -> tuple[Tensor, Tenso
 
 
 def _drawn(below: Tensor) -> Tensor:
-    """A number in [0, below) for each entry, all equally likely."""
+    """A uniformly drawn number in [0, below) for each entry."""
     uniform = torch.rand(below.numel(), dtype=torch.float64).to(below.device)
     return (uniform * below).long().minimum(below - 1)
 
@@ -73,7 +73,7 @@ def anchors(tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def without_own(own: Tensor | None, tuples: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tuple without positives that are copies of their anchor; ``own`` (N,) are the places of those, or None."""
+    """The tuple without positives that are copies of their anchor; ``own`` (N,) has the copies' places, or is None."""
     if own is None:
         return tuples
     keep = own[tuples[0]] != tuples[1]
@@ -82,10 +82,13 @@ def without_own(own: Tensor | None, tuples: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def row_weights(tuples: tuple[Tensor, ...] | None, n: int, like: Tensor, anchors_alone: bool = False) -> Tensor | None:
-    """(N,) fp64, how often a miner's tuple lists each row, over the largest count; None without a tuple, or for an
-    empty one.
+    """(N,) fp64: the number of times that a miner's tuple lists each row, over the largest such number; None without a
+    tuple, or for an empty one.
 
     Args:
+        tuples: a miner's pairs or triplets, or None.
+        n: the number N of rows.
+        like: a tensor on the device of the result.
         anchors_alone: count rows only as anchors, as pytorch-metric-learning 2.9 does for its NCA losses.
 
     Raises:

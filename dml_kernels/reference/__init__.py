@@ -1,6 +1,6 @@
-"""Dense, literal versions of the ops, differentiated by autograd: what the tests compare with.
+"""Dense, literal versions of the ops, differentiated by autograd, which the tests compare the ops with.
 
-No call runs here unless it asks for the backend ``reference`` by name. Memory grows as N x M x D.
+A call runs here only if it asks for the backend ``reference`` by name. Memory grows as N x M x D.
 """
 
 from __future__ import annotations

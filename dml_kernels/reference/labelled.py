@@ -23,7 +23,10 @@ class LabelledPairs(NamedTuple):
     def of(
         embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None, distance: Any
     ) -> LabelledPairs:
-        """All pairs of the batch but a row with itself, or with all references. A label of -100 is in no pair."""
+        """All pairs of the batch with itself, without each row's own copy, or with the references.
+
+        A row labelled -100 is in no pair.
+        """
         own = ref_emb is None
         w, c = (embeddings, labels) if ref_emb is None or ref_labels is None else (ref_emb, ref_labels)
         s = matrix.scores(embeddings, w, distance.metric, distance.normalize_embeddings)
@@ -32,10 +35,10 @@ class LabelledPairs(NamedTuple):
 
 
 def mean_of_positive(terms: Tensor) -> Tensor:
-    """The mean of the terms above 0; 0, connected, without any."""
+    """The mean of the terms above 0; without any, a 0 that is connected to the graph."""
     return terms[terms > 0].mean() if (terms > 0).any() else terms.sum() * 0
 
 
 def mean(terms: Tensor, like: Tensor) -> Tensor:
-    """The mean; 0, connected to ``like``, where there are none."""
+    """The mean of the terms; without any, a 0 that is connected to ``like``."""
     return terms.mean() if terms.numel() else like.sum() * 0

@@ -13,14 +13,14 @@ from .sets import sets
 
 
 def _logsumexp(z: Tensor, members: Tensor) -> Tensor:
-    """Row-wise log-sum-exp over ``members``; -inf and no gradient where a row has none."""
+    """The log-sum-exp of each row over ``members``; -inf without a gradient for a row that has none."""
     some = members.any(1)
     z = torch.where(members, z, -math.inf)
     return torch.where(some, torch.logsumexp(torch.where(some[:, None], z, 0), 1), -math.inf)
 
 
 def pool(s: Tensor, policy: str, params: Sequence[float]) -> Tensor:
-    """A class's score from its K centres' scores, which stand side by side: SubCenter's max, SoftTriple's softmax."""
+    """The score of each class from those of its K centres, in adjacent columns: the maximum or SoftTriple's softmax."""
     if not policy.endswith("_pool"):
         return s
     s = s.reshape(s.size(0), s.size(1) // int(params[0]), int(params[0]))
@@ -41,7 +41,7 @@ def masked_logsumexp(
     col_bias=None, exclude=None, ignore_index=-100, eps=1e-12, policy="linear", policy_params=(),
     first_class=0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(lse_same, lse_different, sum_same, sum_different); see functional.masked_logsumexp for the formulas."""
+    """(lse_same, lse_different, sum_same, sum_different); functional.masked_logsumexp has the formulas."""
     s = pool(matrix.scores(x, w, metric, normalized, eps), policy, policy_params)
     members = sets(y, c, s.size(1), exclude, ignore_index, first_class)
     t = scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale

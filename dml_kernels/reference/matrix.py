@@ -8,7 +8,7 @@ from torch import Tensor
 
 def normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     """x / max(|x|, eps) over the last dimension."""
-    x = x.contiguous()  # the order of a sum hangs on strides: equal rows would have other norms
+    x = x.contiguous()  # the order of a sum depends on strides, so the norms of equal rows could differ
     return x / x.square().sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny).sqrt().clamp_min(eps)
 
 

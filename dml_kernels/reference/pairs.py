@@ -16,7 +16,7 @@ def masked_hinge_sum(
     x, w, y, c=None, *, metric="euclidean", normalized=True, same=(0.0, 0.0), different=(0.0, 0.0),
     t_same=None, t_different=None, relative=False, exclude=None, ignore_index=-100, eps=1e-12, first_class=0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(same, different, count_same, count_different); see functional.masked_hinge_sum for the formulas."""
+    """(same, different, count_same, count_different); functional.masked_hinge_sum has the formulas."""
     s = matrix.scores(x, w, metric, normalized, eps)
     if relative:
         s = s - s.gather(1, y.clamp(0, w.size(0) - 1)[:, None])
@@ -32,7 +32,7 @@ def masked_hinge_sum(
 
 
 def distance_log_weight(distance: Tensor, d: int, cutoff: float, nonzero_loss_cutoff: float) -> Tensor:
-    """The first equation of section 4 of "Sampling Matters" (Wu et al. 2017), inverted, in logarithms."""
+    """The logarithm of the inverse of the first equation in section 4 of "Sampling Matters" (Wu et al. 2017)."""
     t = distance.clamp_min(cutoff)
     log_q = (d - 2) * t.log() + (d - 3) / 2 * (1 - t * t / 4).log()
     return torch.where((t < nonzero_loss_cutoff) & log_q.isfinite(), -log_q, -math.inf)
@@ -42,7 +42,7 @@ def masked_argmax(
     x, w, y, c=None, *, metric="euclidean", normalized=True, largest=(False, True), low=None, high=None, seed=None,
     cutoffs=(0.5, 1.4), exclude=None, ignore_index=-100, eps=1e-12, first_class=0,
 ) -> list[Tensor]:  # fmt: skip
-    """index, score, count of same, then of different; see functional.masked_argmax."""
+    """(index, score, count) of same, then of different, as functional.masked_argmax describes them."""
     s = matrix.scores(x, w, metric, normalized, eps)
     n, m = s.shape
     usable = ~s.isnan()

@@ -1,4 +1,4 @@
-"""Which pairs are same and different: the one spelling of the dense references, apart from that of production."""
+"""Which pairs are same and different, for the dense references; production has a separate version."""
 
 from __future__ import annotations
 

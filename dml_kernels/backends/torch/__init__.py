@@ -1,8 +1,8 @@
-"""The ``torch`` backend: a loop over bank chunks in plain PyTorch, forward, backward and double backward by hand.
+"""The ``torch`` backend: a loop over bank chunks in plain PyTorch, with hand-written first and second derivatives.
 
-Runs wherever nothing is compiled, on any device and dtype PyTorch multiplies. Memory is bounded: a few temporaries of
-N x chunk, where N x chunk stays near ``tiles.CHUNK_ELEMENTS`` whatever the bank's size. The same call gives the same
-bits at the same number of threads: PyTorch's products split their sums by it.
+It runs where no compiled backend can, on any device and dtype for which PyTorch has products. Memory is bounded: a few
+temporaries of N x chunk, where N x chunk is about ``tiles.CHUNK_ELEMENTS`` for a bank of any size. The same call gives
+the same bits at the same number of threads, because PyTorch's products split their sums by that number.
 
 | file | what is there |
 |---|---|

@@ -1,7 +1,8 @@
-"""Positives by class: the bank sorted by label once, then blocks of rows against the few entries of their classes.
+"""Positives by class: the bank is sorted by label once, then blocks of rows meet the few entries of their classes.
 
-Rows that share a class share its entries, and rows in the order of their classes share most of a block's. So a block's
-positives are a small dense tile and a mask: no list of pairs, nothing N x M, also where one class holds every row.
+Rows of one class share its entries, and rows in the order of their classes share most of the entries of a block. The
+positives of a block are therefore a small dense tile and a mask. There is no list of pairs and nothing N x M, even
+where one class holds every row.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 from ...pairs.class_ranges import ClassRanges
 from ...pairs.sets import left_out
 
-# Entries of a block's tile; several buffers of that size are alive at once. Of its own classes half as many: their
-# counts and places take 8 bytes an entry.
+# The most entries in the tile of a block; several buffers of that size are alive at once. The tile of the block's
+# classes has half as many, because the counts and places of its entries take 8 bytes each.
 TILE = 1 << 19
-# A block's rows share the entries of all its classes: more rows, more of the tile that is masked out.
+# The rows of a block share the entries of all its classes, so with more rows more of the tile is masked out.
 MOST_ROWS = 256
 
 
@@ -26,7 +27,10 @@ class Block(NamedTuple):
     """Some rows and the bank entries of their classes; row r's class is at places lo[r] to hi[r] of ``cols``.
 
     Args:
-        rows: (R,) row indices. cols: (Q,) bank indices, each once. lo, hi: (R,). own: (R, E) places left out, or -1.
+        rows: (R,) row indices.
+        cols: (Q,) bank indices, each once.
+        lo, hi: (R,) the range of the row's class in ``cols``.
+        own: (R, E) the places in ``cols`` that are left out, or -1.
     """
 
     rows: Tensor
@@ -36,7 +40,7 @@ class Block(NamedTuple):
     own: Tensor
 
     def pieces(self, width: int) -> Iterator[slice]:
-        """The entries in parts small enough for the tile and for a gathered copy of their vectors."""
+        """Yields the entries in parts so small that the tile and a gathered copy of their vectors stay bounded."""
         step = max(32, TILE // max(self.rows.numel(), width))
         for at in range(0, self.cols.numel(), step):
             yield slice(at, min(at + step, self.cols.numel()))
@@ -47,7 +51,7 @@ class Block(NamedTuple):
         return (at >= self.lo[:, None]) & (at < self.hi[:, None]) & ~left_out(self.own, at)
 
     def slots(self) -> tuple[Tensor, Tensor]:
-        """(R, P) each row's positives as places in ``cols``, and which slots hold one; P the largest class."""
+        """(R, P): each row's positives as places in ``cols``, and which slots hold one; the largest class has P."""
         most = int((self.hi - self.lo).max())
         at = self.lo[:, None] + torch.arange(most, device=self.lo.device)
         used = (at < self.hi[:, None]) & ~left_out(self.own, at)
@@ -55,7 +59,9 @@ class Block(NamedTuple):
 
 
 def blocks(ranges: ClassRanges, keep: Tensor) -> Iterator[Block]:
-    """The rows of ``keep`` (N,) bool, by class, in blocks of at most TILE / 2 pairs with their classes, or one row."""
+    """Yields the rows of ``keep`` (N,) bool by class, in blocks of one row, or of at most TILE / 2 pairs with their
+    classes.
+    """
     rows = keep.nonzero().squeeze(1)
     rows = rows[torch.argsort(ranges.start[rows], stable=True)]
     starts, counts = torch.unique_consecutive(ranges.start[rows], return_counts=True)
@@ -69,7 +75,7 @@ def blocks(ranges: ClassRanges, keep: Tensor) -> Iterator[Block]:
 
 
 def _share_out(groups: Iterator[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Classes (start, stop, rows) to blocks of such; a class with many rows is spread over several."""
+    """Groups classes (start, stop, rows) into blocks; a class with many rows is spread over several blocks."""
     parts: list[tuple[int, int, int]] = []
     r, q = 0, 0
     for start, stop, n in groups:
@@ -93,7 +99,7 @@ def _block(ranges: ClassRanges, rows: Tensor, parts: list[tuple[int, int, int]])
         shifts.append(q - start)
         q += stop - start
         if spans and spans[-1][1] == start:
-            spans[-1][1] = stop  # the next class of the bank: one slice
+            spans[-1][1] = stop  # the next class of the bank continues the slice
         else:
             spans.append([start, stop])
     cols = torch.cat([ranges.order[a:b] for a, b in spans])
