@@ -36,7 +36,7 @@ def normalized_distance(inputs: Matrices, spec: DistanceSpec) -> Tensor:
 
 
 def masked_logsumexp(inputs: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    """``spec.logit`` holds factors and offsets as they are stated, whatever the policy."""
+    """``spec.logit`` holds the factors and offsets as the caller states them, under every policy."""
     x, w, y, c, exclude, scale, col_bias = inputs
     return reference.masked_logsumexp(
         x, w, y, c, metric=spec.metric, normalized=spec.normalize, same=spec.logit[:2], different=spec.logit[2:],

@@ -1,7 +1,7 @@
 """The batch as its own bank: replaces w=None by the tensors that it means, so that no backend need know it.
 
-A backend gets the tensors spelled out, with x in the place of w, and so returns two gradients of x, as the rows and as
-the bank. Their sum is the gradient of x.
+A backend gets x in the place of w, so it returns two gradients, that of the rows and that of the bank. Their sum is the
+gradient of x.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def spelled_out(inputs: Any, own: bool) -> Any:
 
 
 def needs_of_both(needs: Sequence[bool], inputs: Any) -> list[bool]:
-    """Which gradients (x, w, ...) a backend is asked for: that of x is the sum of two where w is None."""
+    """Which gradients (x, w, ...) a backend must return; where w is None, the gradient of x is the sum of two."""
     return list(needs) if inputs.w is not None else [needs[0], needs[0], *needs[2:]]
 
 
 def added(grads: Sequence[Tensor | None], inputs: Any) -> list[Tensor | None]:
-    """The gradients (x, w, ...) that a backend returns; where w is None both are of x, and are added up there."""
+    """The gradients (x, w, ...) of an op from those of a backend; where w is None, the first two are added up for x."""
     if inputs.w is not None:
         return list(grads)
     x, w, *rest = grads
@@ -46,5 +46,5 @@ def added(grads: Sequence[Tensor | None], inputs: Any) -> list[Tensor | None]:
 
 
 def directions_of_both(directions: Sequence[Tensor], inputs: Any) -> list[Tensor]:
-    """Directions (x, w, ...) of a second derivative: where w is None the bank moves as the rows do."""
+    """The directions (x, w, ...) of a second derivative; where w is None, the bank's direction is that of the rows."""
     return list(directions) if inputs.w is not None else [directions[0], directions[0], *directions[2:]]

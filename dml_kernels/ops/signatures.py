@@ -10,9 +10,9 @@ the row, -1 for none; where c is None, each bank entry's label is its own index.
 holds all classes; from 0 on it is the label of the bank's first entry (c is then None), and a row whose label the bank
 does not hold has no positive in it.
 
-Where w is None the batch is its own bank: c is None, too, and means y, and the row's own copy is left out unless
-``own``. A backend sees that spelled out (ops/own_bank.py): w is x, c is y, and exclude is (N, 2) where the row's own
-copy is left out in addition to ``exclude``.
+Where w is None the batch is its own bank: c is None too and means y, and the row's own copy is left out unless ``own``.
+A backend gets these tensors explicitly (ops/own_bank.py): w is x, c is y, and exclude is (N, 2) if the own copy
+is left out in addition to ``exclude``.
 """
 
 from __future__ import annotations

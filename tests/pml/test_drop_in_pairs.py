@@ -95,13 +95,13 @@ def test_value_and_gradients_are_theirs(name, kind, with_refs, which, pml):
     if which == "class weights" and name in COLUMNS:
         return  # see test_class_weights_meet_their_own_anchors
     if which == "per anchor" and (name == "MarginLoss" or (with_refs and name == "ContrastiveLoss")):
-        return  # theirs has no mean of triplets, and takes the references to be as many as the batch
+        return  # pytorch-metric-learning has no mean of triplets, and assumes as many references as rows
     x, y, w, c = problem()
     refs = (w, c) if with_refs else None
     listed = None
     if kind:
         listed = tuples(kind, y, c if with_refs else y)
-        if which == "per anchor" and name == "ContrastiveLoss":  # there theirs keeps one of a repeated pair
+        if which == "per anchor" and name == "ContrastiveLoss":  # pytorch-metric-learning keeps one of a repeated pair
             listed = tuples("pairs", y, y, repeats=False)
     found, expected = (
         value_and_grads(getattr(lib, name)(reducer=reducer(pml, which), **OPTIONS.get(name, {})).double(),

@@ -25,7 +25,7 @@ class Labelled(NamedTuple):
 
     @staticmethod
     def random(n: int = 23, m: int = 0, d: int = 7, classes: int = 5, seed: int = 0) -> Labelled:
-        """Classes of several sizes, a row ignored; with references also an entry ignored, labels nobody else has."""
+        """Classes of several sizes and an ignored row; with references also an ignored entry and unused labels."""
         y = randint(0, classes, n, seed=seed + 1)
         y[: n // 8] = -100
         x = randn(n, d, seed=seed) / math.sqrt(d)

@@ -133,7 +133,7 @@ class Case:
 
 
 def _norms(draw: Any, count: int, seed: int, low: float) -> Tensor:
-    """(count, 1) lengths: of one size, or from ``low`` to 1e5 beside each other."""
+    """(count, 1) lengths: all of one size, or mixed from ``low`` to 1e5."""
     kind = draw(st.sampled_from(["one", "one", "small", "large", "all"]))
     if kind == "all":
         return 10 ** (low + (5 - low) * torch.rand(count, 1, dtype=torch.float64, generator=_generator(seed)))
