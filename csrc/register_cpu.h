@@ -7,6 +7,7 @@ namespace dml::cpu {
 
 struct Cpu {
   static constexpr const char* name = "the CPU";
+  static constexpr bool excludes_pairs = true;  // a row may exclude two columns: (n, 2)
   static bool holds(const Tensor& t) { return t.is_cpu(); }
 };
 

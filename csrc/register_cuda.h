@@ -37,6 +37,7 @@ inline void check(Failure failure, const char* op) {
 
 struct Gpu {
   static constexpr const char* name = "the GPU";
+  static constexpr bool excludes_pairs = false;
   static bool holds(const Tensor& t) { return on_device(t); }
 };
 

@@ -176,8 +176,9 @@ struct CheckedOn {
     return t.numel() == 0 ? Vector{} : vector(t, n, name);
   }
 
-  static const std::int64_t* integers(const Tensor& t, std::int64_t n, const char* name) {
-    STD_TORCH_CHECK(has_shape(t, {n}) && t.is_contiguous() && t.scalar_type() == ScalarType::Long && Device::holds(t),
+  static const std::int64_t* integers(const Tensor& t, std::int64_t n, const char* name, bool pairs = false) {
+    const bool shaped = has_shape(t, {n}) || (pairs && has_shape(t, {n, 2}));
+    STD_TORCH_CHECK(shaped && t.is_contiguous() && t.scalar_type() == ScalarType::Long && Device::holds(t),
                     "dml_kernels: ", name, " must be ", n, " contiguous int64 on ", Device::name);
     return t.const_data_ptr<std::int64_t>();
   }
@@ -197,7 +198,9 @@ struct CheckedOn {
     check_first_class(first_class, m);
     STD_TORCH_CHECK(first_class == 0 || !c,
                     "dml_kernels: first_class needs labels that follow from columns, without c");
-    return {integers(y, n, "y"), integers(c, m, "c"), integers(exclude, n, "exclude"), ignore_index, first_class};
+    const std::int64_t* excluded = exclude ? integers(*exclude, n, "exclude", Device::excludes_pairs) : nullptr;
+    const std::int64_t each = exclude && exclude->dim() == 2 ? 2 : 1;
+    return {integers(y, n, "y"), integers(c, m, "c"), excluded, ignore_index, first_class, each};
   }
 
   // Contiguous and of this shape; or empty where the result is not wanted.

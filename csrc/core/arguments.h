@@ -36,11 +36,26 @@ struct Target {
 };
 
 // Contiguous; c and exclude may be null. Labels are compared, never used as addresses. Where c is null, a column's label
-// is `first_class` plus its index.
+// is `first_class` plus its index. A row excludes `exclude_count` columns, which stand side by side; -1 is none.
 struct Labels {
   const std::int64_t *y, *c, *exclude;
   std::int64_t ignore;
-  std::int64_t first_class = 0;
+  std::int64_t first_class = 0, exclude_count = 1;
+
+  bool excludes(std::int64_t i, std::int64_t column) const {
+    for (std::int64_t e = 0; exclude && e < exclude_count; ++e)
+      if (exclude[i * exclude_count + e] == column) return true;
+    return false;
+  }
+
+  // Calls visit(j) for each column first + j, j < count, that row i excludes.
+  template <class Visit>
+  void visit_excluded(std::int64_t i, std::int64_t first, std::int64_t count, Visit visit) const {
+    for (std::int64_t e = 0; exclude && e < exclude_count; ++e) {
+      const std::int64_t j = exclude[i * exclude_count + e] - first;
+      if (j >= 0 && j < count) visit(j);
+    }
+  }
 };
 
 // The logit of a pair is k t (s - o) + b: k and o of the pair's set, t from `scale`, b from `col_bias`.

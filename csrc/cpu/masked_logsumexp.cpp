@@ -70,8 +70,6 @@ class Walk {
     const A t = setup_.scale[i];
     logits(i, A(args.k_different) * t, A(args.o_different), biased_ ? b_.data() : nullptr);
     for (const std::int32_t j : pairs_.ignored) scores.z[j] = minus_infinity;  // a bias of -inf would keep a NaN
-    const std::int64_t excluded = setup_.labels.exclude ? setup_.labels.exclude[i] - first : -1;
-    const bool excludes = setup_.labels.exclude && excluded >= 0 && excluded < count;
     positions = pairs_.of(i);
     same.resize(pairs_.count(i));
     if (args.policy.quadratic()) same_alpha.resize(same.size());
@@ -86,10 +84,10 @@ class Walk {
         if (args.policy.quadratic()) kt *= same_alpha[p] = std::max(A(1 + args.policy.number) - score, A(0));
         same[p] = logit(score, kt, A(args.o_same), b_[j]);
       }
-      if (excludes && j == excluded) same[p] = minus_infinity;
+      if (setup_.labels.excludes(i, first + j)) same[p] = minus_infinity;
       z = minus_infinity;
     }
-    if (excludes) scores.z[excluded] = minus_infinity;
+    setup_.labels.visit_excluded(i, first, count, [this](std::int64_t j) { scores.z[j] = minus_infinity; });
   }
 
  private:

@@ -18,7 +18,7 @@ class SetWalk {
       : scores(comparison), labels_(labels), index_(index), keep_scores_(keep_scores) {}
 
   TileScores<P> scores;
-  std::vector<A> same;           // the scores of the row at the entries of its label, without an excluded one
+  std::vector<A> same;           // the scores of the row at the entries of its label, without the excluded ones
   std::vector<std::int32_t> at;  // and their columns in the tile
 
   void load(std::int64_t tile) {
@@ -29,12 +29,11 @@ class SetWalk {
   // Computes the scores of row i: all of them in scores.z, and those of its label in `same` too.
   void score(std::int64_t i) {
     scores.score_row(i, A(1), A(0), nullptr, keep_scores_);
-    excluded_ = labels_.exclude ? labels_.exclude[i] - scores.first : -1;
     row_ = i;
     same.clear(), at.clear();
     for (std::int64_t p = pairs_.count(i) - 1; p >= 0; --p) {  // a row's columns are listed from the last to the first
       const std::int32_t j = pairs_.of(i)[p];
-      if (j != excluded_) same.push_back(scores.z[j]), at.push_back(j);
+      if (!labels_.excludes(i, scores.first + j)) same.push_back(scores.z[j]), at.push_back(j);
     }
   }
 
@@ -43,14 +42,14 @@ class SetWalk {
     A* z = scores.z.data();
     for (std::int64_t p = 0; p < pairs_.count(row_); ++p) z[pairs_.of(row_)[p]] = minus_infinity;
     for (const std::int32_t j : pairs_.ignored) z[j] = minus_infinity;
-    if (excluded_ >= 0 && excluded_ < scores.count) z[excluded_] = minus_infinity;
+    labels_.visit_excluded(row_, scores.first, scores.count, [z](std::int64_t j) { z[j] = minus_infinity; });
   }
 
  private:
   const Labels& labels_;
   const LabelIndex& index_;
   bool keep_scores_;
-  std::int64_t row_ = 0, excluded_ = -1;
+  std::int64_t row_ = 0;
   TilePairs pairs_;
 };
 

@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = (
     "normalize", "normalized_distance", "masked_logsumexp", "masked_hinge_sum", "masked_argmax", "proxy_nca", "magnet",
 )  # fmt: skip
-OPTIONS = ("sums", "keep", "policy", "policy_params", "first_class")
+OPTIONS = ("sums", "keep", "policy", "policy_params", "exclude", "first_class")
 METRICS = tuple(METRIC_CODES)
 
 
