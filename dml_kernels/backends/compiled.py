@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.library import Choices
-from ..ops.signatures import Clustered, DistanceSpec, MagnetSpec, ProxySpec, Spec
+from ..ops.contract import accumulate_dtype
+from ..ops.library import Choices, gradients_like
+from ..ops.signatures import Bank, Clustered, DistanceSpec, MagnetSpec, Proxied, ProxySpec, Spec
+from .torch.logsumexp import scale_grad
 
 METRIC_CODES = Choices("metric", {"dot": 0, "sqeuclidean": 1, "euclidean": 2})
 REDUCTION_CODES = Choices("reduction", {"none": 0, "sum": 1, "mean": 2})
@@ -17,6 +19,16 @@ def labelled(x: Tensor, w: Tensor, y: Tensor, c: Tensor | None, exclude: Tensor 
     """The arguments with contiguous label vectors."""
     c, exclude = c if c is None else c.contiguous(), exclude if exclude is None else exclude.contiguous()
     return x, w, y.contiguous(), c, exclude
+
+
+def banked(bank: Bank) -> tuple[Any, ...]:
+    """The tensors of masked_logsumexp, with contiguous label vectors."""
+    return *labelled(*bank[:5]), *bank[5:]
+
+
+def proxied(inputs: Proxied) -> tuple[Any, ...]:
+    """The tensors of proxy_nca, with contiguous labels."""
+    return inputs._replace(y=inputs.y.contiguous())
 
 
 def clustered(inputs: Clustered) -> tuple[Any, ...]:
@@ -49,3 +61,18 @@ def magnet_numbers(spec: MagnetSpec) -> tuple[Any, ...]:
 def wanted(targets: Any, needs: list[bool]) -> list[Tensor | None]:
     """The gradients as an op's backward returns them: None where not needed."""
     return [t if need else None for t, need in zip(targets, needs, strict=True)]
+
+
+def targets_with_scale(tensors: Any, needs: list[bool], inputs: Bank | Proxied, spec: Spec | ProxySpec) -> list[Tensor]:
+    """Room for gradients, the third that of the scale: the kernel writes one value a row, also for a scalar."""
+    targets = [*gradients_like(tensors, needs, inputs.x)]
+    if needs[2]:
+        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    return targets
+
+
+def wanted_with_scale(targets: list[Tensor], needs: list[bool], inputs: Bank | Proxied) -> list[Tensor | None]:
+    """As :func:`wanted`; the gradient of a scalar scale is the sum of its rows."""
+    if needs[2]:
+        targets[2] = scale_grad(targets[2], inputs)
+    return wanted(targets, needs)

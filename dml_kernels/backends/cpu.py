@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.contract import accumulate_dtype
 from ..ops.library import EXTENSION, Choices, gradients_like
 from ..ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 from .compiled import (
     METRIC_CODES,
+    banked,
     clustered,
     distance_numbers,
     labelled,
     lse_numbers,
     magnet_numbers,
+    proxied,
     proxy_numbers,
+    targets_with_scale,
     wanted,
+    wanted_with_scale,
 )
-from .torch.logsumexp import scale_grad
 
 name = "cpu"
 POLICY_CODES = Choices("policy", {"linear": 0, "quadratic": 1, "max_pool": 2, "softmax_pool": 3})
@@ -80,19 +82,15 @@ def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops().mlse_fwd(_kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), _first(spec), spec.sums)
+    return _ops().mlse_fwd(_kind(spec), *banked(bank), *lse_numbers(spec), *_policy(spec), _first(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
-    targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
-    if needs[2]:  # the kernel writes one value a row; the gradient of a scalar scale is their sum
-        targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    targets = targets_with_scale((bank.x, bank.w, None, bank.col_bias), needs, bank, spec)
     _ops().mlse_bwd(
-        *targets, *grads, *lse, _kind(spec), *_plain(bank), *lse_numbers(spec), *_policy(spec), _first(spec)
+        *targets, *grads, *lse, _kind(spec), *banked(bank), *lse_numbers(spec), *_policy(spec), _first(spec)
     )
-    if needs[2]:
-        targets[2] = scale_grad(targets[2], bank)
-    return wanted(targets, needs)
+    return wanted_with_scale(targets, needs, bank)
 
 
 def masked_hinge_sum_fwd(lines, spec) -> tuple[Tensor, ...]:
@@ -121,22 +119,13 @@ def _pair_numbers(spec) -> tuple:
 
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
-    return _ops().proxy_nca_fwd(_kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec), _first(spec))
+    return _ops().proxy_nca_fwd(_kind(spec), *proxied(inputs), *proxy_numbers(spec), _first(spec))
 
 
 def proxy_nca_bwd(grad, lse, needs, inputs, spec) -> list[Tensor | None]:
-    targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
-    if needs[2]:
-        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
-    _ops().proxy_nca_bwd(*targets, grad, *lse, _kind(spec), *_plain_proxied(inputs), *proxy_numbers(spec), _first(spec))
-    if needs[2]:
-        targets[2] = scale_grad(targets[2], inputs)
-    return wanted(targets, needs)
-
-
-def _plain_proxied(inputs):
-    x, w, y, *vectors = inputs
-    return x, w, y.contiguous(), *vectors
+    targets = targets_with_scale((inputs.x, inputs.w, None), needs, inputs, spec)
+    _ops().proxy_nca_bwd(*targets, grad, *lse, _kind(spec), *proxied(inputs), *proxy_numbers(spec), _first(spec))
+    return wanted_with_scale(targets, needs, inputs)
 
 
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
@@ -152,11 +141,6 @@ def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
 def _kind(spec: Spec) -> Tensor:
     """An empty tensor that carries the product dtype."""
     return torch.empty(0, dtype=spec.dtype)
-
-
-def _plain(bank: Bank) -> Bank:
-    """The bank with contiguous label vectors."""
-    return Bank(*labelled(*bank[:5]), *bank[5:])
 
 
 def _first(spec: Any) -> int:

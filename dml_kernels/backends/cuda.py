@@ -7,20 +7,21 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..ops.contract import accumulate_dtype
 from ..ops.library import EXTENSION, gradients_like
 from ..ops.signatures import Bank, DistanceSpec, Matrices, NormalizeSpec, Rows, Spec
 from .compiled import (
     METRIC_CODES,
+    banked,
     clustered,
     distance_numbers,
-    labelled,
     lse_numbers,
     magnet_numbers,
+    proxied,
     proxy_numbers,
+    targets_with_scale,
     wanted,
+    wanted_with_scale,
 )
-from .torch.logsumexp import scale_grad
 
 name = "cuda"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -94,42 +95,29 @@ def normalized_distance_bwd(grad, needs, inputs: Matrices, spec: DistanceSpec) -
 
 
 def masked_logsumexp_fwd(bank: Bank, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops().mlse_fwd(*_plain(bank), *lse_numbers(spec), spec.sums)
+    return _ops().mlse_fwd(*banked(bank), *lse_numbers(spec), spec.sums)
 
 
 def masked_logsumexp_bwd(grads, lse, mean, needs, bank: Bank, spec: Spec) -> list[Tensor | None]:
-    targets = [*gradients_like((bank.x, bank.w, None, bank.col_bias), needs, bank.x)]
-    if needs[2]:  # the kernel writes one value a row; the gradient of a scalar scale is their sum
-        targets[2] = bank.x.new_empty(bank.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    targets = targets_with_scale((bank.x, bank.w, None, bank.col_bias), needs, bank, spec)
     if bank.x.size(0) == 0:
         _zeroed(targets)
     else:
-        _ops().mlse_bwd(*targets, *grads, *(t.contiguous() for t in lse), *_plain(bank), *lse_numbers(spec))
-    if needs[2]:
-        targets[2] = scale_grad(targets[2], bank)
-    return wanted(targets, needs)
+        _ops().mlse_bwd(*targets, *grads, *(t.contiguous() for t in lse), *banked(bank), *lse_numbers(spec))
+    return wanted_with_scale(targets, needs, bank)
 
 
 def proxy_nca_fwd(inputs, spec) -> tuple[Tensor, ...]:
     """Runs in one launch."""
-    return _ops().proxy_nca_fwd(*_plain_proxied(inputs), *proxy_numbers(spec))
+    return _ops().proxy_nca_fwd(*proxied(inputs), *proxy_numbers(spec))
 
 
 def proxy_nca_bwd(grad, lse, needs, inputs, spec) -> list[Tensor | None]:
     """Runs in one launch, apart from the sum that a scalar scale's gradient needs."""
-    targets = [*gradients_like((inputs.x, inputs.w, None), needs, inputs.x)]
-    if needs[2]:
-        targets[2] = inputs.x.new_empty(inputs.x.size(0), dtype=accumulate_dtype(spec.dtype))
+    targets = targets_with_scale((inputs.x, inputs.w, None), needs, inputs, spec)
     saved = (t.contiguous() for t in lse)
-    _ops().proxy_nca_bwd(*targets, grad, *saved, *_plain_proxied(inputs), *proxy_numbers(spec))
-    if needs[2]:
-        targets[2] = scale_grad(targets[2], inputs)
-    return wanted(targets, needs)
-
-
-def _plain_proxied(inputs):
-    x, w, y, scale, weight = inputs
-    return x, w, y.contiguous(), scale, weight
+    _ops().proxy_nca_bwd(*targets, grad, *saved, *proxied(inputs), *proxy_numbers(spec))
+    return wanted_with_scale(targets, needs, inputs)
 
 
 def magnet_fwd(inputs, spec) -> tuple[Tensor, ...]:
@@ -146,7 +134,3 @@ def magnet_bwd(grad, different, needs, inputs, spec) -> list[Tensor | None]:
 
 def _zeroed(targets: Iterable[Tensor]) -> list[Tensor]:
     return [t.zero_() for t in targets]
-
-
-def _plain(bank: Bank) -> Bank:
-    return Bank(*labelled(*bank[:5]), *bank[5:])
